@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SiLU·mul + FP8 quantiser: one pass over the input, one program a tile of whole groups."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import numerics
+from .launch import pdl_supported, wait_for_producer
+
+FP8_MIN_SCALE = tl.constexpr(1.0 / (448.0 * 512.0))
+UE8M0_MIN_SCALE = tl.constexpr(1e-10)
+
+
+@triton.jit
+def _silu_mul(gate, up, TWICE: tl.constexpr, EXACT: tl.constexpr, KEEP_FP32: tl.constexpr):
+    """silu(gate) * up in fp32, after the roundings that the form asks for."""
+    dtype = gate.dtype
+    silu = numerics.silu(gate.to(tl.float32), EXACT)
+    if TWICE:
+        silu = silu.to(dtype).to(tl.float32)
+    y = silu * up.to(tl.float32)
+    if not KEEP_FP32:
+        y = y.to(dtype).to(tl.float32)
+    return y
+
+
+@triton.jit
+def _group_scale(y, eps, NATIVE: tl.constexpr, UE8M0: tl.constexpr):
+    """Scale of each group of y [rows, groups, group_size]."""
+    top = tl.max(tl.abs(y), axis=2)  # ignores NaN, as fmaxf does
+    if NATIVE:
+        scale = numerics.divide_by_448(top)
+        if UE8M0:
+            scale = numerics.round_up_to_power_of_two(scale)
+        scale = tl.maximum(scale, FP8_MIN_SCALE)
+        has_nan = tl.max((y != y).to(tl.int32), axis=2) > 0
+        return tl.where(has_nan, float("nan"), scale)
+    scale = numerics.divide_by_448(tl.maximum(top, eps))
+    if UE8M0:
+        scale = numerics.round_up_to_power_of_two(tl.maximum(scale, UE8M0_MIN_SCALE))
+    return scale
+
+
+@triton.jit
+def _group_kernel(
+    x_ptr,
+    codes_ptr,
+    scales_ptr,
+    rows,
+    width,
+    padded_rows,
+    x_stride,
+    scale_row_stride,
+    scale_group_stride,
+    eps,
+    GROUP_SIZE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_GROUPS: tl.constexpr,
+    EVEN_ROWS: tl.constexpr,
+    EVEN_GROUPS: tl.constexpr,
+    PADDED: tl.constexpr,
+    UE8M0: tl.constexpr,
+    TWICE: tl.constexpr,
+    EXACT: tl.constexpr,
+    KEEP_FP32: tl.constexpr,
+    NATIVE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    # Rows on axis 0: it alone may exceed 65535.
+    first_row = tl.program_id(0) * TILE_ROWS
+    row = first_row + tl.arange(0, TILE_ROWS)
+    group = tl.program_id(1) * TILE_GROUPS + tl.arange(0, TILE_GROUPS)
+    column = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]
+    row64 = row.to(tl.int64)
+    x_ptrs = x_ptr + row64[:, None, None] * x_stride + column[None, :, :]
+    wait_for_producer(PDL)
+    if EVEN_ROWS and EVEN_GROUPS:
+        gate = tl.load(x_ptrs)
+        up = tl.load(x_ptrs + width)
+    else:
+        mask = (row[:, None, None] < rows) & (column[None, :, :] < width)
+        gate = tl.load(x_ptrs, mask=mask, other=0.0)
+        up = tl.load(x_ptrs + width, mask=mask, other=0.0)
+
+    y = _silu_mul(gate, up, TWICE, EXACT, KEEP_FP32)
+    scale = _group_scale(y, eps, NATIVE, UE8M0)
+    if UE8M0:
+        code = y * numerics.reciprocal(scale)[:, :, None]  # a power of two: exact
+    else:
+        code = numerics.divide(y, scale[:, :, None])
+    if not NATIVE:
+        code = tl.maximum(code, -448.0)  # NaN becomes -448, as fmaxf does; the conversion saturates the rest
+    code = code.to(tl.float8e4nv)
+
+    codes_ptrs = codes_ptr + row64[:, None, None] * width + column[None, :, :]
+    scales_ptrs = scales_ptr + row64[:, None] * scale_row_stride + group.to(tl.int64)[None, :] * scale_group_stride
+    if EVEN_ROWS and EVEN_GROUPS:
+        tl.store(codes_ptrs, code)
+        tl.store(scales_ptrs, scale)
+    else:
+        tl.store(codes_ptrs, code, mask=mask)
+        tl.store(scales_ptrs, scale, mask=(row[:, None] < rows) & (group[None, :] * GROUP_SIZE < width))
+    if PADDED and first_row + TILE_ROWS >= rows:
+        pad = rows + tl.arange(0, 4)
+        pad_ptrs = scales_ptr + pad[:, None] * scale_row_stride + group.to(tl.int64)[None, :] * scale_group_stride
+        tl.store(
+            pad_ptrs,
+            tl.zeros((4, TILE_GROUPS), tl.float32),
+            mask=(pad[:, None] < padded_rows) & (group[None, :] * GROUP_SIZE < width),
+        )
+
+
+@triton.jit
+def _static_kernel(
+    x_ptr,
+    scale_ptr,
+    codes_ptr,
+    width,
+    x_stride,
+    BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
+    TWICE: tl.constexpr,
+    EXACT: tl.constexpr,
+    KEEP_FP32: tl.constexpr,
+    NATIVE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x_ptrs = x_ptr + row * x_stride + column
+    wait_for_producer(PDL)
+    inverse = tl.div_rn(1.0, tl.load(scale_ptr))
+    if EVEN:
+        gate = tl.load(x_ptrs)
+        up = tl.load(x_ptrs + width)
+    else:
+        gate = tl.load(x_ptrs, mask=column < width, other=0.0)
+        up = tl.load(x_ptrs + width, mask=column < width, other=0.0)
+    code = _silu_mul(gate, up, TWICE, EXACT, KEEP_FP32) * inverse
+    if not NATIVE:
+        code = tl.minimum(code, 448.0)  # NaN becomes 448, as fminf does first in vLLM's op
+    code = code.to(tl.float8e4nv)
+    if EVEN:
+        tl.store(codes_ptr + row * width + column, code)
+    else:
+        tl.store(codes_ptr + row * width + column, code, mask=column < width)
+
+
+class Tile(NamedTuple):
+    rows: int
+    groups: int
+    num_warps: int
+
+
+@functools.cache
+def group_tile(rows: int, groups: int, group_size: int) -> Tile:
+    """Tile for `rows` rows of `groups` groups, tuned on an H200 (benchmarks/silu_mul_quant.py --tune)."""
+    per_2048 = 2048 // group_size
+    if rows <= 16:
+        tile_groups = min(per_2048 // 4, triton.next_power_of_2(groups))
+        return Tile(1, tile_groups, max(1, min(4, tile_groups * group_size // 128)))
+    tile_groups = min(per_2048, triton.next_power_of_2(groups))
+    while tile_groups > 1 and groups % tile_groups:
+        tile_groups //= 2
+    tile_rows = max(1, per_2048 // tile_groups)
+    return Tile(tile_rows, tile_groups, 2)
+
+
+def _forms(x: torch.Tensor, act_form: str, quant_form: str) -> dict[str, bool]:
+    twice = act_form == "custom_op"
+    return {
+        "TWICE": twice,
+        "EXACT": twice and x.dtype == torch.float16,
+        "KEEP_FP32": not twice and quant_form == "native",
+        "NATIVE": quant_form == "native",
+    }
+
+
+def silu_mul_group_fp8_quant(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    group_size: int,
+    use_ue8m0: bool,
+    eps: float,
+    act_form: str,
+    quant_form: str,
+    tile: Tile | None = None,
+) -> None:
+    """Write codes [M, K] and scales [M, K / group_size] of x [M, 2 * K]; arguments as the op checked them."""
+    rows, width = codes.shape
+    if rows == 0:
+        return
+    groups = width // group_size
+    tile = tile or group_tile(rows, groups, group_size)
+    column_stride = scales.stride(1)
+    padded_rows = column_stride if scales.stride(0) == 1 and groups > 0 and column_stride > rows else rows
+    pdl = pdl_supported(x.device)
+    _group_kernel[triton.cdiv(rows, tile.rows), triton.cdiv(groups, tile.groups)](
+        x,
+        codes,
+        scales,
+        rows,
+        width,
+        padded_rows,
+        x.stride(0),
+        scales.stride(0),
+        column_stride,
+        eps,
+        GROUP_SIZE=group_size,
+        TILE_ROWS=tile.rows,
+        TILE_GROUPS=tile.groups,
+        EVEN_ROWS=rows % tile.rows == 0,
+        EVEN_GROUPS=groups % tile.groups == 0,
+        PADDED=padded_rows > rows,
+        UE8M0=use_ue8m0,
+        **_forms(x, act_form, quant_form),
+        PDL=pdl,
+        num_warps=tile.num_warps,
+        **({"launch_pdl": True} if pdl else {}),
+    )
+
+
+def silu_mul_static_fp8_quant(
+    x: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, act_form: str, quant_form: str
+) -> None:
+    """Write codes [M, K] of x [M, 2 * K]; arguments as the op checked them."""
+    rows, width = codes.shape
+    if rows == 0:
+        return
+    block = 2048 if width % 2048 == 0 and rows > 16 else 512
+    pdl = pdl_supported(x.device)
+    _static_kernel[rows, triton.cdiv(width, block)](
+        x,
+        scale,
+        codes,
+        width,
+        x.stride(0),
+        BLOCK=block,
+        EVEN=width % block == 0,
+        **_forms(x, act_form, quant_form),
+        PDL=pdl,
+        num_warps=2 if block == 2048 else 1,
+        **({"launch_pdl": True} if pdl else {}),
+    )

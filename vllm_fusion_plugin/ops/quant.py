@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantisers that every fused op ends in: scale layouts, their checks, and pure-torch references.
+
+FP8 here is float8_e4m3fn (±448, no infinities). Two forms exist of each quantiser, because vLLM has two and they round
+differently; `quant_form` says which one a fused op stands in for:
+
+`custom_op`
+    vLLM's CUDA op (`per_token_group_fp8_quant`, `static_scaled_fp8_quant`). NaN behaves as fminf/fmaxf make it: ignored by
+    the group maximum, then −448 as a code (static: +448).
+`native`
+    `QuantFP8.forward_native` as torch runs it: NaN spreads to its group's scale and stays NaN in the codes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+FP8_DTYPE = torch.float8_e4m3fn
+FP8_MAX = 448.0
+# Floor of a native scale: 1 / (448 * 512), as QuantFP8 has it, so that an all-zero group divides by something.
+FP8_MIN_SCALE = 1.0 / (FP8_MAX * 512.0)
+# Floor under UE8M0 in vLLM's op, before the scale is rounded up to a power of two.
+UE8M0_MIN_SCALE = 1e-10
+# TMA reads 16-byte lines: a column of fp32 scales starts at multiples of 4 rows.
+TMA_ALIGNMENT = 4
+
+FORMS = ("custom_op", "native")
+GROUP_SIZES = (64, 128)
+INPUT_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def check_form(name: str, value: str) -> None:
+    if value not in FORMS:
+        raise ValueError(f"{name}={value!r} is not a form of the op; allowed: {', '.join(FORMS)}")
+
+
+def check_group_layout(width: int, group_size: int, column_major_scales: bool, tma_aligned_scales: bool) -> None:
+    """Raises ValueError on a group size or scale layout that no supported GEMM reads."""
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size={group_size} is not supported; allowed: {', '.join(map(str, GROUP_SIZES))}")
+    if width % group_size:
+        raise ValueError(f"output width {width} is not a multiple of group_size={group_size}")
+    if tma_aligned_scales and not column_major_scales:
+        raise ValueError("tma_aligned_scales=True needs column_major_scales=True: TMA-aligned scales are column-major")
+
+
+def empty_group_scales(
+    x: torch.Tensor, rows: int, groups: int, column_major_scales: bool, tma_aligned_scales: bool
+) -> torch.Tensor:
+    """Uninitialised fp32 scales [rows, groups] on x's device.
+
+    Row-major: strides (groups, 1). Column-major: (1, rows). TMA-aligned: (1, rows rounded up to 4); the padding between
+    columns belongs to the storage, not to the tensor, and whoever fills the scales writes zeros there (see
+    `scale_padding_rows`): TMA loads it, and uninitialised memory would make runs differ.
+    """
+    if not column_major_scales:
+        return x.new_empty((rows, groups), dtype=torch.float32)
+    stride = padded_rows(rows) if tma_aligned_scales else rows
+    storage = x.new_empty((groups, stride), dtype=torch.float32)
+    # as_strided, not slicing: with one group the slice's strides would read (1, 1) to some checks and (1, stride) to others
+    return storage.as_strided((rows, groups), (1, stride))
+
+
+def padded_rows(rows: int) -> int:
+    return (rows + TMA_ALIGNMENT - 1) // TMA_ALIGNMENT * TMA_ALIGNMENT
+
+
+def zero_scale_padding(scales: torch.Tensor) -> None:
+    """Zero the storage between the columns of TMA-aligned scales."""
+    rows, groups = scales.shape
+    stride = scales.stride(1)
+    if stride > rows:
+        scales.as_strided((stride - rows, groups), (1, stride), scales.storage_offset() + rows).zero_()
+
+
+def ue8m0(scale: torch.Tensor) -> torch.Tensor:
+    """Round positive fp32 scales up to powers of two (UE8M0's value set, kept in fp32)."""
+    return torch.exp2(torch.ceil(torch.log2(scale)))
+
+
+def _ignoring_nan_max(x: torch.Tensor) -> torch.Tensor:
+    return torch.where(x.isnan(), x.new_zeros(()), x).amax(dim=-1, keepdim=True)
+
+
+def group_fp8_quant_reference(
+    y: torch.Tensor,
+    group_size: int,
+    column_major_scales: bool,
+    tma_aligned_scales: bool,
+    use_ue8m0: bool,
+    eps: float,
+    quant_form: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y [M, K] of any float dtype -> codes [M, K] float8_e4m3fn and scales [M, K / group_size] fp32, in plain torch.
+
+    Mirrors vLLM's `per_token_group_fp8_quant` (custom_op) and `QuantFP8._quantize_group_native` (native). `eps` is the
+    former's floor of a group's maximum; the latter has FP8_MIN_SCALE instead.
+    """
+    rows, width = y.shape
+    groups = y.float().view(rows, width // group_size, group_size)
+    if quant_form == "custom_op":
+        scale = _ignoring_nan_max(groups.abs()).clamp(min=eps) / FP8_MAX
+        if use_ue8m0:
+            scale = ue8m0(scale.clamp(min=UE8M0_MIN_SCALE))
+        codes = (groups / scale).nan_to_num(nan=-FP8_MAX, posinf=FP8_MAX, neginf=-FP8_MAX)
+    else:
+        scale = groups.abs().amax(dim=-1, keepdim=True) / FP8_MAX
+        if use_ue8m0:
+            scale = ue8m0(scale)
+        scale = scale.clamp(min=FP8_MIN_SCALE)
+        codes = groups / scale
+    codes = codes.clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE).view(rows, width)
+    scales = empty_group_scales(y, rows, width // group_size, column_major_scales, tma_aligned_scales)
+    scales.copy_(scale.squeeze(-1))
+    zero_scale_padding(scales)
+    return codes, scales
+
+
+def static_fp8_quant_reference(y: torch.Tensor, scale: torch.Tensor, quant_form: str) -> torch.Tensor:
+    """y [..., K] and one fp32 scale -> codes float8_e4m3fn, in plain torch.
+
+    Mirrors vLLM's `static_scaled_fp8_quant` (custom_op) and `QuantFP8.forward_native` (native): both multiply by the
+    reciprocal, rounded once.
+    """
+    q = y.float() * scale.float().reshape(()).reciprocal()
+    if quant_form == "custom_op":
+        q = q.nan_to_num(nan=FP8_MAX, posinf=FP8_MAX, neginf=-FP8_MAX)
+    return q.clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)

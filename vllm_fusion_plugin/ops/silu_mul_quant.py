@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SiLU·mul, then quantise: what runs between the two GEMMs of a gated MLP.
+
+y = silu(gate) * up, where gate and up are the halves of x along its last dimension. Two forms of SiLU·mul exist in vLLM and
+they round differently; `act_form` says which one a fused op stands in for:
+
+`custom_op`
+    vLLM's `silu_and_mul`: silu(gate) is rounded to x's dtype, and so is the product. Eager torch and Inductor under
+    `emulate_precision_casts` round the same.
+`native`
+    `SiluAndMul.forward_native` as Inductor compiles it (vLLM's default): fp32 up to the product, which is rounded to x's
+    dtype where Inductor stores it, that is before an opaque quantiser (`quant_form="custom_op"`), and not at all before
+    a native quantiser, which Inductor puts into the same loop.
+
+Exact on NVIDIA GPUs: codes and scales are the bytes that vLLM's own ops write (tests/kernels, tests with `gpu`; the numbers
+are in benchmarks/results). With `quant_form="native"` Inductor chooses the schedule, and its division is approximate
+(`div.full.f32`, 2 ulp): the fused op divides exactly, so that a code can differ by one FP8 step where a quotient falls on a
+rounding boundary; the scales are the same.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .quant import (
+    FP8_DTYPE,
+    INPUT_DTYPES,
+    check_form,
+    check_group_layout,
+    empty_group_scales,
+    group_fp8_quant_reference,
+    static_fp8_quant_reference,
+)
+from .registry import register
+
+
+def _check_input(x: torch.Tensor) -> tuple[int, int]:
+    """Rows and output width of x [M, 2 * width]; ValueError on what no kernel takes."""
+    if x.dtype not in INPUT_DTYPES:
+        raise ValueError(f"x has dtype {x.dtype}; allowed: {', '.join(map(str, INPUT_DTYPES))}")
+    if x.dim() != 2:
+        raise ValueError(f"x has {x.dim()} dimensions, shape {tuple(x.shape)}; allowed: 2, [tokens, 2 * width]")
+    rows, both = x.shape
+    if both % 2 or both == 0:
+        raise ValueError(f"x has {both} columns; allowed: an even number above 0 (gate and up halves)")
+    if x.stride(1) != 1:
+        raise ValueError(f"x has stride {x.stride(1)} along its columns; allowed: 1 (rows themselves may be strided)")
+    return rows, both // 2
+
+
+def silu_mul_reference(x: torch.Tensor, act_form: str = "custom_op", *, rounded: bool = True) -> torch.Tensor:
+    """silu(gate) * up of x [..., 2 * width] in plain torch: in x's dtype, or in fp32 if `rounded` is False."""
+    gate, up = x.float().chunk(2, dim=-1)
+    silu = gate / (1.0 + torch.exp(-gate))
+    if act_form == "custom_op":
+        silu = silu.to(x.dtype).float()
+    y = silu * up
+    return y.to(x.dtype) if rounded else y
+
+
+def _activation(x: torch.Tensor, act_form: str, quant_form: str) -> torch.Tensor:
+    return silu_mul_reference(x, act_form, rounded=(act_form, quant_form) != ("native", "native"))
+
+
+# ---- group FP8 -------------------------------------------------------------------------------------------------------
+
+
+def silu_mul_group_fp8_quant_reference(
+    x: torch.Tensor,
+    group_size: int = 128,
+    column_major_scales: bool = False,
+    tma_aligned_scales: bool = False,
+    use_ue8m0: bool = False,
+    eps: float = 1e-10,
+    act_form: str = "custom_op",
+    quant_form: str = "custom_op",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`silu_mul_group_fp8_quant` in plain torch, on any device."""
+    _check_group(x, group_size, column_major_scales, tma_aligned_scales, act_form, quant_form)
+    y = _activation(x, act_form, quant_form)
+    return group_fp8_quant_reference(
+        y, group_size, column_major_scales, tma_aligned_scales, use_ue8m0, eps, quant_form
+    )
+
+
+def _check_group(
+    x: torch.Tensor, group_size: int, column_major: bool, tma_aligned: bool, act_form: str, quant_form: str
+) -> tuple[int, int]:
+    rows, width = _check_input(x)
+    check_group_layout(width, group_size, column_major, tma_aligned)
+    check_form("act_form", act_form)
+    check_form("quant_form", quant_form)
+    return rows, width
+
+
+def _group_fake(x, group_size, column_major_scales, tma_aligned_scales, use_ue8m0, eps, act_form, quant_form):
+    rows, width = _check_group(x, group_size, column_major_scales, tma_aligned_scales, act_form, quant_form)
+    scales = empty_group_scales(x, rows, width // group_size, column_major_scales, tma_aligned_scales)
+    return x.new_empty((rows, width), dtype=FP8_DTYPE), scales
+
+
+def _group_cuda(x, group_size, column_major_scales, tma_aligned_scales, use_ue8m0, eps, act_form, quant_form):
+    from ..kernels.silu_mul_quant import silu_mul_group_fp8_quant as launch
+
+    codes, scales = _group_fake(
+        x, group_size, column_major_scales, tma_aligned_scales, use_ue8m0, eps, act_form, quant_form
+    )
+    launch(x, codes, scales, group_size, use_ue8m0, eps, act_form, quant_form)
+    return codes, scales
+
+
+_GROUP = register(
+    "silu_mul_group_fp8_quant(Tensor x, int group_size, bool column_major_scales, bool tma_aligned_scales, "
+    "bool use_ue8m0, float eps, str act_form, str quant_form) -> (Tensor, Tensor)",
+    fake=_group_fake,
+    cuda=_group_cuda,
+    cpu=silu_mul_group_fp8_quant_reference,
+)
+
+
+def silu_mul_group_fp8_quant(
+    x: torch.Tensor,
+    group_size: int = 128,
+    *,
+    column_major_scales: bool = False,
+    tma_aligned_scales: bool = False,
+    use_ue8m0: bool = False,
+    eps: float = 1e-10,
+    act_form: str = "custom_op",
+    quant_form: str = "custom_op",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) * up, quantised to FP8 in groups of `group_size` along each row, in one kernel.
+
+    Args:
+        x: [M, 2 * K] bf16 or fp16, gate then up; rows may be strided, columns not. M may be 0.
+        group_size: 64 or 128; divides K.
+        column_major_scales: scales with strides (1, M) instead of (K / group_size, 1).
+        tma_aligned_scales: with column_major_scales, strides (1, M rounded up to 4); the padding is zero.
+        use_ue8m0: round each scale up to a power of two.
+        eps: floor of a group's maximum (quant_form custom_op).
+        act_form, quant_form: which of vLLM's roundings to reproduce; see the module's docstring.
+
+    Returns:
+        codes [M, K] float8_e4m3fn, contiguous, and scales [M, K / group_size] fp32 in the layout asked for.
+
+    Raises:
+        ValueError: an argument is not one of the above; the message names it, its value and what is allowed.
+
+    Mirrors vLLM's `silu_and_mul` followed by `per_token_group_fp8_quant` (DeepSeek-V3's 1 × 128 activation quantiser,
+    arXiv:2412.19437, section 3.3).
+    """
+    return _GROUP(x, group_size, column_major_scales, tma_aligned_scales, use_ue8m0, eps, act_form, quant_form)
+
+
+# ---- static FP8 ------------------------------------------------------------------------------------------------------
+
+
+def silu_mul_static_fp8_quant_reference(
+    x: torch.Tensor, scale: torch.Tensor, act_form: str = "custom_op", quant_form: str = "custom_op"
+) -> torch.Tensor:
+    """`silu_mul_static_fp8_quant` in plain torch, on any device."""
+    _check_static(x, scale, act_form, quant_form)
+    return static_fp8_quant_reference(_activation(x, act_form, quant_form), scale, quant_form)
+
+
+def _check_static(x: torch.Tensor, scale: torch.Tensor, act_form: str, quant_form: str) -> tuple[int, int]:
+    rows, width = _check_input(x)
+    if scale.numel() != 1 or scale.dtype != torch.float32:
+        raise ValueError(f"scale is {scale.dtype} of shape {tuple(scale.shape)}; allowed: one float32 value")
+    if scale.device != x.device:
+        raise ValueError(f"scale is on {scale.device}; allowed: x's device, {x.device}")
+    check_form("act_form", act_form)
+    check_form("quant_form", quant_form)
+    return rows, width
+
+
+def _static_fake(x, scale, act_form, quant_form):
+    rows, width = _check_static(x, scale, act_form, quant_form)
+    return x.new_empty((rows, width), dtype=FP8_DTYPE)
+
+
+def _static_cuda(x, scale, act_form, quant_form):
+    from ..kernels.silu_mul_quant import silu_mul_static_fp8_quant as launch
+
+    codes = _static_fake(x, scale, act_form, quant_form)
+    launch(x, scale, codes, act_form, quant_form)
+    return codes
+
+
+_STATIC = register(
+    "silu_mul_static_fp8_quant(Tensor x, Tensor scale, str act_form, str quant_form) -> Tensor",
+    fake=_static_fake,
+    cuda=_static_cuda,
+    cpu=silu_mul_static_fp8_quant_reference,
+)
+
+
+def silu_mul_static_fp8_quant(
+    x: torch.Tensor, scale: torch.Tensor, *, act_form: str = "custom_op", quant_form: str = "custom_op"
+) -> torch.Tensor:
+    """silu(gate) * up, quantised to FP8 with one given scale, in one kernel.
+
+    Args:
+        x: [M, 2 * K] bf16 or fp16, gate then up; rows may be strided, columns not. M may be 0.
+        scale: one float32 value on x's device; codes are y / scale, by way of the rounded reciprocal as in vLLM.
+        act_form, quant_form: which of vLLM's roundings to reproduce; see the module's docstring.
+
+    Returns:
+        codes [M, K] float8_e4m3fn, contiguous.
+
+    Raises:
+        ValueError: an argument is not one of the above; the message names it, its value and what is allowed.
+
+    Mirrors vLLM's `silu_and_mul` followed by `static_scaled_fp8_quant`.
+    """
+    return _STATIC(x, scale, act_form, quant_form)

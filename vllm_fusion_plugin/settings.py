@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user may set.
+
+Two places, the second wins field by field:
+
+- environment: `VLLM_FUSION_PLUGIN=0` switches the whole plugin off; `VLLM_FUSION_PLUGIN_SETTINGS='{"use_pdl": false}'`
+  holds any of the fields below as JSON (environment variables reach every worker process);
+- `vllm serve ... --additional-config '{"fusion_plugin": {"use_pdl": false}}'`.
+
+vLLM's own flags (`-cc.pass_config.fuse_act_quant=true`, ...) still decide which fusions run; nothing here repeats them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+ENV_SWITCH = "VLLM_FUSION_PLUGIN"
+ENV_SETTINGS = "VLLM_FUSION_PLUGIN_SETTINGS"
+ADDITIONAL_CONFIG_KEY = "fusion_plugin"
+
+# The stock classes that we can stand in for, by the names that vLLM's users know.
+PASSES = ("ActivationQuantFusionPass",)
+
+
+class SettingsError(ValueError):
+    """A setting that is unknown, of the wrong type or not allowed; the message names it, its value and what is allowed."""
+
+
+class Settings(BaseModel):
+    """All settings with their defaults. Unknown names are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    enabled: bool = True
+    """False: vLLM runs as if the plugin were not installed."""
+
+    stock_passes: tuple[str, ...] = ()
+    """Passes left to vLLM, for example `["ActivationQuantFusionPass"]`; the rest stay ours."""
+
+    use_pdl: bool = True
+    """Launch kernels with programmatic dependent launch where the GPU has it (compute capability 9.0 and later)."""
+
+    @field_validator("stock_passes")
+    @classmethod
+    def _known_passes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in value if name not in PASSES]
+        if unknown:
+            raise ValueError(f"unknown pass {', '.join(map(repr, unknown))}; allowed: {', '.join(PASSES)}")
+        return value
+
+
+def parse_switch(value: str | None) -> bool:
+    """`VLLM_FUSION_PLUGIN`: unset, empty or 1 is on, 0 is off; anything else is an error rather than a guess."""
+    if value is None or value.strip() in ("", "1"):
+        return True
+    if value.strip() == "0":
+        return False
+    raise SettingsError(f"{ENV_SWITCH}={value!r} is not understood; allowed: 0 (off), 1 (on, the default)")
+
+
+def _from_json(text: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise SettingsError(f"{ENV_SETTINGS}={text!r} is not JSON ({e}); allowed: an object such as {{}}") from None
+    if not isinstance(data, dict):
+        raise SettingsError(f"{ENV_SETTINGS}={text!r} is a {type(data).__name__}; allowed: a JSON object")
+    return data
+
+
+def load(additional_config: Any = None) -> Settings:
+    """Settings from the environment and from vLLM's `additional_config`.
+
+    Raises:
+        SettingsError: naming the setting, its value and what is allowed.
+    """
+    values: dict[str, Any] = _from_json(os.environ[ENV_SETTINGS]) if os.environ.get(ENV_SETTINGS) else {}
+    mine = additional_config.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional_config, dict) else None
+    if mine is not None:
+        if not isinstance(mine, dict):
+            raise SettingsError(f"additional_config[{ADDITIONAL_CONFIG_KEY!r}]={mine!r}; allowed: an object of settings")
+        values |= mine
+    if not parse_switch(os.environ.get(ENV_SWITCH)):
+        values["enabled"] = False
+    try:
+        return Settings(**values)
+    except ValidationError as e:
+        allowed = ", ".join(Settings.model_fields)
+        problems = "; ".join(
+            f"{'.'.join(map(str, x['loc']))}={x['input']!r}: {x['msg'].removeprefix('Value error, ')}" for x in e.errors()
+        )
+        raise SettingsError(f"fusion plugin settings: {problems} (settings: {allowed})") from None
