@@ -9,7 +9,11 @@ Every change to vLLM is made in this file and says what, why, since which vLLM, 
 idempotent: vLLM may load plugins more than once in a process.
 """
 
+from __future__ import annotations
+
 import dataclasses
+import logging
+import os
 from collections.abc import Collection
 
 import torch
@@ -17,14 +21,25 @@ import vllm.model_executor.kernels.linear as linear_kernels
 from vllm.compilation.passes import pass_manager as stock_pass_manager
 from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.config import CompilationMode, PassConfig, VllmConfig
-from vllm.logger import init_logger
 from vllm.model_executor.kernels.linear import Fp8BlockScaledMMLinearKernel
 from vllm.platforms import current_platform
 from vllm.platforms.interface import PlatformEnum
 
-logger = init_logger(__name__)
+from .settings import SettingsError
 
+logger = logging.getLogger("vllm.fusion_plugin")
+
+ENV_CPU = "VLLM_FUSION_PLUGIN_CPU"
 FUSION_FLAG_PREFIXES = ("fuse_", "enable_")
+
+
+def enable_if_asked() -> None:
+    """enable(), if VLLM_FUSION_PLUGIN_CPU=1."""
+    value = os.environ.get(ENV_CPU, "").strip()
+    if value not in ("", "0", "1"):
+        raise SettingsError(f"{ENV_CPU}={value!r} is not understood; allowed: 1 (on), 0 (off, the default)")
+    if value == "1":
+        enable()
 
 
 def enable(our_flags: Collection[str] = ("fuse_act_quant",)) -> None:

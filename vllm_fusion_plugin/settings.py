@@ -82,7 +82,9 @@ def load(additional_config: Any = None) -> Settings:
     mine = additional_config.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional_config, dict) else None
     if mine is not None:
         if not isinstance(mine, dict):
-            raise SettingsError(f"additional_config[{ADDITIONAL_CONFIG_KEY!r}]={mine!r}; allowed: an object of settings")
+            raise SettingsError(
+                f"additional_config[{ADDITIONAL_CONFIG_KEY!r}]={mine!r}; allowed: an object of settings"
+            )
         values |= mine
     if not parse_switch(os.environ.get(ENV_SWITCH)):
         values["enabled"] = False
@@ -91,6 +93,7 @@ def load(additional_config: Any = None) -> Settings:
     except ValidationError as e:
         allowed = ", ".join(Settings.model_fields)
         problems = "; ".join(
-            f"{'.'.join(map(str, x['loc']))}={x['input']!r}: {x['msg'].removeprefix('Value error, ')}" for x in e.errors()
+            f"{'.'.join(map(str, x['loc']))}={x['input']!r}: {x['msg'].removeprefix('Value error, ')}"
+            for x in e.errors()
         )
         raise SettingsError(f"fusion plugin settings: {problems} (settings: {allowed})") from None

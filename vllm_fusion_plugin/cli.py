@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `vllm-fusion-plugin` command."""
+
+from __future__ import annotations
+
+import enum
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__, demo
+from .report import sum_match_tables
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fusion passes and fused kernels for vLLM.")
+
+WHAT_THE_DEMO_IS = """\
+vllm-fusion-plugin {version}, vLLM {vllm} on CPU, a random 2-layer Qwen3 with FP8 weights in 128x128 blocks.
+Real: vLLM's engine and compiler, and our passes matching and replacing in its graphs.
+Stand-ins: the fused op's plain-torch reference, and a reference linear kernel of ours for the FP8 blocks.
+Rounding: as in eager torch for both engines (emulate_precision_casts); else Inductor's own fusions move last bits.
+Nothing here measures speed.
+"""
+
+
+class TensorParallel(str, enum.Enum):
+    one = "1"
+    two = "2"
+    all = "all"
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (1, 2) if self is TensorParallel.all else (int(self.value),)
+
+
+@app.callback()
+def _root() -> None:
+    pass  # so that a single command keeps its name
+
+
+@app.command("demo")
+def demo_command(
+    tensor_parallel_size: Annotated[
+        TensorParallel, typer.Option(help="Ranks a run has; 2 needs two CPU cores.")
+    ] = TensorParallel.all,
+    keep: Annotated[
+        Path | None, typer.Option(help="Keep model, logs, results and compiled code in this folder.", file_okay=False)
+    ] = None,
+    break_op: Annotated[
+        bool, typer.Option("--break-op", help="Make the fused op wrong, to see the comparison fail.")
+    ] = False,
+) -> None:
+    """Run vLLM's CPU engine with fusions on and off, compare the tokens, and show what fused.
+
+    Exit status 0: the same tokens, and something fused on every rank.  1: not so.  2: the demo cannot run here.
+    """
+    console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    folder = keep or Path(tempfile.mkdtemp(prefix="vllm-fusion-plugin-demo-"))
+    try:
+        console.print(WHAT_THE_DEMO_IS.format(version=__version__, vllm=demo.cpu_vllm_version()), highlight=False)
+        model = _write_checkpoint(folder / "model")
+        comparisons: list[demo.Comparison] = []
+        for size in tensor_parallel_size.sizes:
+            comparisons.append(
+                demo.compare(size, model, folder, break_op=break_op, progress=lambda t: console.print(t, style="dim"))
+            )
+    except demo.DemoError as e:
+        errors.print(f"error: {e}", style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from None
+    for table in _tables(comparisons):
+        console.print(table)
+    passed = all(c.passed for c in comparisons)
+    console.print(*_verdict(comparisons, break_op), sep="\n", style="green" if passed else "red", highlight=False)
+    if keep or not passed:
+        console.print(f"Logs, results and compiled code: {folder}", soft_wrap=True, highlight=False)
+    else:
+        shutil.rmtree(folder)
+    raise typer.Exit(0 if passed else 1)
+
+
+def _write_checkpoint(folder: Path) -> Path:
+    from .demo_checkpoint import write_checkpoint  # imports torch: only once it is known that there is one
+
+    return write_checkpoint(folder)
+
+
+def _tables(comparisons: list[demo.Comparison]) -> list[Table]:
+    summary = Table(title="Fusions on against fusions off", box=box.SIMPLE)
+    for column in ("TP", "pass", "matches", "by rank", "same tokens", "max |Δ logprob|"):
+        summary.add_column(column, justify="left" if column == "pass" else "right", overflow="fold")
+    tables = [summary]
+    for c in comparisons:
+        for name, matches in sum_match_tables(c.on.match_tables).items() or [("none", 0)]:
+            summary.add_row(
+                str(c.tensor_parallel_size),
+                name,
+                str(matches),
+                " + ".join(str(table.get(name, 0)) for table in c.on.match_tables),
+                f"{c.tokens - c.tokens_differing} of {c.tokens}",
+                f"{c.largest_logprob_difference:.6f}",
+            )
+        for table in c.report.tables():
+            table.title, table.box = f"{table.title}, TP {c.tensor_parallel_size}", box.SIMPLE
+            tables.append(table)
+    return tables
+
+
+def _verdict(comparisons: list[demo.Comparison], break_op: bool) -> list[str]:
+    lines = []
+    for c in comparisons:
+        where = f"TP {c.tensor_parallel_size}"
+        if not c.fused_on_every_rank:
+            lines.append(f"{where}: FAILED, a rank fused nothing")
+        if c.tokens_differing:
+            lines.append(f"{where}: FAILED, {c.tokens_differing} of {c.tokens} tokens differ")
+        if c.passed:
+            lines.append(f"{where}: passed, {c.tokens} tokens the same")
+    if break_op:
+        caught = all(c.tokens_differing for c in comparisons)
+        lines.append(
+            "The fused op was wrong on purpose: "
+            + ("the comparison noticed." if caught else "the comparison did NOT notice.")
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    app()

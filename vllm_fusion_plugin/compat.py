@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that depends on which vLLM is installed, and every vLLM internal that we reach into.
+
+Each entry: what it does, why, since when, and when it can go. Nothing else in the package asks for a version.
+Read against 0.20.2, 0.26.0, 0.32.0 and 0.33.0. Features are probed, not derived from version numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+logger = logging.getLogger("vllm.fusion_plugin")
+
+STOCK_PASS_MANAGER = "vllm.compilation.passes.pass_manager.PostGradPassManager"
+
+# Ops that quantise inside, by the name they have in the graph, and what to tell a user who looks for a fusion there.
+# Until upstream shows the quantiser in the graph (or our passes replace the whole op).
+OPAQUE_QUANTISERS = {
+    "vllm.flashinfer_fp8_blockscale_gemm": (
+        "FlashInfer's block-scaled GEMM quantises its input inside one opaque op, so there is no quantiser in the graph "
+        "to fuse with; VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0 selects a GEMM that takes quantised input"
+    ),
+}
+
+
+# ---- graph -----------------------------------------------------------------------------------------------------------
+
+
+def called_op(node: fx.Node) -> str:
+    """ "namespace.name" of the op that a node calls, looking through auto_functionalized; the target's name otherwise."""
+    target = node.target
+    if "auto_functionalized" in str(target) and node.args:
+        target = node.args[0]
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.replace("::", ".")
+    return str(getattr(target, "__name__", target))
+
+
+def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether shapes agree for every value of the symbols in them."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return a.dim() == b.dim() and all(statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True))
+
+
+def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether strides agree for every value of the symbols in them; strides of dimensions of size 1 do not count."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return all(
+        statically_known_true(x == y) or statically_known_true(size == 1)
+        for x, y, size in zip(a.stride(), b.stride(), a.shape, strict=True)
+    )
+
+
+# ---- ops and layers --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def load_custom_ops() -> None:
+    """Make torch.ops._C.* known. `vllm._custom_ops` does so in every version; which extension it loads has changed
+    (`_C` up to 0.20, `_C_stable_libtorch` since 0.26)."""
+    import vllm._custom_ops  # noqa: F401
+
+
+def uncompiled_layer(layer: type) -> dict[str, Any]:
+    """`compile_native=False` where a CustomOp layer has it (since 0.20): without it, building the layer inside a pass
+    would wrap forward_native in torch.compile, which cannot be traced as a pattern."""
+    return {"compile_native": False} if "compile_native" in inspect.signature(layer.__init__).parameters else {}
+
+
+def static_quant_extra_arguments() -> dict[str, Any]:
+    """`group_shape` of static_scaled_fp8_quant, which the layer passes since 0.32; Inductor's matcher wants every keyword
+    of the pattern in the graph, so the pattern has to pass what the graph does. Can go with support for 0.26."""
+    schema = torch.ops._C.static_scaled_fp8_quant.default._schema
+    if any(a.name == "group_shape" for a in schema.arguments):
+        return {"group_shape": [-1, -1]}
+    return {}
+
+
+# ---- pass manager ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def stand_ins(classes: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """While stock's pass manager configures itself, give it our classes under stock's names.
+
+    `PostGradPassManager.configure` names pass classes as globals of its module (all versions read). Replacing the names
+    there keeps order, flags and platform conditions in stock's hands, and no stock pattern is traced for nothing. On
+    platforms where stock does not import a class the name is simply there for the time being.
+    Goes when the pass manager takes passes from a registry.
+    """
+    module = sys.modules[STOCK_PASS_MANAGER.rpartition(".")[0]]
+    missing = object()
+    before = {name: getattr(module, name, missing) for name in classes}
+    for name, cls in classes.items():
+        setattr(module, name, cls)
+    try:
+        yield
+    finally:
+        for name, cls in before.items():
+            if cls is missing:
+                delattr(module, name)
+            else:
+                setattr(module, name, cls)
+
+
+def stock_pass(name: str) -> Any:
+    """Stock's pass class of that name, or None where this vLLM or platform has none."""
+    module = sys.modules.get(STOCK_PASS_MANAGER.rpartition(".")[0])
+    return getattr(module, name, None)
+
+
+def install_pass_manager(qualname: str) -> str | None:
+    """Name our pass manager to vLLM; the reason if that cannot be done."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    getter = getattr(platform, "get_pass_manager_cls", None)
+    if getter is None:
+        return f"{platform.__name__} has no get_pass_manager_cls: this vLLM has no seam for pass managers"
+    now = getter()
+    if now == qualname:
+        return None
+    if now != STOCK_PASS_MANAGER:
+        return f"the pass manager is {now} already, not stock's; two that replace it cannot be combined"
+    platform.get_pass_manager_cls = classmethod(lambda cls: qualname)  # type: ignore[assignment]
+    return None
+
+
+def remove_pass_manager(qualname: str) -> None:
+    """Undo `install_pass_manager` in this process."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    if getattr(platform, "get_pass_manager_cls", lambda: None)() == qualname and "get_pass_manager_cls" in vars(
+        platform
+    ):
+        del platform.get_pass_manager_cls  # type: ignore[attr-defined]
+
+
+def hook_compiler(begin: Callable[..., None], end: Callable[..., None]) -> bool:
+    """Call `begin(graph_index, compile_range, nodes)` and `end(artefact)` around every subgraph that vLLM compiles.
+
+    The pass manager alone cannot know how often an artefact is reused: vLLM stops compiling before any pass runs when it
+    has an identical graph already. Reporting only; False if this vLLM has no such method. Re-entrant.
+    """
+    from vllm.compilation.backends import CompilerManager
+
+    original = getattr(CompilerManager, "compile", None)
+    if original is None:
+        return False
+    if hasattr(original, "_fusion_plugin"):
+        return True
+
+    @functools.wraps(original)
+    def compile(self: Any, graph: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            bound = inspect.signature(original).bind(self, graph, *args, **kwargs).arguments
+            begin(bound.get("graph_index", 0), bound.get("compile_range"), list(graph.graph.nodes))
+        except Exception as e:  # a report must never stop a model from compiling
+            logger.warning("fusion report: subgraph not recorded: %r", e)
+        artefact = original(self, graph, *args, **kwargs)
+        end(artefact)
+        return artefact
+
+    compile._fusion_plugin = True  # type: ignore[attr-defined]
+    CompilerManager.compile = compile
+    return True
+
+
+# ---- compile cache ---------------------------------------------------------------------------------------------------
+
+
+def hash_into_config(fingerprint: Callable[[Any], str | None], prepare: Callable[[], None]) -> None:
+    """Make `VllmConfig.compute_hash` cover `fingerprint(config)`, and call `prepare()` first.
+
+    Both of vLLM's caches (AOT artefacts, and the Inductor artefacts of VllmBackend) name their folders by it, and both ask
+    before they load: `prepare` registers our ops, which a loaded artefact calls although no pass has run. A folder that
+    the user names (`compilation_config.cache_dir`) is not hashed by vLLM at all, so ours get one below it.
+    All versions read. Goes when plugins can add hash factors.
+    """
+    from vllm.config import VllmConfig
+
+    original = VllmConfig.compute_hash
+    if hasattr(original, "_fusion_plugin"):
+        return
+
+    @functools.wraps(original)
+    def compute_hash(self: Any, *args: Any, **kwargs: Any) -> str:
+        import hashlib
+
+        stock = original(self, *args, **kwargs)
+        mine = fingerprint(self)
+        if mine is None:
+            return stock
+        prepare()
+        _own_cache_folder(self.compilation_config, mine)
+        return hashlib.sha256(f"{stock} {mine}".encode()).hexdigest()[: len(stock)]
+
+    compute_hash._fusion_plugin = True  # type: ignore[attr-defined]
+    VllmConfig.compute_hash = compute_hash  # type: ignore[method-assign]
+
+
+def _own_cache_folder(compilation_config: Any, fingerprint: str) -> None:
+    # Only a folder that is there before vLLM chose one is the user's; vLLM writes its own choice into the same field.
+    if compilation_config.__dict__.setdefault("_fusion_plugin_cache_dir", compilation_config.cache_dir or "") and (
+        fingerprint not in compilation_config.cache_dir
+    ):
+        compilation_config.cache_dir = os.path.join(compilation_config.cache_dir, f"vllm_fusion_plugin-{fingerprint}")
+
+
+# ---- workers ---------------------------------------------------------------------------------------------------------
+
+
+def attach_worker_methods(methods: dict[str, Callable[[Any], Any]]) -> None:
+    """Give every worker `methods`; a worker class that defines one itself (GPU workers have `get_compilation_match_table`)
+    keeps its own."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    for name, method in methods.items():
+        if not hasattr(WorkerBase, name):
+            setattr(WorkerBase, name, method)
+
+
+def stock_match_table() -> dict[str, int]:
+    """vLLM's own match table, in which our passes count too; empty where this vLLM has none."""
+    from vllm.compilation.passes import vllm_inductor_pass
+
+    getter = getattr(vllm_inductor_pass, "get_match_table", None)
+    return getter() if getter else {}

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run of vLLM's engine on CPU, in a process of its own: `python -m vllm_fusion_plugin.demo_engine JOB RESULT`.
+
+JOB and RESULT are JSON files holding an EngineJob and an EngineResult. One process a run, because compiled code, match
+counts and environment belong to a process, and because a run must inherit nothing from the one it is compared with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# Unlike lengths, so that prefill meets batches of unlike sizes.
+PROMPTS = (tuple(range(3, 12)), (100, 7, 9), tuple(range(200, 260, 3)))
+
+# Inductor keeps values in fp32 where eager would round them, and which ones depends on what it puts into one loop: with
+# and without fusions the last bits differ, and so, sooner or later, do tokens. With this it rounds where eager does.
+INDUCTOR_CONFIG = {"emulate_precision_casts": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineJob:
+    model: str
+    tensor_parallel_size: int = 1
+    pass_config: dict[str, bool] = dataclasses.field(default_factory=dict)
+    additional_config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    break_op: bool = False
+    """Generate with a fused op that is wrong: a comparison that does not notice shows nothing."""
+    max_tokens: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineResult:
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    """Of the tokens chosen, one list a prompt."""
+    match_tables: list[dict[str, int]]
+    """vLLM's own, one a rank."""
+    reports: list[dict[str, Any]]
+    """The plugin's RankReport, one a rank; empty where the plugin is off."""
+    counters: list[dict[str, int]]
+    """vLLM's compilation counters, one a rank: how often it compiled, saved, loaded."""
+    compilation_mode: str
+    seconds: float
+
+
+class WorkerProbe:
+    """What a run asks of each worker besides what vLLM and the plugin offer; vLLM mixes it into its worker class."""
+
+    def compilation_counters(self) -> dict[str, int]:
+        from vllm.compilation.counter import compilation_counter
+
+        return dataclasses.asdict(compilation_counter)
+
+    def break_fused_op(self) -> None:
+        """From now on the fused op of this process writes half of every code; compiled code finds it by name."""
+        import torch
+
+        from .ops.silu_mul_quant import silu_mul_group_fp8_quant_reference
+
+        def halved(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            codes, scales = silu_mul_group_fp8_quant_reference(*args)
+            return (codes.float() / 2).to(codes.dtype), scales
+
+        # Kept on the worker: the kernel goes away with its library.
+        self._broken = torch.library.Library("vllm_fusion_plugin", "IMPL")
+        self._broken.impl("silu_mul_group_fp8_quant", halved, "CPU", allow_override=True)
+
+
+def run(job: EngineJob) -> EngineResult:
+    from vllm import LLM, SamplingParams
+
+    start = time.monotonic()
+    llm = LLM(
+        job.model,
+        tensor_parallel_size=job.tensor_parallel_size,
+        compilation_config={"pass_config": job.pass_config, "inductor_compile_config": INDUCTOR_CONFIG},
+        additional_config=job.additional_config,
+        worker_extension_cls=f"{WorkerProbe.__module__}.{WorkerProbe.__qualname__}",
+        skip_tokenizer_init=True,
+        max_model_len=128,
+        max_num_seqs=4,
+        disable_log_stats=True,
+    )
+    if job.break_op:
+        llm.collective_rpc("break_fused_op")
+    sampling = SamplingParams(
+        temperature=0, max_tokens=job.max_tokens, ignore_eos=True, detokenize=False, logprobs=1
+    )
+    prompts = [{"prompt_token_ids": list(prompt)} for prompt in PROMPTS]
+    completions = [output.outputs[0] for output in llm.generate(prompts, sampling, use_tqdm=False)]
+    return EngineResult(
+        tokens=[list(c.token_ids) for c in completions],
+        logprobs=[
+            [step[token].logprob for token, step in zip(c.token_ids, c.logprobs, strict=True)] for c in completions
+        ],
+        match_tables=llm.collective_rpc("get_compilation_match_table"),
+        reports=llm.collective_rpc("get_fusion_report") if _plugin_loaded() else [],
+        counters=llm.collective_rpc("compilation_counters"),
+        compilation_mode=llm.llm_engine.vllm_config.compilation_config.mode.name,
+        seconds=time.monotonic() - start,
+    )
+
+
+def _plugin_loaded() -> bool:
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    return hasattr(WorkerBase, "get_fusion_report")
+
+
+def main(job_file: str, result_file: str) -> None:
+    job = EngineJob(**json.loads(Path(job_file).read_text()))
+    Path(result_file).write_text(json.dumps(dataclasses.asdict(run(job)), indent=1))
+
+
+if __name__ == "__main__":
+    # Called under the module's own name: workers import WorkerProbe by it.
+    from . import demo_engine
+
+    demo_engine.main(*sys.argv[1:])

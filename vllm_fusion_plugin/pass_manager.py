@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stock's pass manager, with our passes in stock's places.
+
+vLLM imports this module by name when it is about to compile (see plugin.py); nothing else may import it earlier, because it
+pulls in torch's compiler.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from torch import fx
+from vllm.compilation.passes.inductor_pass import get_pass_context
+from vllm.compilation.passes.pass_manager import PostGradPassManager
+from vllm.config import VllmConfig
+
+from . import compat, settings
+from .report import RECORDER
+
+logger = logging.getLogger("vllm.fusion_plugin")
+
+# Stock's class -> the module of ours with that name.
+OURS = {"ActivationQuantFusionPass": "silu_mul_quant"}
+
+
+def our_pass(name: str) -> type:
+    """Our pass class of that name; importing it registers the ops that it puts into graphs."""
+    return getattr(import_module(f"{__package__}.passes.{OURS[name]}"), name)
+
+
+def _build(name: str, stock: Callable[..., Any] | None, config: VllmConfig) -> Any:
+    """Our pass, or stock's with a warning if ours cannot be made here."""
+    try:
+        made = our_pass(name)(config)
+    except Exception as e:
+        if stock is None:
+            raise
+        RECORDER.report.passes[name] = f"stock's: ours failed: {type(e).__name__}: {e}"
+        logger.warning("vllm-fusion-plugin: %s is vLLM's own; ours failed: %s: %s", name, type(e).__name__, e)
+        return stock(config)
+    RECORDER.report.passes[name] = "ours"
+    return made
+
+
+class FusionPassManager(PostGradPassManager):
+    """PostGradPassManager that builds our passes where it would have built the stock ones of the same name."""
+
+    def configure(self, config: VllmConfig) -> None:
+        RECORDER.report.rank = config.parallel_config.rank
+        RECORDER.report.manager = "active"
+        self._kept_in = config.compilation_config
+        chosen = settings.load(config.additional_config)
+        stand_ins = {
+            name: functools.partial(_build, name, compat.stock_pass(name))
+            for name in OURS
+            if name not in chosen.stock_passes
+        }
+        RECORDER.report.passes |= {name: "stock's: settings leave it to vLLM" for name in chosen.stock_passes}
+        RECORDER.report.passes |= {name: "off: its flag is not set" for name in stand_ins}
+        with compat.stand_ins(stand_ins):
+            super().configure(config)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        RECORDER.begin_passes(get_pass_context().compile_range)
+        super().__call__(graph)
+        RECORDER.save(self._kept_in.local_cache_dir)
+
+
+compat.hook_compiler(RECORDER.begin_subgraph, RECORDER.end_subgraph)

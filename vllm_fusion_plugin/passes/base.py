@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every fusion pass is made of: patterns with their replacements, and the pass that looks for them."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch._inductor.pattern_matcher as pm
+from torch import fx
+from torch._inductor.fx_passes.post_grad import view_to_reshape
+from torch._inductor.pattern_matcher import Match, PatternMatcherPass
+from vllm.compilation.passes.inductor_pass import enable_fake_mode
+from vllm.compilation.passes.vllm_inductor_pass import VllmInductorPass, VllmPatternMatcherPass
+from vllm.config import VllmConfig
+
+from .. import compat, fingerprint, report, settings
+
+aten = torch.ops.aten
+
+
+class DuplicatePatternError(ValueError):
+    """Two patterns of one pass look for the same graph: one of them could never match."""
+
+
+class PatternReplacement(ABC):
+    """A subgraph to look for, and what to put in its place.
+
+    Both are traced from plain functions on `inputs()`, so that a pattern reads like the model code that it finds.
+    Parameters (group size, layout, ...) belong to the instance and to its `key()`.
+    """
+
+    @abstractmethod
+    def pattern(self, *inputs: Any) -> Any:
+        """The computation as the model's graph holds it."""
+
+    @abstractmethod
+    def replacement(self, *inputs: Any) -> Any:
+        """The same, fused; same inputs, outputs, shapes, dtypes and strides."""
+
+    @abstractmethod
+    def inputs(self) -> list[torch.Tensor]:
+        """Example tensors, made under fake tensor mode; their values are never read."""
+
+    @abstractmethod
+    def key(self) -> str:
+        """Name and parameters, unique within a pass; shown in reports, hashed into the compile cache."""
+
+    def possible(self, ops: OpIndex) -> bool:
+        """Whether a graph with these ops can hold the pattern at all. A cheap look that saves tracing: tracing a pattern
+        takes 50 ms or so, and of the dozens that a pass knows a model has one or two."""
+        return True
+
+    def refuse(self, match: Match) -> str | None:
+        """Why a match that fits by structure is not to be replaced, or None if it is."""
+        return None
+
+
+class OpIndex(dict[str, list[fx.Node]]):
+    """The nodes of a graph by the op that they call, "namespace.name", auto_functionalized ops by their own name."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__()
+        for node in graph.nodes:
+            if node.op == "call_function":
+                self.setdefault(compat.called_op(node), []).append(node)
+
+
+def normalise(graph: fx.Graph) -> None:
+    """Bring a traced pattern, or a graph before matching, into one form.
+
+    Consecutive reshapes become one; reshapes to the same shape and identity permutations go. make_fx records every one that
+    the Python code makes, vLLM drops some and keeps others (all of them without `eliminate_noops`), and a single one left
+    over on either side keeps a pattern from ever matching.
+    """
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        source = node.args[0]
+        if node.target is aten.reshape.default:
+            if source.target is aten.reshape.default and len(source.users) == 1:
+                node.update_arg(0, source.args[0])
+                graph.erase_node(source)
+                source = node.args[0]
+            if not compat.same_shape(source.meta["val"], node.meta["val"]):
+                continue
+        elif node.target is not aten.permute.default or list(node.args[1]) != sorted(node.args[1]):
+            continue
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+
+
+def _trace(*args: Any, **kwargs: Any) -> fx.GraphModule:
+    gm = pm.fwd_only(*args, **kwargs)
+    view_to_reshape(gm)
+    normalise(gm.graph)
+    return gm
+
+
+class FusionPass(VllmPatternMatcherPass):
+    """Base of our passes: registers patterns, replaces, counts, reports, and says who it is to the compile cache.
+
+    A subclass sets `pass_name` (stock's name, where it stands in for a stock pass) and registers its patterns in
+    `__init__(config)`.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, config: VllmConfig) -> None:
+        super().__init__(config)
+        self.pass_name = self.name
+        self.matched_count = 0
+        self.pm_pass = PatternMatcherPass(pass_name=self.name)
+        self.patterns: dict[str, PatternReplacement] = {}
+        self._traced: dict[str, str] = {}
+        self._refused: dict[fx.Node, str] = {}
+        self._fingerprint = fingerprint.fingerprint(settings.load(config.additional_config))
+
+    def register(self, replacement: PatternReplacement) -> None:
+        """Look for one more pattern, traced when a graph first has the ops for it.
+
+        Raises:
+            DuplicatePatternError: a pattern of this key is registered already.
+        """
+        key = replacement.key()
+        if key in self.patterns:
+            raise DuplicatePatternError(f"{self.name}: pattern {key!r} is registered already; keys must differ")
+        self.patterns[key] = replacement
+
+    def trace_patterns(self, ops: OpIndex | None = None) -> None:
+        """Trace the patterns that a graph with `ops` can hold, all of them if None.
+
+        Raises:
+            DuplicatePatternError: two patterns look for the same graph: the second could never match.
+        """
+        for key, replacement in self.patterns.items():
+            if key not in self._traced and (ops is None or replacement.possible(ops)):
+                self._trace_pattern(key, replacement)
+
+    @enable_fake_mode
+    def _trace_pattern(self, key: str, replacement: PatternReplacement) -> None:
+        inputs = replacement.inputs()
+        search = _bind(replacement.pattern, len(inputs))
+        trace = _trace(search, inputs)
+        graph = "\n".join(f"{n.op} {n.target} {n.args} {n.kwargs}" for n in trace.graph.nodes)
+        for other, text in self._traced.items():
+            if text == graph:
+                raise DuplicatePatternError(
+                    f"{self.name}: pattern {key!r} looks for the same graph as {other!r}; drop one or make them differ"
+                )
+        pm.register_replacement(
+            search,
+            _bind(replacement.replacement, len(inputs)),
+            inputs,
+            _trace,
+            self.pm_pass,
+            extra_check=lambda match: self._accept(replacement, match),
+        )
+        self._traced[key] = graph
+
+    def dump(self, config: VllmConfig) -> None:
+        """Write the patterns where vLLM's debug dumps go, if it dumps; all of them, also those that no graph asked for."""
+        if config.compile_debug_dump_path():
+            self.trace_patterns()
+            self.dump_patterns(config, self.pm_pass)
+
+    def _accept(self, replacement: PatternReplacement, match: Match) -> bool:
+        reason = replacement.refuse(match)
+        if reason is not None:
+            self._refused[match.nodes[-1]] = f"{replacement.key()}: {reason}"
+            return False
+        report.RECORDER.found(self.pass_name, replacement.key(), _innermost_common(match.nodes))
+        return True
+
+    def explain(self, graph: fx.Graph) -> None:
+        """Report what the pass would have liked to fuse in `graph` and could not; called after it ran."""
+
+    @VllmInductorPass.time_and_log
+    def __call__(self, graph: fx.Graph) -> None:
+        self._refused.clear()
+        normalise(graph)
+        self.trace_patterns(OpIndex(graph))
+        self.matched_count = self.pm_pass.apply(graph)
+        VllmPatternMatcherPass.match_table[self.pass_name] += self.matched_count
+        for node, reason in self._refused.items():
+            report.RECORDER.missed(self.pass_name, reason, report.module_of(node))
+        self.explain(graph)
+
+    def uuid(self) -> str:
+        """Changes with the pass, its patterns and their parameters, trace preprocessing, ops, kernels and settings: the
+        fingerprint covers every source file of these, the keys cover what the configuration made of them."""
+        return hashlib.sha256(
+            repr([self._fingerprint, type(self).__qualname__, sorted(self.patterns)]).encode()
+        ).hexdigest()
+
+
+def _bind(function: Callable[..., Any], arity: int) -> Callable[..., Any]:
+    """A plain function of `arity` named arguments: Inductor reads argument names off the signature."""
+    names = ", ".join(f"arg{i}" for i in range(arity))
+    return eval(f"lambda {names}: function({names})", {"function": function})
+
+
+def _innermost_common(nodes: list[fx.Node]) -> str:
+    """The module that a match belongs to: what the paths of its nodes have in common."""
+    paths = [path.split(".") for path in map(report.module_of, nodes) if path]
+    common = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ActivationQuantFusionPass: SiLU·mul and the quantiser behind it become one op. Stands in for vLLM's pass of that name."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+from torch._inductor.pattern_matcher import Match
+from vllm.config import VllmConfig
+
+from .. import compat, report
+from ..ops import silu_mul_quant as ops
+from ..ops.quant import GROUP_SIZES, empty_group_scales
+from . import matchers
+from .base import FusionPass, OpIndex, PatternReplacement
+
+ROWS, GROUPS = 5, 4  # example sizes: unlike each other and unlike 1, so that no two dimensions are mistaken
+
+aten = torch.ops.aten
+
+
+def _rounding(act_form: str, quant_form: str, precision_casts: bool) -> str:
+    """act_form to hand to the op: which roundings the graph's SiLU·mul would have made.
+
+    With Inductor's `emulate_precision_casts` the native form rounds where eager does, which is where the custom op does.
+    """
+    return "custom_op" if act_form == "custom_op" or precision_casts else "native"
+
+
+class SiluMulQuant(PatternReplacement):
+    """Common to all: x [M, 2 * K] -> SiLU·mul in one of its forms -> a quantiser."""
+
+    def __init__(self, act_form: str, quant: Any, dtype: torch.dtype, precision_casts: bool) -> None:
+        self.act_form = act_form
+        self.silu_mul = matchers.silu_mul_forms()[act_form]
+        self.quant = quant
+        self.dtype = dtype
+        self.forms = {
+            "act_form": _rounding(act_form, quant.form, precision_casts),
+            "quant_form": quant.form,
+        }
+
+    def possible(self, ops: OpIndex) -> bool:
+        return matchers.SILU_MUL_OPS[self.act_form] in ops and self.quant.possible(ops)
+
+    def key(self) -> str:
+        rounding = "" if self.forms["act_form"] == self.act_form else ",precision_casts"
+        return f"silu_mul[{self.act_form}{rounding}]+{self.quant}"
+
+    def refuse(self, match: Match) -> str | None:
+        x = match.kwargs["arg0"].meta["val"]
+        if x.dim() != 2:
+            return f"input has {x.dim()} dimensions; fused where there are 2"
+        if x.dtype not in (torch.bfloat16, torch.float16):
+            return f"input is {x.dtype}; fused for bfloat16 and float16"
+        if x.stride(-1) != 1:
+            return "input's columns are strided"
+        return None
+
+
+class SiluMulGroupQuant(SiluMulQuant):
+    quant: matchers.GroupQuant
+
+    def inputs(self) -> list[torch.Tensor]:
+        width = GROUPS * self.quant.group_size
+        return [matchers.empty(ROWS, 2 * width, dtype=self.dtype), *self.quant.inputs(ROWS, width)]
+
+    def pattern(self, x: torch.Tensor, *buffers: torch.Tensor) -> Any:
+        return self.quant(self.silu_mul(x), *buffers)
+
+    def replacement(self, x: torch.Tensor, *buffers: torch.Tensor) -> Any:
+        q = self.quant
+        return torch.ops.vllm_fusion_plugin.silu_mul_group_fp8_quant.default(
+            x,
+            q.group_size,
+            q.column_major_scales,
+            q.tma_aligned_scales,
+            q.use_ue8m0,
+            q.eps,
+            self.forms["act_form"],
+            self.forms["quant_form"],
+        )
+
+    def refuse(self, match: Match) -> str | None:
+        if reason := super().refuse(match):
+            return reason
+        if self.quant.form == "native":
+            return None
+        codes, scales = (match.kwargs[f"arg{i}"].meta["val"] for i in (1, 2))
+        if codes.dtype != ops.FP8_DTYPE:
+            return f"the quantiser writes {codes.dtype}; fused for {ops.FP8_DTYPE}"
+        want = empty_group_scales(scales, *scales.shape, self.quant.column_major_scales, self.quant.tma_aligned_scales)
+        if not compat.same_strides(scales, want):
+            return f"the scales' strides {tuple(scales.stride())} are not those of the layout the quantiser is told"
+        return None
+
+
+class SiluMulStaticQuant(SiluMulQuant):
+    quant: matchers.StaticQuant
+
+    def inputs(self) -> list[torch.Tensor]:
+        width = GROUPS * 16
+        x = matchers.empty(ROWS, 2 * width, dtype=self.dtype)
+        return [x, matchers.empty(1, dtype=torch.float32), *self.quant.inputs(ROWS, width)]
+
+    def pattern(self, x: torch.Tensor, scale: torch.Tensor, *buffers: torch.Tensor) -> Any:
+        return self.quant(self.silu_mul(x), scale, *buffers)
+
+    def replacement(self, x: torch.Tensor, scale: torch.Tensor, *buffers: torch.Tensor) -> Any:
+        return torch.ops.vllm_fusion_plugin.silu_mul_static_fp8_quant.default(
+            x, scale, self.forms["act_form"], self.forms["quant_form"]
+        )
+
+    def refuse(self, match: Match) -> str | None:
+        if reason := super().refuse(match):
+            return reason
+        scale = match.kwargs["arg1"].meta["val"]
+        return None if scale.numel() == 1 else f"{scale.numel()} scales; fused for one scale a tensor"
+
+
+class ActivationQuantFusionPass(FusionPass):
+    """Fuses SiLU·mul with the static FP8, group FP8 or NVFP4 quantiser behind it.
+
+    Both SiLU·mul and the quantiser may be vLLM's custom ops or decomposed to aten. Takes a VllmConfig, as stock does.
+    """
+
+    name: ClassVar[str] = "activation_quant_fusion_pass"
+
+    def __init__(self, config: VllmConfig) -> None:
+        super().__init__(config)
+        precision_casts = bool(config.compilation_config.inductor_compile_config.get("emulate_precision_casts"))
+        dtype = self.model_dtype if self.model_dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+        for act_form in matchers.silu_mul_forms():
+            for group_quant in matchers.group_quants(GROUP_SIZES):
+                self.register(SiluMulGroupQuant(act_form, group_quant, dtype, precision_casts))
+            for static_quant in matchers.static_quants():
+                self.register(SiluMulStaticQuant(act_form, static_quant, dtype, precision_casts))
+        self.dump(config)
+
+    def explain(self, graph: fx.Graph) -> None:
+        for node in silu_mul_outputs(graph):
+            report.RECORDER.missed(self.name, _why(node), report.module_of(node))
+
+
+def silu_mul_outputs(graph: fx.Graph) -> list[fx.Node]:
+    """Results of SiLU·mul still in the graph, in either form."""
+    found = []
+    for node in graph.nodes:
+        if node.target is aten.exp.default:
+            product = _native_product(node)
+            if product is not None:
+                found.append(product)
+        elif compat.called_op(node) == "_C.silu_and_mul":
+            found += [user for user in node.users if user.target is operator.getitem and user.args[1] == 1]
+    return found
+
+
+def _native_product(exp: fx.Node) -> fx.Node | None:
+    """From the exp of x / (1 + exp(-x)) down to its product with up."""
+    node = exp
+    for targets in (
+        (aten.add.Tensor,),
+        (aten.div.Tensor,),
+        (torch.ops.prims.convert_element_type.default, aten.mul.Tensor),
+    ):
+        users = [user for user in node.users if user.target in targets]
+        if len(users) != 1:
+            return None
+        node = users[0]
+    if node.target is aten.mul.Tensor:
+        return node
+    products = [user for user in node.users if user.target is aten.mul.Tensor]
+    return products[0] if len(products) == 1 else None
+
+
+def _why(product: fx.Node) -> str:
+    users = list(product.users)
+    while len(users) == 1 and users[0].target is aten.reshape.default:
+        users = list(users[0].users)
+    names = sorted({compat.called_op(u) for u in users})
+    opaque = [compat.OPAQUE_QUANTISERS[name] for name in names if name in compat.OPAQUE_QUANTISERS]
+    if opaque:
+        return opaque[0]
+    if not users or any(u.op == "output" for u in users):
+        return "SiLU·mul's result leaves the compiled graph here, unquantised"
+    if len(users) > 1:
+        return (
+            f"SiLU·mul's result has {len(users)} users ({', '.join(names)}); fused where the quantiser is the only one"
+        )
+    return f"SiLU·mul is followed by {names[0]}, which is no quantiser that this pass knows"

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entry point. vLLM calls `register()` in every process, sometimes more than once, before it builds anything."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from . import settings
+from .report import RECORDER, get_fusion_report
+
+# Below "vllm", so that vLLM's own handlers and levels apply.
+logger = logging.getLogger("vllm.fusion_plugin")
+
+PASS_MANAGER = "vllm_fusion_plugin.pass_manager.FusionPassManager"
+
+_warned: set[str] = set()
+
+
+def _warn_once(reason: str) -> None:
+    RECORDER.report.manager = f"inactive: {reason}"
+    if reason not in _warned:
+        _warned.add(reason)
+        logger.warning("vllm-fusion-plugin is not active, vLLM runs as if it were not installed: %s", reason)
+
+
+def register() -> None:
+    """Put the plugin in place, or leave vLLM as it is and say why. Never raises: an exception here would stop vLLM."""
+    try:
+        _register()
+    except Exception as e:
+        _warn_once(f"{type(e).__name__}: {e}")
+
+
+def _register() -> None:
+    if not settings.parse_switch(os.environ.get(settings.ENV_SWITCH)):
+        RECORDER.report.manager = f"inactive: {settings.ENV_SWITCH}=0"
+        return
+    chosen = settings.load()
+    if not chosen.enabled:
+        RECORDER.report.manager = "inactive: enabled=false in the settings"
+        return
+
+    from . import compat
+
+    # The cache comes before the passes: with passes and a stale hash, an old artefact could be used silently.
+    compat.hash_into_config(_fingerprint, _register_ops)
+    if reason := compat.install_pass_manager(PASS_MANAGER):
+        _warn_once(reason)
+        return
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from . import cpu
+
+        cpu.enable_if_asked()
+    RECORDER.report.manager = "installed, nothing compiled yet"
+
+
+def _register_ops() -> None:
+    """A compiled artefact from the cache calls our ops by name, in a process where no pass has run."""
+    from .ops import silu_mul_quant  # noqa: F401
+
+
+def _fingerprint(config: Any) -> str | None:
+    """What vLLM's cache hash must cover beyond vLLM's own: None where the plugin changes nothing."""
+    from . import compat, fingerprint
+
+    compat.attach_worker_methods(
+        {"get_compilation_match_table": _get_compilation_match_table, "get_fusion_report": _get_fusion_report}
+    )
+    try:
+        chosen = settings.load(config.additional_config)
+    except settings.SettingsError as e:
+        chosen = settings.Settings(enabled=False)
+        _warn_once(str(e))
+    if not chosen.enabled:
+        compat.remove_pass_manager(PASS_MANAGER)
+        return None
+    _pass_on(chosen)
+    RECORDER.report.fingerprint = fingerprint.fingerprint(chosen)
+    return RECORDER.report.fingerprint
+
+
+def _pass_on(chosen: settings.Settings) -> None:
+    from .kernels import launch
+
+    os.environ[launch.ENV] = "1" if chosen.use_pdl else "0"
+
+
+def _get_compilation_match_table(worker: Any) -> dict[str, int]:
+    """Matches by pass in this worker's compiled graphs, stock's passes and ours."""
+    from . import compat
+
+    return compat.stock_match_table()
+
+
+def _get_fusion_report(worker: Any) -> dict[str, Any]:
+    """This worker's `RankReport` as plain data."""
+    RECORDER.report.rank = worker.vllm_config.parallel_config.rank
+    RECORDER.load(worker.vllm_config.compilation_config.local_cache_dir)
+    return get_fusion_report()
