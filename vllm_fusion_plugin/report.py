@@ -124,10 +124,16 @@ class Recorder:
 
     @staticmethod
     def _carry_over(source: Subgraph, reuse: Subgraph) -> None:
-        # Reused artefacts have the same graph, so modules correspond by position.
-        renamed = dict(zip(source.modules, reuse.modules, strict=False))
-        reuse.found = [f.model_copy(update={"module": renamed.get(f.module, "")}) for f in source.found]
-        reuse.missed = [m.model_copy(update={"module": renamed.get(m.module, "")}) for m in source.missed]
+        def renamed(module: str) -> str:
+            # Reused artefacts have the same graph, so modules correspond by position. A match is often named by a module
+            # above those of its nodes: take it from the first one below.
+            for mine, theirs in zip(source.modules, reuse.modules, strict=False):
+                if mine == module or mine.startswith(f"{module}."):
+                    return ".".join(theirs.split(".")[: module.count(".") + 1])
+            return ""
+
+        reuse.found = [f.model_copy(update={"module": renamed(f.module)}) for f in source.found]
+        reuse.missed = [m.model_copy(update={"module": renamed(m.module)}) for m in source.missed]
 
     # -- passes --
 

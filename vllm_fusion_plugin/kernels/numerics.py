@@ -53,9 +53,10 @@ def silu(gate, EXACT: tl.constexpr):
         quarter = tl.minimum(quarter, 1e38)
         inverse = reciprocal(quarter)
         quotient = (0.25 * gate) * inverse
-        # Written as quotient - residual, because quotient + residual would turn -0 into +0.
-        residual = tl.fma(quotient, quarter, -0.25 * gate)
-        corrected = tl.fma(-residual, inverse, quotient)
+        # quotient minus residual, because quotient plus residual would turn -0 into +0; minus by way of a product, because
+        # Triton's unary minus is 0 - x, which knows no -0.
+        residual = tl.fma(quotient, quarter, gate * -0.25)
+        corrected = tl.fma(residual, inverse * -1.0, quotient)
         return tl.where(gate == float("inf"), gate, corrected)
     return (gate * reciprocal(quarter)) * 0.25
 
@@ -87,5 +88,5 @@ def divide(x, scale):
     inverse = reciprocal(scale)
     finite = tl.where(scale == float("inf"), 0.0, scale)
     quotient = x * inverse
-    residual = tl.fma(quotient, finite, -x)
-    return tl.fma(-residual, inverse, quotient)
+    residual = tl.fma(quotient, finite, x * -1.0)  # signs of zeros as in silu above
+    return tl.fma(residual, inverse * -1.0, quotient)

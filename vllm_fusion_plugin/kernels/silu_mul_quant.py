@@ -62,6 +62,7 @@ def _group_kernel(
     GROUP_SIZE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_GROUPS: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
     EVEN_ROWS: tl.constexpr,
     EVEN_GROUPS: tl.constexpr,
     PADDED: tl.constexpr,
@@ -72,10 +73,9 @@ def _group_kernel(
     NATIVE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    # Rows on axis 0: it alone may exceed 65535.
-    first_row = tl.program_id(0) * TILE_ROWS
+    first_row = tl.program_id(0 if ROWS_FIRST else 1) * TILE_ROWS
     row = first_row + tl.arange(0, TILE_ROWS)
-    group = tl.program_id(1) * TILE_GROUPS + tl.arange(0, TILE_GROUPS)
+    group = tl.program_id(1 if ROWS_FIRST else 0) * TILE_GROUPS + tl.arange(0, TILE_GROUPS)
     column = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]
     row64 = row.to(tl.int64)
     x_ptrs = x_ptr + row64[:, None, None] * x_stride + column[None, :, :]
@@ -160,16 +160,17 @@ class Tile(NamedTuple):
 
 @functools.cache
 def group_tile(rows: int, groups: int, group_size: int) -> Tile:
-    """Tile for `rows` rows of `groups` groups, tuned on an H200 (benchmarks/silu_mul_quant.py --tune)."""
-    per_2048 = 2048 // group_size
-    if rows <= 16:
-        tile_groups = min(per_2048 // 4, triton.next_power_of_2(groups))
-        return Tile(1, tile_groups, max(1, min(4, tile_groups * group_size // 128)))
-    tile_groups = min(per_2048, triton.next_power_of_2(groups))
-    while tile_groups > 1 and groups % tile_groups:
-        tile_groups //= 2
-    tile_rows = max(1, per_2048 // tile_groups)
-    return Tile(tile_rows, tile_groups, 2)
+    """Tile for `rows` rows of `groups` groups, tuned on an H200 (benchmarks/silu_mul_quant.py --tune).
+
+    A tile of 1024 elements wins nearly everywhere, two rows of it from 16 rows on; what changes with the size is how many
+    threads share it: all that fit while there is too little work to fill the GPU, few with 16 elements each once there is.
+    """
+    per_512 = 512 // group_size
+    if rows < 16:
+        return Tile(1, per_512, 4)
+    elements = rows * groups * group_size
+    num_warps = 8 if elements < 2**21 else 4 if elements < 2**23 else 2
+    return Tile(2, per_512, num_warps)
 
 
 def _forms(x: torch.Tensor, act_form: str, quant_form: str) -> dict[str, bool]:
@@ -192,6 +193,8 @@ def silu_mul_group_fp8_quant(
     act_form: str,
     quant_form: str,
     tile: Tile | None = None,
+    rows_first: bool | None = None,
+    pdl: bool | None = None,
 ) -> None:
     """Write codes [M, K] and scales [M, K / group_size] of x [M, 2 * K]; arguments as the op checked them."""
     rows, width = codes.shape
@@ -201,8 +204,10 @@ def silu_mul_group_fp8_quant(
     tile = tile or group_tile(rows, groups, group_size)
     column_stride = scales.stride(1)
     padded_rows = column_stride if scales.stride(0) == 1 and groups > 0 and column_stride > rows else rows
-    pdl = pdl_supported(x.device)
-    _group_kernel[triton.cdiv(rows, tile.rows), triton.cdiv(groups, tile.groups)](
+    pdl = pdl_supported(x.device) if pdl is None else pdl
+    row_tiles, group_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(groups, tile.groups)
+    rows_first = row_tiles > 65535 if rows_first is None else rows_first  # axis 0 alone may exceed 65535
+    _group_kernel[(row_tiles, group_tiles) if rows_first else (group_tiles, row_tiles)](
         x,
         codes,
         scales,
@@ -216,6 +221,7 @@ def silu_mul_group_fp8_quant(
         GROUP_SIZE=group_size,
         TILE_ROWS=tile.rows,
         TILE_GROUPS=tile.groups,
+        ROWS_FIRST=rows_first,
         EVEN_ROWS=rows % tile.rows == 0,
         EVEN_GROUPS=groups % tile.groups == 0,
         PADDED=padded_rows > rows,

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scaled random weights for a model that vLLM loaded with `load_format="dummy"`.
+
+vLLM's dummy weights are so small that layers hardly change the residual stream: tokens agree whatever a kernel computes.
+Here every matrix keeps the size of its input, as trained ones do, so that a wrong code in any layer reaches the logits.
+The values depend on the parameter's name and shape only: two engines of one model get the same weights.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+
+
+class RandomWeights:
+    """vLLM worker extension: `LLM(..., load_format="dummy", worker_extension_cls="random_weights.RandomWeights")`."""
+
+    model_runner: Any
+
+    @torch.inference_mode()
+    def fill_random_weights(self) -> int:
+        """Fill every parameter in place (CUDA graphs keep their addresses); number of parameters filled."""
+        count = 0
+        for name, parameter in self.model_runner.model.named_parameters():
+            _fill(name, parameter.data)
+            count += 1
+        return count
+
+    def linear_kernels(self) -> dict[str, int]:
+        """Class of the kernel behind each quantised linear layer, counted."""
+        found: dict[str, int] = {}
+        for module in self.model_runner.model.modules():
+            method = getattr(module, "quant_method", None)
+            for attribute in ("fp8_linear", "w8a8_block_fp8_linear", "kernel"):
+                kernel = getattr(method, attribute, None)
+                if kernel is not None:
+                    found[type(kernel).__name__] = found.get(type(kernel).__name__, 0) + 1
+        return found
+
+
+def _fill(name: str, data: torch.Tensor) -> None:
+    generator = torch.Generator(device=data.device).manual_seed(zlib.crc32(name.encode()))
+
+    def randn(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=data.device)
+
+    if data.dtype == torch.float8_e4m3fn:
+        # Codes of unit variance; the scales below carry the 1 / sqrt(inputs).
+        flat = data.view(-1, data.shape[-1])
+        for start in range(0, flat.shape[0], 4096):
+            part = flat[start : start + 4096]
+            part.copy_(randn(tuple(part.shape)).to(data.dtype))
+    elif "scale" in name and data.dtype == torch.float32 and data.dim() >= 2:
+        # The shorter side of a scale matrix says least about the inputs; 128 columns of weights a scale either way.
+        data.fill_((128.0 * max(data.shape[-2:])) ** -0.5)
+        data.mul_(1.0 + 0.1 * randn(tuple(data.shape)).clamp(-2, 2))
+    elif "scale" in name or not data.is_floating_point():
+        return
+    elif data.dim() == 1:
+        data.copy_(1.0 + 0.1 * randn(tuple(data.shape))) if "norm" in name else data.copy_(0.1 * randn(tuple(data.shape)))
+    else:
+        size = 1.0 if "embed" in name else data.shape[-1] ** -0.5
+        flat = data.view(-1, data.shape[-1]) if data.is_contiguous() else data
+        for start in range(0, flat.shape[0], 4096):
+            part = flat[start : start + 4096]
+            part.copy_(randn(tuple(part.shape)) * size)
