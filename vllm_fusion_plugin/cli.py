@@ -28,7 +28,7 @@ Nothing here measures speed.
 """
 
 
-class TensorParallel(str, enum.Enum):
+class TensorParallel(enum.StrEnum):
     one = "1"
     two = "2"
     all = "all"

@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from .demo_engine import EngineJob, EngineResult
@@ -80,13 +80,13 @@ def engine_environment(tensor_parallel_size: int, cache: Path) -> dict[str, str]
         "HF_HUB_OFFLINE": "1",
         # Where the CPU has AMX vLLM would pick these; they do not quantise activations, so nothing could fuse.
         "VLLM_DISABLED_KERNELS": "CPUFp8W8A8BlockScaledMMKernel,CPUFp8BlockScaledMMKernel",
+        # The engine core in the run's own process, not in one more that first imports vLLM for 15 s.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         # Inductor compiles and runs a probe for each instruction set, 8 s a cache; the CPU's flags say the same.
         "TORCHINDUCTOR_VEC_ISA_OK": "1",
     }
     environment.pop("VLLM_CPU_CI_ENV", None)  # would make the backend eager
-    if tensor_parallel_size == 1:
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    else:
+    if tensor_parallel_size > 1:
         # One core a rank: left to itself vLLM wants a NUMA node a rank.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores[:tensor_parallel_size]))
     return environment
@@ -157,7 +157,9 @@ class Comparison:
     @property
     def tokens_differing(self) -> int:
         return sum(
-            a != b for on, off in zip(self.on.tokens, self.off.tokens, strict=True) for a, b in zip(on, off, strict=True)
+            a != b
+            for on, off in zip(self.on.tokens, self.off.tokens, strict=True)
+            for a, b in zip(on, off, strict=True)
         )
 
     @property
@@ -185,7 +187,7 @@ class Comparison:
 
 
 def compare(
-    tensor_parallel_size: int, model: Path, folder: Path, *, break_op: bool = False, progress=lambda text: None
+    tensor_parallel_size: int, model: Path, folder: Path, *, break_op: bool, progress: Callable[[str], None]
 ) -> Comparison:
     """Run both engines for one tensor-parallel size, with caches of their own, in folder."""
     results = {}

@@ -5,8 +5,11 @@ vLLM's own dummy weights are so small that the residual stream drowns every laye
 gives the right tokens.  Here each projection has about unit gain, so an error in one layer reaches the logits.
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,7 +18,7 @@ BLOCK = 128
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 # Every dimension that tensor parallelism cuts (heads, KV heads, intermediate) gives whole 128-blocks on 1 and 2 ranks.
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
     "hidden_size": 256,

@@ -56,6 +56,11 @@ class WorkerProbe:
 
         return dataclasses.asdict(compilation_counter)
 
+    def fusion_report(self) -> dict[str, Any] | None:
+        """The plugin's report of this rank; None where the plugin has not attached itself to workers."""
+        get_fusion_report = getattr(self, "get_fusion_report", None)
+        return get_fusion_report() if get_fusion_report else None
+
     def break_fused_op(self) -> None:
         """From now on the fused op of this process writes half of every code; compiled code finds it by name."""
         import torch
@@ -88,28 +93,20 @@ def run(job: EngineJob) -> EngineResult:
     )
     if job.break_op:
         llm.collective_rpc("break_fused_op")
-    sampling = SamplingParams(
-        temperature=0, max_tokens=job.max_tokens, ignore_eos=True, detokenize=False, logprobs=1
-    )
-    prompts = [{"prompt_token_ids": list(prompt)} for prompt in PROMPTS]
-    completions = [output.outputs[0] for output in llm.generate(prompts, sampling, use_tqdm=False)]
+    sampling = SamplingParams(temperature=0, max_tokens=job.max_tokens, ignore_eos=True, detokenize=False, logprobs=1)
+    prompts: Any = [{"prompt_token_ids": list(prompt)} for prompt in PROMPTS]
+    completions: list[Any] = [output.outputs[0] for output in llm.generate(prompts, sampling, use_tqdm=False)]
     return EngineResult(
         tokens=[list(c.token_ids) for c in completions],
         logprobs=[
             [step[token].logprob for token, step in zip(c.token_ids, c.logprobs, strict=True)] for c in completions
         ],
         match_tables=llm.collective_rpc("get_compilation_match_table"),
-        reports=llm.collective_rpc("get_fusion_report") if _plugin_loaded() else [],
+        reports=[report for report in llm.collective_rpc("fusion_report") if report is not None],
         counters=llm.collective_rpc("compilation_counters"),
         compilation_mode=llm.llm_engine.vllm_config.compilation_config.mode.name,
         seconds=time.monotonic() - start,
     )
-
-
-def _plugin_loaded() -> bool:
-    from vllm.v1.worker.worker_base import WorkerBase
-
-    return hasattr(WorkerBase, "get_fusion_report")
 
 
 def main(job_file: str, result_file: str) -> None:

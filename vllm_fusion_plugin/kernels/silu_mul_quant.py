@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import numerics
+from . import numerics, nvfp4
 from .launch import pdl_supported, wait_for_producer
 
 FP8_MIN_SCALE = tl.constexpr(1.0 / (448.0 * 512.0))
@@ -253,5 +253,86 @@ def silu_mul_static_fp8_quant(
         **_forms(x, act_form, quant_form),
         PDL=pdl,
         num_warps=2 if block == 2048 else 1,
+        **({"launch_pdl": True} if pdl else {}),
+    )
+
+
+@triton.jit
+def _nvfp4_kernel(
+    x_ptr,
+    global_scale_ptr,
+    codes_ptr,
+    scales_ptr,
+    rows,
+    width,
+    quads,
+    x_stride,
+    TILE_ROWS: tl.constexpr,
+    TILE_BLOCKS: tl.constexpr,
+    TWICE: tl.constexpr,
+    EXACT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    # Rows and blocks go on to the end of the scales' padding, where nothing is loaded and zeros are written.
+    row = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    block = tl.program_id(1) * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)
+    row64 = row.to(tl.int64)
+    column = block[:, None] * nvfp4.BLOCK + tl.arange(0, nvfp4.BLOCK)[None, :]
+    valid = (row[:, None] < rows) & (block * nvfp4.BLOCK < width)[None, :]
+    x_ptrs = x_ptr + row64[:, None, None] * x_stride + column[None, :, :]
+    wait_for_producer(PDL)
+    gate = tl.load(x_ptrs, mask=valid[:, :, None], other=0.0)
+    up = tl.load(x_ptrs + width, mask=valid[:, :, None], other=0.0)
+
+    y = _silu_mul(gate, up, TWICE, EXACT, False)
+    scale, multiplier = nvfp4.block_scale(y, tl.load(global_scale_ptr))
+    code = nvfp4.pack_codes(nvfp4.e2m1(y * multiplier[:, :, None]), TILE_ROWS, TILE_BLOCKS)
+
+    byte = tl.program_id(1) * TILE_BLOCKS * 8 + tl.arange(0, TILE_BLOCKS * 8)
+    codes_ptrs = codes_ptr + row64[:, None] * (width // 2) + byte[None, :]
+    tl.store(codes_ptrs, code, mask=(row[:, None] < rows) & (byte[None, :] < width // 2))
+    quad = tl.program_id(1) * (TILE_BLOCKS // 4) + tl.arange(0, TILE_BLOCKS // 4)
+    tl.store(
+        scales_ptr + nvfp4.scale_offset(row, quad, quads),
+        nvfp4.pack_scales(scale, valid, TILE_ROWS, TILE_BLOCKS),
+        mask=(quad < quads)[None, :],
+    )
+
+
+def silu_mul_nvfp4_quant(
+    x: torch.Tensor,
+    global_scale: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    act_form: str,
+    tile: Tile | None = None,
+) -> None:
+    """Write packed codes [M, K / 2] and swizzled scales of x [M, 2 * K]; arguments as the op checked them.
+
+    tile.groups counts blocks of 16: a power of two from 4 on. tile.rows divides 128.
+    """
+    rows, width = codes.shape[0], 2 * codes.shape[1]
+    if rows == 0:
+        return
+    padded_rows, quads = scales.shape
+    # 1024 elements; untuned, for want of the GPUs that have FP4 GEMMs
+    tile = tile or Tile(4, min(16, 4 * triton.next_power_of_2(quads)), 2)
+    forms = _forms(x, act_form, "custom_op")
+    pdl = pdl_supported(x.device)
+    _nvfp4_kernel[padded_rows // tile.rows, triton.cdiv(4 * quads, tile.groups)](
+        x,
+        global_scale,
+        codes,
+        scales,
+        rows,
+        width,
+        quads,
+        x.stride(0),
+        TILE_ROWS=tile.rows,
+        TILE_BLOCKS=tile.groups,
+        TWICE=forms["TWICE"],
+        EXACT=forms["EXACT"],
+        PDL=pdl,
+        num_warps=tile.num_warps,
         **({"launch_pdl": True} if pdl else {}),
     )

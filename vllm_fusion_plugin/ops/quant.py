@@ -57,12 +57,14 @@ def empty_group_scales(
         return x.new_empty((rows, groups), dtype=torch.float32)
     stride = padded_rows(rows) if tma_aligned_scales else rows
     storage = x.new_empty((groups, stride), dtype=torch.float32)
-    # as_strided, not slicing: with one group the slice's strides would read (1, 1) to some checks and (1, stride) to others
+    # as_strided, not slicing: with one group or row, a slice's strides need not say where the next one would start
     return storage.as_strided((rows, groups), (1, stride))
 
 
 def padded_rows(rows: int) -> int:
-    return (rows + TMA_ALIGNMENT - 1) // TMA_ALIGNMENT * TMA_ALIGNMENT
+    # Rounded up in the way that vLLM does it: with a symbolic number of rows, torch cannot tell that (rows + 3) // 4 * 4
+    # is the same, and would take the two strides for different ones.
+    return -(rows // -TMA_ALIGNMENT) * TMA_ALIGNMENT
 
 
 def zero_scale_padding(scales: torch.Tensor) -> None:

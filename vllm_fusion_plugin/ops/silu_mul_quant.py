@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import torch
 
+from .nvfp4 import check_global_scale, check_width, empty_block_scales, nvfp4_quant_reference
 from .quant import (
     FP8_DTYPE,
     INPUT_DTYPES,
@@ -214,3 +215,69 @@ def silu_mul_static_fp8_quant(
     Mirrors vLLM's `silu_and_mul` followed by `static_scaled_fp8_quant`.
     """
     return _STATIC(x, scale, act_form, quant_form)
+
+
+# ---- NVFP4 -----------------------------------------------------------------------------------------------------------
+
+
+def silu_mul_nvfp4_quant_reference(
+    x: torch.Tensor, global_scale: torch.Tensor, act_form: str = "custom_op"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`silu_mul_nvfp4_quant` in plain torch, on any device."""
+    _check_nvfp4(x, global_scale, act_form)
+    return nvfp4_quant_reference(silu_mul_reference(x, act_form), global_scale)
+
+
+def _check_nvfp4(x: torch.Tensor, global_scale: torch.Tensor, act_form: str) -> tuple[int, int]:
+    rows, width = _check_input(x)
+    check_width(width)
+    check_global_scale(global_scale, x.device)
+    check_form("act_form", act_form)
+    return rows, width
+
+
+def _nvfp4_fake(x, global_scale, act_form):
+    rows, width = _check_nvfp4(x, global_scale, act_form)
+    return x.new_empty((rows, width // 2), dtype=torch.uint8), empty_block_scales(x, rows, width)
+
+
+def _nvfp4_cuda(x, global_scale, act_form):
+    from ..kernels.silu_mul_quant import silu_mul_nvfp4_quant as launch
+
+    codes, scales = _nvfp4_fake(x, global_scale, act_form)
+    launch(x, global_scale, codes, scales, act_form)
+    return codes, scales
+
+
+_NVFP4 = register(
+    "silu_mul_nvfp4_quant(Tensor x, Tensor global_scale, str act_form) -> (Tensor, Tensor)",
+    fake=_nvfp4_fake,
+    cuda=_nvfp4_cuda,
+    cpu=silu_mul_nvfp4_quant_reference,
+)
+
+
+def silu_mul_nvfp4_quant(
+    x: torch.Tensor, global_scale: torch.Tensor, *, act_form: str = "custom_op"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) * up, quantised to NVFP4 in blocks of 16 along each row, in one kernel.
+
+    Args:
+        x: [M, 2 * K] bf16 or fp16, gate then up, K a multiple of 16; rows may be strided, columns not. M may be 0.
+        global_scale: one float32 value on x's device, what block scales are multiplied by before they become e4m3.
+        act_form: which of vLLM's roundings of SiLU·mul to reproduce; see the module's docstring. The product is rounded
+            to x's dtype in both, because vLLM's NVFP4 quantiser is opaque to Inductor.
+
+    Returns:
+        codes [M, K / 2] uint8, two e2m1 codes a byte, and swizzled block scales as int32, [M rounded up to 128,
+        (K / 16 rounded up to 4) / 4], the padding zero; `.view(torch.float8_e4m3fn)` is what GEMMs take. See ops/nvfp4.py.
+
+    Raises:
+        ValueError: an argument is not one of the above; the message names it, its value and what is allowed.
+
+    Mirrors vLLM's `silu_and_mul` followed by `scaled_fp4_quant`. vLLM's kernel runs on compute capability 10.0 and later
+    only, where this op has not been compared with it; this one runs on any, and is compared with the reference here and
+    with vLLM's emulation in torch. Both kernels take reciprocals approximately (`rcp.approx.ftz.f32`) and the references
+    exactly: a code can be one step off them where a number falls on a rounding boundary.
+    """
+    return _NVFP4(x, global_scale, act_form)

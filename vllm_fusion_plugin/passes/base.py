@@ -116,7 +116,8 @@ class FusionPass(VllmPatternMatcherPass):
         self.pm_pass = PatternMatcherPass(pass_name=self.name)
         self.patterns: dict[str, PatternReplacement] = {}
         self._traced: dict[str, str] = {}
-        self._refused: dict[fx.Node, str] = {}
+        self.refused: dict[fx.Node, str] = {}
+        """Last node of each match in the graph at hand that was refused, and why."""
         self._fingerprint = fingerprint.fingerprint(settings.load(config.additional_config))
 
     def register(self, replacement: PatternReplacement) -> None:
@@ -170,7 +171,7 @@ class FusionPass(VllmPatternMatcherPass):
     def _accept(self, replacement: PatternReplacement, match: Match) -> bool:
         reason = replacement.refuse(match)
         if reason is not None:
-            self._refused[match.nodes[-1]] = f"{replacement.key()}: {reason}"
+            self.refused[match.nodes[-1]] = f"{replacement.key()}: {reason}"
             return False
         report.RECORDER.found(self.pass_name, replacement.key(), _innermost_common(match.nodes))
         return True
@@ -180,12 +181,12 @@ class FusionPass(VllmPatternMatcherPass):
 
     @VllmInductorPass.time_and_log
     def __call__(self, graph: fx.Graph) -> None:
-        self._refused.clear()
+        self.refused.clear()
         normalise(graph)
         self.trace_patterns(OpIndex(graph))
         self.matched_count = self.pm_pass.apply(graph)
         VllmPatternMatcherPass.match_table[self.pass_name] += self.matched_count
-        for node, reason in self._refused.items():
+        for node, reason in self.refused.items():
             report.RECORDER.missed(self.pass_name, reason, report.module_of(node))
         self.explain(graph)
 

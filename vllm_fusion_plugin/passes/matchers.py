@@ -44,6 +44,8 @@ def silu_mul_custom_op(x: torch.Tensor) -> torch.Tensor:
     return auto_functionalized(torch.ops._C.silu_and_mul.default, result=out, input=x)[1]
 
 
+GROUP_QUANT_OPS = ("_C.per_token_group_fp8_quant",)
+
 # An op that a graph with the form has in any case.
 SILU_MUL_OPS = {"native": "aten.exp", "custom_op": "_C.silu_and_mul"}
 
@@ -130,7 +132,9 @@ def group_quants(group_sizes: tuple[int, ...]) -> list[GroupQuant]:
         GroupQuant(form, group_size, column_major, tma_aligned, ue8m0)
         for form in forms
         for group_size in group_sizes
-        for column_major, tma_aligned in ((False, False), (True, False), (True, True))
+        # Column-major first: in native form its graph is the row-major one and a transposition behind it, and Inductor
+        # replaces what fits first.
+        for column_major, tma_aligned in ((True, True), (True, False), (False, False))
         for ue8m0 in (False, True)
         # forward_native knows no TMA alignment: it returns plain column-major scales
         if not (form == "native" and tma_aligned)

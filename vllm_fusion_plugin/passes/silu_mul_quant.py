@@ -141,8 +141,10 @@ class ActivationQuantFusionPass(FusionPass):
         self.dump(config)
 
     def explain(self, graph: fx.Graph) -> None:
+        refused = {user for node in self.refused for user in node.all_input_nodes}
         for node in silu_mul_outputs(graph):
-            report.RECORDER.missed(self.name, _why(node), report.module_of(node))
+            if node not in refused:
+                report.RECORDER.missed(self.name, _why(node), report.module_of(node))
 
 
 def silu_mul_outputs(graph: fx.Graph) -> list[fx.Node]:
@@ -177,17 +179,18 @@ def _native_product(exp: fx.Node) -> fx.Node | None:
 
 
 def _why(product: fx.Node) -> str:
+    """What became of a SiLU·mul that was not fused."""
     users = list(product.users)
     while len(users) == 1 and users[0].target is aten.reshape.default:
         users = list(users[0].users)
-    names = sorted({compat.called_op(u) for u in users})
-    opaque = [compat.OPAQUE_QUANTISERS[name] for name in names if name in compat.OPAQUE_QUANTISERS]
-    if opaque:
-        return opaque[0]
-    if not users or any(u.op == "output" for u in users):
-        return "SiLU·mul's result leaves the compiled graph here, unquantised"
+    names = sorted(compat.called_op(user) for user in users)
     if len(users) > 1:
-        return (
-            f"SiLU·mul's result has {len(users)} users ({', '.join(names)}); fused where the quantiser is the only one"
-        )
+        return f"SiLU·mul's result has {len(users)} users ({', '.join(names)}); fused where the quantiser is the only one"
+    if not users or users[0].op == "output":
+        return "SiLU·mul's result leaves the compiled graph here, unquantised"
+    if names[0] in compat.OPAQUE_QUANTISERS:
+        return compat.OPAQUE_QUANTISERS[names[0]]
+    if names[0] in matchers.GROUP_QUANT_OPS:
+        told = {k: v for k, v in users[0].kwargs.items() if not isinstance(v, fx.Node)}
+        return f"{names[0]} is called with {told}; fused for group sizes {GROUP_SIZES} and the whole range of float8_e4m3fn"
     return f"SiLU·mul is followed by {names[0]}, which is no quantiser that this pass knows"
