@@ -135,14 +135,15 @@ def verdict(rows: list[dict]) -> None:
 
 
 def tune(args: argparse.Namespace) -> None:
+    table = []
     for mode, width, rows in itertools.product(args.modes, args.widths, args.rows):
         group_size, _, _, ue8m0, act_form = MODES[mode]
         sets = input_sets(rows, width, torch.bfloat16, mode)
         groups = width // group_size
         found = []
-        for tile_groups, tile_rows, warps in itertools.product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8), (1, 2, 4, 8)):
+        for tile_groups, tile_rows, warps in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 4, 8, 16)):
             per_thread = tile_groups * tile_rows * group_size / (32 * warps)
-            if not 4 <= per_thread <= 32 or tile_groups > 2 * groups or tile_rows > rows:
+            if not 4 <= per_thread <= 32 or tile_groups * 2 > 3 * groups or tile_rows > rows:
                 continue
             tile = kernels.Tile(tile_rows, tile_groups, warps)
 
@@ -151,11 +152,13 @@ def tune(args: argparse.Namespace) -> None:
             us = timing.graph_us(kernels.silu_mul_group_fp8_quant, launches, 12 if rows > 512 else None)
             found.append((us, tile))
         found.sort()
+        table.append({"mode": mode, "M": rows, "H": width, "tiles": [(round(us, 3), *tile) for us, tile in found]})
         kernels.group_tile.cache_clear()
         now = kernels.group_tile(rows, groups, group_size)
         rank = next((f"{us:.2f}" for us, tile in found if tile == now), "not tried")
         best = "  ".join(f"{us:.2f} {tuple(tile)}" for us, tile in found[:4])
         print(f"{mode} M={rows} H={width}: {best} | now {tuple(now)} {rank}")
+    timing.write(args.out.with_suffix(".tiles.json"), table)
 
 
 def main() -> None:

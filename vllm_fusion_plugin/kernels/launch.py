@@ -7,6 +7,7 @@ dependants start early has itself waited first. Worth it because decode is a cha
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 
@@ -18,8 +19,11 @@ from .numerics import INTERPRETED
 
 ENV = "VLLM_FUSION_PLUGIN_PDL"  # set by the plugin from its setting `use_pdl`; kernels know no settings
 
-_HAS_GDC = not INTERPRETED and torch.version.cuda is not None and hasattr(tl.extra, "cuda") and hasattr(
-    tl.extra.cuda, "gdc_wait"
+_HAS_GDC = (
+    not INTERPRETED
+    and torch.version.cuda is not None
+    and hasattr(tl.extra, "cuda")
+    and hasattr(tl.extra.cuda, "gdc_wait")
 )
 
 if _HAS_GDC:
@@ -47,3 +51,10 @@ def pdl_supported(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     return _supported(device.index or 0, os.environ.get(ENV, "1"))
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, whatever device its arguments are on."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)

@@ -52,13 +52,15 @@ def silu(gate, EXACT: tl.constexpr):
         # the quotient to -0 long before.
         quarter = tl.minimum(quarter, 1e38)
         inverse = reciprocal(quarter)
-        quotient = (0.25 * gate) * inverse
+        quotient = (gate * 0.25) * inverse
         # quotient minus residual, because quotient plus residual would turn -0 into +0; minus by way of a product, because
         # Triton's unary minus is 0 - x, which knows no -0.
         residual = tl.fma(quotient, quarter, gate * -0.25)
         corrected = tl.fma(residual, inverse * -1.0, quotient)
         return tl.where(gate == float("inf"), gate, corrected)
-    return (gate * reciprocal(quarter)) * 0.25
+    # The gate, not the quotient, gets the other quarter: a quotient of 2**126 and more would overflow first. Exact for
+    # subnormal gates too, whose low bits are zero.
+    return (gate * 0.25) * reciprocal(quarter)
 
 
 @triton.jit
@@ -69,6 +71,14 @@ def divide_by_448(x):
     residual = tl.fma(-quotient, 448.0, x)
     # inf - inf is NaN in the residual
     return tl.where(x == float("inf"), x, tl.fma(residual, inverse, quotient))
+
+
+@triton.jit
+def times_reciprocal_of_448(x):
+    """What Inductor makes of x / 448.0: on a GPU it multiplies by the rounded reciprocal of a constant divisor."""
+    if HAS_PTX:
+        return x * (1.0 / 448.0)
+    return divide_by_448(x)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import numerics, nvfp4
-from .launch import pdl_supported, wait_for_producer
+from .launch import on_device, pdl_supported, wait_for_producer
 
 FP8_MIN_SCALE = tl.constexpr(1.0 / (448.0 * 512.0))
 UE8M0_MIN_SCALE = tl.constexpr(1e-10)
@@ -35,7 +35,7 @@ def _group_scale(y, eps, NATIVE: tl.constexpr, UE8M0: tl.constexpr):
     """Scale of each group of y [rows, groups, group_size]."""
     top = tl.max(tl.abs(y), axis=2)  # ignores NaN, as fmaxf does
     if NATIVE:
-        scale = numerics.divide_by_448(top)
+        scale = numerics.times_reciprocal_of_448(top)
         if UE8M0:
             scale = numerics.round_up_to_power_of_two(scale)
         scale = tl.maximum(scale, FP8_MIN_SCALE)
@@ -47,7 +47,9 @@ def _group_scale(y, eps, NATIVE: tl.constexpr, UE8M0: tl.constexpr):
     return scale
 
 
-@triton.jit
+# What changes with the number of tokens is not specialised on: a server would meet a new specialisation, and half a second
+# of compilation, in the middle of a request.
+@triton.jit(do_not_specialize=["rows", "padded_rows", "scale_group_stride"])
 def _group_kernel(
     x_ptr,
     codes_ptr,
@@ -63,7 +65,6 @@ def _group_kernel(
     TILE_ROWS: tl.constexpr,
     TILE_GROUPS: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
-    EVEN_ROWS: tl.constexpr,
     EVEN_GROUPS: tl.constexpr,
     PADDED: tl.constexpr,
     UE8M0: tl.constexpr,
@@ -80,17 +81,17 @@ def _group_kernel(
     row64 = row.to(tl.int64)
     x_ptrs = x_ptr + row64[:, None, None] * x_stride + column[None, :, :]
     wait_for_producer(PDL)
-    if EVEN_ROWS and EVEN_GROUPS:
-        gate = tl.load(x_ptrs)
-        up = tl.load(x_ptrs + width)
-    else:
-        mask = (row[:, None, None] < rows) & (column[None, :, :] < width)
-        gate = tl.load(x_ptrs, mask=mask, other=0.0)
-        up = tl.load(x_ptrs + width, mask=mask, other=0.0)
+    mask = (row < rows)[:, None, None]
+    if not EVEN_GROUPS:
+        mask = mask & (column < width)[None, :, :]
+    gate = tl.load(x_ptrs, mask=mask, other=0.0)
+    up = tl.load(x_ptrs + width, mask=mask, other=0.0)
 
     y = _silu_mul(gate, up, TWICE, EXACT, KEEP_FP32)
     scale = _group_scale(y, eps, NATIVE, UE8M0)
-    if UE8M0:
+    if NATIVE:
+        code = y / scale[:, :, None]  # div.full.f32, as in Inductor's kernel
+    elif UE8M0:
         code = y * numerics.reciprocal(scale)[:, :, None]  # a power of two: exact
     else:
         code = numerics.divide(y, scale[:, :, None])
@@ -100,12 +101,8 @@ def _group_kernel(
 
     codes_ptrs = codes_ptr + row64[:, None, None] * width + column[None, :, :]
     scales_ptrs = scales_ptr + row64[:, None] * scale_row_stride + group.to(tl.int64)[None, :] * scale_group_stride
-    if EVEN_ROWS and EVEN_GROUPS:
-        tl.store(codes_ptrs, code)
-        tl.store(scales_ptrs, scale)
-    else:
-        tl.store(codes_ptrs, code, mask=mask)
-        tl.store(scales_ptrs, scale, mask=(row[:, None] < rows) & (group[None, :] * GROUP_SIZE < width))
+    tl.store(codes_ptrs, code, mask=mask)
+    tl.store(scales_ptrs, scale, mask=(row < rows)[:, None] & (group * GROUP_SIZE < width)[None, :])
     if PADDED and first_row + TILE_ROWS >= rows:
         pad = rows + tl.arange(0, 4)
         pad_ptrs = scales_ptr + pad[:, None] * scale_row_stride + group.to(tl.int64)[None, :] * scale_group_stride
@@ -135,7 +132,10 @@ def _static_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x_ptrs = x_ptr + row * x_stride + column
     wait_for_producer(PDL)
-    inverse = tl.div_rn(1.0, tl.load(scale_ptr))
+    if NATIVE:
+        inverse = 1.0 / tl.load(scale_ptr)  # div.full.f32, as in Inductor's kernel
+    else:
+        inverse = tl.div_rn(1.0, tl.load(scale_ptr))
     if EVEN:
         gate = tl.load(x_ptrs)
         up = tl.load(x_ptrs + width)
@@ -202,35 +202,35 @@ def silu_mul_group_fp8_quant(
         return
     groups = width // group_size
     tile = tile or group_tile(rows, groups, group_size)
-    column_stride = scales.stride(1)
-    padded_rows = column_stride if scales.stride(0) == 1 and groups > 0 and column_stride > rows else rows
+    # TMA-aligned scales have longer columns than there are rows
+    padded_rows = scales.stride(1) if scales.stride(0) == 1 else rows
     pdl = pdl_supported(x.device) if pdl is None else pdl
     row_tiles, group_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(groups, tile.groups)
     rows_first = row_tiles > 65535 if rows_first is None else rows_first  # axis 0 alone may exceed 65535
-    _group_kernel[(row_tiles, group_tiles) if rows_first else (group_tiles, row_tiles)](
-        x,
-        codes,
-        scales,
-        rows,
-        width,
-        padded_rows,
-        x.stride(0),
-        scales.stride(0),
-        column_stride,
-        eps,
-        GROUP_SIZE=group_size,
-        TILE_ROWS=tile.rows,
-        TILE_GROUPS=tile.groups,
-        ROWS_FIRST=rows_first,
-        EVEN_ROWS=rows % tile.rows == 0,
-        EVEN_GROUPS=groups % tile.groups == 0,
-        PADDED=padded_rows > rows,
-        UE8M0=use_ue8m0,
-        **_forms(x, act_form, quant_form),
-        PDL=pdl,
-        num_warps=tile.num_warps,
-        **({"launch_pdl": True} if pdl else {}),
-    )
+    with on_device(x.device):
+        _group_kernel[(row_tiles, group_tiles) if rows_first else (group_tiles, row_tiles)](
+            x,
+            codes,
+            scales,
+            rows,
+            width,
+            padded_rows,
+            x.stride(0),
+            scales.stride(0),
+            scales.stride(1),
+            eps,
+            GROUP_SIZE=group_size,
+            TILE_ROWS=tile.rows,
+            TILE_GROUPS=tile.groups,
+            ROWS_FIRST=rows_first,
+            EVEN_GROUPS=groups % tile.groups == 0,
+            PADDED=padded_rows > rows,
+            UE8M0=use_ue8m0,
+            **_forms(x, act_form, quant_form),
+            PDL=pdl,
+            num_warps=tile.num_warps,
+            **({"launch_pdl": True} if pdl else {}),
+        )
 
 
 def silu_mul_static_fp8_quant(
@@ -242,19 +242,20 @@ def silu_mul_static_fp8_quant(
         return
     block = 2048 if width % 2048 == 0 and rows > 16 else 512
     pdl = pdl_supported(x.device)
-    _static_kernel[rows, triton.cdiv(width, block)](
-        x,
-        scale,
-        codes,
-        width,
-        x.stride(0),
-        BLOCK=block,
-        EVEN=width % block == 0,
-        **_forms(x, act_form, quant_form),
-        PDL=pdl,
-        num_warps=2 if block == 2048 else 1,
-        **({"launch_pdl": True} if pdl else {}),
-    )
+    with on_device(x.device):
+        _static_kernel[rows, triton.cdiv(width, block)](
+            x,
+            scale,
+            codes,
+            width,
+            x.stride(0),
+            BLOCK=block,
+            EVEN=width % block == 0,
+            **_forms(x, act_form, quant_form),
+            PDL=pdl,
+            num_warps=2 if block == 2048 else 1,
+            **({"launch_pdl": True} if pdl else {}),
+        )
 
 
 @triton.jit
@@ -319,20 +320,21 @@ def silu_mul_nvfp4_quant(
     tile = tile or Tile(4, min(16, 4 * triton.next_power_of_2(quads)), 2)
     forms = _forms(x, act_form, "custom_op")
     pdl = pdl_supported(x.device)
-    _nvfp4_kernel[padded_rows // tile.rows, triton.cdiv(4 * quads, tile.groups)](
-        x,
-        global_scale,
-        codes,
-        scales,
-        rows,
-        width,
-        quads,
-        x.stride(0),
-        TILE_ROWS=tile.rows,
-        TILE_BLOCKS=tile.groups,
-        TWICE=forms["TWICE"],
-        EXACT=forms["EXACT"],
-        PDL=pdl,
-        num_warps=tile.num_warps,
-        **({"launch_pdl": True} if pdl else {}),
-    )
+    with on_device(x.device):
+        _nvfp4_kernel[padded_rows // tile.rows, triton.cdiv(4 * quads, tile.groups)](
+            x,
+            global_scale,
+            codes,
+            scales,
+            rows,
+            width,
+            quads,
+            x.stride(0),
+            TILE_ROWS=tile.rows,
+            TILE_BLOCKS=tile.groups,
+            TWICE=forms["TWICE"],
+            EXACT=forms["EXACT"],
+            PDL=pdl,
+            num_warps=tile.num_warps,
+            **({"launch_pdl": True} if pdl else {}),
+        )

@@ -101,12 +101,13 @@ def group_fp8_quant_reference(
     rows, width = y.shape
     groups = y.float().view(rows, width // group_size, group_size)
     if quant_form == "custom_op":
-        scale = _ignoring_nan_max(groups.abs()).clamp(min=eps) / FP8_MAX
+        # A tensor as divisor: on CUDA, torch multiplies by the reciprocal of a Python number instead of dividing.
+        scale = _ignoring_nan_max(groups.abs()).clamp(min=eps) / groups.new_full((), FP8_MAX)
         if use_ue8m0:
             scale = ue8m0(scale.clamp(min=UE8M0_MIN_SCALE))
         codes = (groups / scale).nan_to_num(nan=-FP8_MAX, posinf=FP8_MAX, neginf=-FP8_MAX)
     else:
-        scale = groups.abs().amax(dim=-1, keepdim=True) / FP8_MAX
+        scale = groups.abs().amax(dim=-1, keepdim=True) / FP8_MAX  # on CUDA, as in Inductor, times the reciprocal
         if use_ue8m0:
             scale = ue8m0(scale)
         scale = scale.clamp(min=FP8_MIN_SCALE)

@@ -12,10 +12,9 @@ they round differently; `act_form` says which one a fused op stands in for:
     dtype where Inductor stores it, that is before an opaque quantiser (`quant_form="custom_op"`), and not at all before
     a native quantiser, which Inductor puts into the same loop.
 
-Exact on NVIDIA GPUs: codes and scales are the bytes that vLLM's own ops write (tests/kernels, tests with `gpu`; the numbers
-are in benchmarks/results). With `quant_form="native"` Inductor chooses the schedule, and its division is approximate
-(`div.full.f32`, 2 ulp): the fused op divides exactly, so that a code can differ by one FP8 step where a quotient falls on a
-rounding boundary; the scales are the same.
+Exact on NVIDIA GPUs: codes and scales are the bytes that vLLM's own ops write, for all gates times a grid of ups and over
+1e9 random elements a mode (tests/kernels, tests with `gpu`). A native quantiser's division is approximate (`div.full.f32`,
+2 ulp); the fused op uses the same instruction on the same values.
 """
 
 from __future__ import annotations
@@ -79,9 +78,7 @@ def silu_mul_group_fp8_quant_reference(
     """`silu_mul_group_fp8_quant` in plain torch, on any device."""
     _check_group(x, group_size, column_major_scales, tma_aligned_scales, act_form, quant_form)
     y = _activation(x, act_form, quant_form)
-    return group_fp8_quant_reference(
-        y, group_size, column_major_scales, tma_aligned_scales, use_ue8m0, eps, quant_form
-    )
+    return group_fp8_quant_reference(y, group_size, column_major_scales, tma_aligned_scales, use_ue8m0, eps, quant_form)
 
 
 def _check_group(

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests and the benchmarks of SiLU·mul + quantise run on: modes of the op, and inputs.
+
+The caller chooses rows and widths: those of real models are for the GPU, Triton's interpreter gets small ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+
+DTYPES = (torch.bfloat16, torch.float16)
+GROUP_SIZES = (64, 128)
+FORMS = ("custom_op", "native")
+
+
+class GroupMode(NamedTuple):
+    """One combination of what `silu_mul_group_fp8_quant` can be asked for."""
+
+    dtype: torch.dtype
+    group_size: int
+    column_major_scales: bool
+    tma_aligned_scales: bool
+    use_ue8m0: bool
+    act_form: str
+    quant_form: str
+
+    def __str__(self) -> str:
+        layout = "tma" if self.tma_aligned_scales else "column" if self.column_major_scales else "row"
+        scale = "ue8m0" if self.use_ue8m0 else "fp32"
+        return f"{short(self.dtype)}-{self.group_size}-{layout}-{scale}-act_{self.act_form}-quant_{self.quant_form}"
+
+    def arguments(self) -> dict[str, object]:
+        return {name: value for name, value in self._asdict().items() if name != "dtype"}
+
+
+class StaticMode(NamedTuple):
+    dtype: torch.dtype
+    act_form: str
+    quant_form: str
+
+    def __str__(self) -> str:
+        return f"{short(self.dtype)}-act_{self.act_form}-quant_{self.quant_form}"
+
+
+def short(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def group_modes(quant_forms: tuple[str, ...] = FORMS) -> list[GroupMode]:
+    switch = (False, True)
+    modes = itertools.starmap(
+        GroupMode, itertools.product(DTYPES, GROUP_SIZES, switch, switch, switch, FORMS, quant_forms)
+    )
+    # TMA-aligned scales are column-major
+    return [mode for mode in modes if mode.column_major_scales or not mode.tma_aligned_scales]
+
+
+def static_modes(quant_forms: tuple[str, ...] = FORMS) -> list[StaticMode]:
+    return list(itertools.starmap(StaticMode, itertools.product(DTYPES, FORMS, quant_forms)))
+
+
+def from_bits(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """16-bit patterns, given as integers of any type, as bf16 or fp16 numbers."""
+    return bits.to(torch.int32).to(torch.int16).view(dtype)
+
+
+def all_values(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """All 65536 bf16 or fp16 numbers, in the order of their bit patterns."""
+    return from_bits(torch.arange(65536, device=device), dtype)
+
+
+def special_values(dtype: torch.dtype) -> torch.Tensor:
+    """NaN, infinities, both zeros, ends of the subnormal and normal ranges, where exp(-x) overflows, and plain numbers."""
+    info = torch.finfo(dtype)
+    subnormal = info.smallest_normal * info.eps
+    positive = [0.0, subnormal, info.smallest_normal, info.eps, 0.5, 1.0, 1.75, 11.0, 17.0, 87.0, 88.5, 104.0, 448.0]
+    positive += [info.max, float("inf")]
+    values = torch.tensor([*positive, *(-v for v in positive), float("nan")], dtype=torch.float64).to(dtype)
+    negative_nan = (values[-1:].view(torch.int16) | -32768).view(dtype)
+    return torch.cat([values, negative_nan])
+
+
+def random_input(
+    rows: int, width: int, dtype: torch.dtype, device: torch.device, seed: int, kind: str = "normal"
+) -> torch.Tensor:
+    """x [rows, 2 * width], gate then up.
+
+    kind: "normal", activations whose size varies from row to row and along a row; "bits", every bit pattern equally often;
+    "special", a fifth from `special_values`, among numbers near 1.
+    """
+    generator = torch.Generator(device=device).manual_seed(seed)
+    options = {"generator": generator, "device": device}
+    shape = (rows, 2 * width)
+    if kind == "bits":
+        return torch.randint(-32768, 32768, shape, dtype=torch.int16, **options).view(dtype)
+    x = torch.randn(shape, dtype=dtype, **options)
+    if kind == "special":
+        table = special_values(dtype).to(device)
+        chosen = table[torch.randint(len(table), shape, **options)]
+        return torch.where(torch.rand(shape, **options) < 0.2, chosen, x)
+    assert kind == "normal"
+    # Powers of two leave every mantissa as likely as before; the range stays inside fp16's.
+    exponents = torch.randint(-8, 5, (rows, 1), **options) + torch.randint(-2, 3, (1, 2 * width), **options)
+    return x.mul_(torch.exp2(exponents.float()).to(dtype))
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """x's numbers in rows that lie further apart than they are long, NaN between them."""
+    rows, columns = x.shape
+    wide = x.new_full((rows, columns + 16), float("nan"))
+    wide[:, :columns] = x
+    return wide[:, :columns]

@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SiLU·mul + FP8 on a GPU: the bytes of vLLM's own unfused ops, over all inputs and over many random ones.
+
+VFP_EXHAUSTIVE_ELEMENTS sets how many output elements each mode gets at random (default 2**30). The tests with `sanitizer` in
+their names are few small launches, for
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python -m pytest tests/kernels -k sanitizer
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vllm_fusion_plugin.kernels import silu_mul_quant as kernels
+from vllm_fusion_plugin.ops.quant import FP8_DTYPE, FP8_MAX, empty_group_scales, padded_rows
+from vllm_fusion_plugin.ops.silu_mul_quant import (
+    silu_mul_group_fp8_quant,
+    silu_mul_group_fp8_quant_reference,
+    silu_mul_static_fp8_quant,
+    silu_mul_static_fp8_quant_reference,
+)
+
+from .cases import (
+    DTYPES,
+    GroupMode,
+    StaticMode,
+    all_values,
+    group_modes,
+    random_input,
+    short,
+    special_values,
+    static_modes,
+    strided,
+)
+from .checks import as_bits, assert_same_bytes, code_steps, count_differing
+
+pytestmark = pytest.mark.gpu
+
+ELEMENTS = int(os.environ.get("VFP_EXHAUSTIVE_ELEMENTS", 2**30))
+CHUNK = (8192, 12288)  # rows and output width, so that one chunk is 1e8 elements
+EPS = 1e-10
+UPS = 200
+STATIC_SCALES = (1.0, 0.0123, 3e-5, 700.0)
+
+DEEPSEEK = GroupMode(torch.bfloat16, 128, True, True, False, "custom_op", "custom_op")
+GROUP_MODES = group_modes(quant_forms=("custom_op",))
+STATIC_MODES = static_modes(quant_forms=("custom_op",))
+
+
+# ---- what vLLM computes ----------------------------------------------------------------------------------------------
+
+
+class Unfused:
+    """vLLM's pair of ops. With act_form="native" the first of them is Inductor's kernel, which stores in x's dtype."""
+
+    def __init__(self) -> None:
+        import vllm._custom_ops  # noqa: F401  (loads the extension that defines torch.ops._C)
+
+        self.ops = torch.ops._C
+        self.native = torch.compile(forward_native, dynamic=True)
+
+    def activation(self, x: torch.Tensor, act_form: str) -> torch.Tensor:
+        if act_form == "native":
+            return self.native(x)
+        y = x.new_empty((x.shape[0], x.shape[1] // 2))
+        self.ops.silu_and_mul(y, x)
+        return y
+
+    def group(self, x: torch.Tensor, mode: GroupMode) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.activation(x, mode.act_form)
+        rows, width = y.shape
+        layout = (mode.column_major_scales, mode.tma_aligned_scales)
+        codes = torch.empty_like(y, dtype=FP8_DTYPE)
+        scales = empty_group_scales(y, rows, width // mode.group_size, *layout)
+        self.ops.per_token_group_fp8_quant(
+            y, codes, scales, mode.group_size, EPS, -FP8_MAX, FP8_MAX, mode.use_ue8m0, *layout
+        )
+        return codes, scales
+
+    def static(self, x: torch.Tensor, scale: torch.Tensor, mode: StaticMode) -> torch.Tensor:
+        y = self.activation(x, mode.act_form)
+        codes = torch.empty_like(y, dtype=FP8_DTYPE)
+        self.ops.static_scaled_fp8_quant(codes, y, scale)
+        return codes
+
+
+def forward_native(x: torch.Tensor) -> torch.Tensor:
+    """The expression of vLLM's SiluAndMul.forward_native."""
+    width = x.shape[-1] // 2
+    return F.silu(x[..., :width]) * x[..., width:]
+
+
+@pytest.fixture(scope="module")
+def unfused() -> Unfused:
+    pytest.importorskip("vllm")
+    return Unfused()
+
+
+def check_group(x: torch.Tensor, mode: GroupMode, unfused: Unfused, what: str) -> None:
+    codes, scales = silu_mul_group_fp8_quant(x, **mode.arguments())
+    expected_codes, expected_scales = unfused.group(x, mode)
+    assert scales.stride() == expected_scales.stride()
+    assert_same_bytes(codes, expected_codes, f"{what}: codes")
+    assert_same_bytes(scales, expected_scales, f"{what}: scales")
+
+
+# ---- all inputs ------------------------------------------------------------------------------------------------------
+
+
+def ups(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """NaN, ±Inf, ±0, subnormals, maxima, and bit patterns at random up to 200."""
+    special = special_values(dtype).to(device)
+    generator = torch.Generator(device=device).manual_seed(12)
+    bits = torch.randint(-32768, 32768, (UPS - len(special),), dtype=torch.int16, generator=generator, device=device)
+    return torch.cat([special, bits.view(dtype)])
+
+
+def all_gates_by_ups(dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+    """All 65536 gates times all ups, in three arrangements, since a group's codes tell little next to one huge element.
+
+    In the order of the bit patterns a group of 128 bf16 gates has one exponent and all its mantissas; every 512th pattern,
+    all exponents; shuffled, anything, and there the ups change along a row too.
+    """
+    gates, table = all_values(dtype, device), ups(dtype, device)
+    generator = torch.Generator(device=device).manual_seed(13)
+    shuffled = gates[torch.randperm(65536, generator=generator, device=device)]
+    row = torch.arange(UPS, device=device)[:, None]
+    column = torch.arange(65536, device=device)[None, :]
+    constant, changing = table[row].expand(UPS, 65536), table[(row + column // 7) % UPS]
+
+    def halves(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return torch.cat([gate.expand(UPS, 65536), up], dim=1)
+
+    return {
+        "one exponent a group": halves(gates, constant),
+        "all exponents in a group": halves(gates.view(128, 512).t().reshape(-1), constant),
+        "shuffled": halves(shuffled, changing),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_group_all_gates(dtype: torch.dtype, unfused: Unfused, device: torch.device) -> None:
+    for what, x in all_gates_by_ups(dtype, device).items():
+        for mode in GROUP_MODES:
+            if mode.dtype == dtype:
+                check_group(x, mode, unfused, f"{what}, {mode}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_static_all_gates(dtype: torch.dtype, unfused: Unfused, device: torch.device) -> None:
+    for what, x in all_gates_by_ups(dtype, device).items():
+        for mode in STATIC_MODES:
+            for scale in STATIC_SCALES if mode.dtype == dtype else ():
+                scales = torch.tensor([scale], device=device)
+                codes = silu_mul_static_fp8_quant(x, scales, act_form=mode.act_form, quant_form=mode.quant_form)
+                assert_same_bytes(codes, unfused.static(x, scales, mode), f"{what}, {mode}, scale {scale}")
+
+
+# ---- many random inputs ----------------------------------------------------------------------------------------------
+
+
+def chunks(dtype: torch.dtype, device: torch.device, seed: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """At least ELEMENTS output elements; every fourth chunk is of random bit patterns, the others of activations' sizes."""
+    done = 0
+    while done < ELEMENTS:
+        number = done // (CHUNK[0] * CHUNK[1])
+        kind = "bits" if number % 4 == 3 else "normal"
+        yield number, random_input(*CHUNK, dtype, device, seed=1000 * seed + number, kind=kind)
+        done += CHUNK[0] * CHUNK[1]
+
+
+@pytest.mark.parametrize("mode", GROUP_MODES, ids=str)
+def test_group_random(mode: GroupMode, unfused: Unfused, device: torch.device) -> None:
+    for number, x in chunks(mode.dtype, device, seed=1 + GROUP_MODES.index(mode)):
+        check_group(x, mode, unfused, f"chunk {number}")
+
+
+@pytest.mark.parametrize("mode", STATIC_MODES, ids=str)
+def test_static_random(mode: StaticMode, unfused: Unfused, device: torch.device) -> None:
+    for number, x in chunks(mode.dtype, device, seed=100 + STATIC_MODES.index(mode)):
+        scale = torch.tensor([STATIC_SCALES[number % len(STATIC_SCALES)]], device=device)
+        codes = silu_mul_static_fp8_quant(x, scale, act_form=mode.act_form, quant_form=mode.quant_form)
+        assert_same_bytes(codes, unfused.static(x, scale, mode), f"chunk {number}")
+
+
+# Decode and prefill sizes, and widths of models: Qwen3-8B, DeepSeek-V3 (dense and expert), and both sharded by 8.
+@pytest.mark.parametrize("width", [256, 1536, 2048, 2304, 12288, 18432])
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 17, 64, 127, 1000])
+def test_group_model_shapes(rows: int, width: int, unfused: Unfused, device: torch.device) -> None:
+    x = random_input(rows, width, torch.bfloat16, device, seed=rows)
+    # two modes, since every pair of a mode and a tile is one more kernel to compile
+    for mode in (DEEPSEEK, DEEPSEEK._replace(group_size=64, tma_aligned_scales=False, act_form="native")):
+        check_group(x, mode, unfused, str(mode))
+    # vLLM's silu_and_mul wants contiguous rows: the strided ones must give what the contiguous ones do
+    codes, scales = silu_mul_group_fp8_quant(strided(x), **DEEPSEEK.arguments())
+    expected_codes, expected_scales = unfused.group(x, DEEPSEEK)
+    assert_same_bytes(codes, expected_codes, "strided: codes")
+    assert_same_bytes(scales, expected_scales, "strided: scales")
+
+
+# ---- native quantisers -----------------------------------------------------------------------------------------------
+
+
+def inductors(quantise: Callable, mode: GroupMode | StaticMode, unfused: Unfused) -> Callable:
+    """vLLM's native quantiser as Inductor compiles it, after the SiLU·mul of the mode (in the same kernel if native)."""
+    if mode.act_form == "native":
+        return torch.compile(lambda x, *scale: quantise(forward_native(x), *scale))
+    compiled = torch.compile(quantise)
+    return lambda x, *scale: compiled(unfused.activation(x, "custom_op"), *scale)
+
+
+def native_quantiser(**arguments: object) -> Callable:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+
+    with set_current_vllm_config(VllmConfig()):
+        return QuantFP8(**arguments).forward_native
+
+
+def assert_one_step_at_most(codes: torch.Tensor, expected: torch.Tensor) -> None:
+    """Inductor divides approximately (`div.full.f32`, 2 ulp), the fused op exactly: see ops/silu_mul_quant.py."""
+    steps = code_steps(codes, expected)
+    assert int(steps.max()) <= 1
+    differing = count_differing(codes, expected)
+    assert differing <= codes.numel() * 1e-3, f"{differing} of {codes.numel()} codes differ"
+
+
+@pytest.mark.parametrize(
+    "mode",
+    # a compilation by Inductor each; its quantiser's layouts are views, and its arithmetic has no group size
+    [mode for mode in group_modes(quant_forms=("native",)) if not mode.column_major_scales and mode.group_size == 128],
+    ids=str,
+)
+def test_group_native_quant(mode: GroupMode, unfused: Unfused, device: torch.device) -> None:
+    from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+
+    quantise = native_quantiser(static=False, group_shape=GroupShape(1, mode.group_size), use_ue8m0=mode.use_ue8m0)
+    x = random_input(1024, 4096, mode.dtype, device, seed=14)
+    codes, scales = silu_mul_group_fp8_quant(x, **mode.arguments())
+    expected_codes, expected_scales = inductors(quantise, mode, unfused)(x)
+    assert_same_bytes(scales, expected_scales.contiguous(), "scales")
+    assert_one_step_at_most(codes, expected_codes)
+
+
+@pytest.mark.parametrize("mode", static_modes(quant_forms=("native",)), ids=str)
+def test_static_native_quant(mode: StaticMode, unfused: Unfused, device: torch.device) -> None:
+    from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+
+    quantise = native_quantiser(static=True, group_shape=GroupShape.PER_TENSOR)
+    x = random_input(1024, 4096, mode.dtype, device, seed=15)
+    expected = inductors(quantise, mode, unfused)
+    for scale in STATIC_SCALES:
+        scales = torch.tensor([scale], device=device)
+        codes = silu_mul_static_fp8_quant(x, scales, act_form=mode.act_form, quant_form=mode.quant_form)
+        assert_one_step_at_most(codes, expected(x, scales)[0])
+
+
+# ---- sizes, streams and graphs ---------------------------------------------------------------------------------------
+
+
+def test_group_more_than_two_to_the_31_elements(unfused: Unfused, device: torch.device) -> None:
+    """More than 2**31 codes, so every 32-bit index overflows somewhere; 11 GB."""
+    width, edge = 12288, 300
+    rows = 2**31 // width + edge
+    x = torch.zeros(rows, 2 * width, dtype=torch.bfloat16, device=device)
+    x[:edge] = random_input(edge, width, x.dtype, device, seed=16)
+    x[-edge:] = random_input(edge, width, x.dtype, device, seed=17)
+    for mode in (DEEPSEEK, DEEPSEEK._replace(column_major_scales=False, tma_aligned_scales=False)):
+        codes, scales = silu_mul_group_fp8_quant(x, **mode.arguments())
+        assert codes.numel() > 2**31
+        for end in (slice(None, edge), slice(-edge, None)):
+            expected_codes, expected_scales = unfused.group(x[end], mode)
+            assert_same_bytes(codes[end], expected_codes, f"codes of {end}")
+            assert_same_bytes(scales[end].contiguous(), expected_scales.contiguous(), f"scales of {end}")
+        assert int(torch.count_nonzero(as_bits(codes[edge:-edge]))) == 0
+        del codes, scales
+
+
+def test_static_more_than_two_to_the_31_elements(unfused: Unfused, device: torch.device) -> None:
+    width, edge = 12288, 300
+    rows = 2**31 // width + edge
+    x = torch.zeros(rows, 2 * width, dtype=torch.bfloat16, device=device)
+    x[:edge] = random_input(edge, width, x.dtype, device, seed=18)
+    x[-edge:] = random_input(edge, width, x.dtype, device, seed=19)
+    scale = torch.tensor([0.0123], device=device)
+    codes = silu_mul_static_fp8_quant(x, scale)
+    mode = StaticMode(x.dtype, "custom_op", "custom_op")
+    for end in (slice(None, edge), slice(-edge, None)):
+        assert_same_bytes(codes[end], unfused.static(x[end], scale, mode), f"codes of {end}")
+    assert int(torch.count_nonzero(as_bits(codes[edge:-edge]))) == 0
+
+
+def test_chain_in_a_cuda_graph(device: torch.device) -> None:
+    """Kernels that read what the one before has just written. A PDL launch that did not wait would read old bytes.
+
+    FP8 codes, two by two, are the next kernel's bf16 input: bit patterns, not activations, which is as good here.
+    """
+    x = torch.empty(512, 2 * 8192, dtype=torch.bfloat16, device=device)
+    source = torch.empty_like(x)
+
+    def chain(wait: Callable[[], None]) -> list[torch.Tensor]:
+        outputs = []
+        x.copy_(source)
+        wait()
+        current = x
+        for _ in range(3):
+            codes, scales = silu_mul_group_fp8_quant(current, **DEEPSEEK.arguments())
+            wait()
+            outputs += [codes, scales]
+            current = codes.view(torch.bfloat16)
+        return outputs
+
+    source.copy_(random_input(512, 8192, x.dtype, device, seed=20))
+    chain(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(lambda: None)
+    for seed in range(21, 41):
+        source.copy_(random_input(512, 8192, x.dtype, device, seed=seed))
+        graph.replay()
+        torch.cuda.synchronize()
+        for actual, expected in zip(captured, chain(torch.cuda.synchronize), strict=True):
+            assert_same_bytes(actual, expected, f"seed {seed}")
+
+
+def test_pdl_switch_changes_no_byte(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    from vllm_fusion_plugin.kernels import launch
+
+    x = random_input(33, 1536, torch.bfloat16, device, seed=42)
+    monkeypatch.setenv(launch.ENV, "1")
+    with_pdl = silu_mul_group_fp8_quant(x, **DEEPSEEK.arguments())
+    monkeypatch.setenv(launch.ENV, "0")
+    assert not launch.pdl_supported(x.device)
+    without = silu_mul_group_fp8_quant(x, **DEEPSEEK.arguments())
+    assert_same_bytes(with_pdl[0], without[0], "codes")
+    assert_same_bytes(with_pdl[1], without[1], "scales")
+
+
+# ---- compute-sanitizer -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [DEEPSEEK, DEEPSEEK._replace(tma_aligned_scales=False, group_size=64)], ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 33])
+def test_sanitizer_group(rows: int, mode: GroupMode, device: torch.device) -> None:
+    """The op's own allocations, unlike the guarded ones of the other tests: an access past their end is out of bounds."""
+    x = strided(random_input(rows, 3 * 128, mode.dtype, device, seed=44))
+    codes, scales = silu_mul_group_fp8_quant(x, **mode.arguments())
+    # all of the storage, so that initcheck sees padding that was never written
+    column = padded_rows(rows) if mode.tma_aligned_scales else rows
+    storage = torch.empty(0, device=device).set_(scales.untyped_storage()).view(-1, column).cpu()
+    expected_codes, expected_scales = silu_mul_group_fp8_quant_reference(x, **mode.arguments())
+    assert_same_bytes(codes.cpu(), expected_codes.cpu(), "codes")
+    assert_same_bytes(storage[:, :rows].contiguous(), expected_scales.t().cpu().contiguous(), "scales")
+    assert not storage[:, rows:].any()
+
+
+@pytest.mark.parametrize("rows, width", [(1, 512), (3, 700), (17, 2048)])
+def test_sanitizer_static(rows: int, width: int, device: torch.device) -> None:
+    x = random_input(rows, width, torch.float16, device, seed=45)
+    scale = torch.tensor([0.0123], device=device)
+    expected = silu_mul_static_fp8_quant_reference(x, scale)
+    assert_same_bytes(silu_mul_static_fp8_quant(x, scale).cpu(), expected.cpu(), "codes")
+
+
+def test_sanitizer_tiles(device: torch.device) -> None:
+    """Tiles that rows and groups do not fill, each tile shape forced rather than chosen."""
+    x = random_input(5, 3 * 128, torch.bfloat16, device, seed=46)
+    expected_codes, expected_scales = silu_mul_group_fp8_quant_reference(x, **DEEPSEEK.arguments())
+    for tile in (kernels.Tile(1, 4, 1), kernels.Tile(2, 2, 2), kernels.Tile(8, 1, 4)):
+        codes = torch.empty_like(expected_codes)
+        scales = empty_group_scales(x, 5, 3, True, True)
+        kernels.silu_mul_group_fp8_quant(
+            x, codes, scales, 128, False, EPS, DEEPSEEK.act_form, DEEPSEEK.quant_form, tile=tile
+        )
+        assert_same_bytes(codes, expected_codes, f"{tile}: codes")
+        assert_same_bytes(scales, expected_scales, f"{tile}: scales")
