@@ -9,6 +9,7 @@ One engine a configuration, all alive at once on one GPU, asked in turn: what dr
     stock_unfused   vLLM with fuse_norm_quant and fuse_act_quant off
     ours            the plugin, vLLM's default flags
     ours_act        the plugin, fuse_norm_quant off: what must produce stock_unfused's tokens and logprobs
+    control         stock_unfused once more: what of a difference is the engine's own
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "stock_unfused": {"plugin": False, "pass_config": OFF},
     "ours": {"plugin": True, "pass_config": {}},
     "ours_act": {"plugin": True, "pass_config": {"fuse_norm_quant": False}},
+    "control": {"plugin": False, "pass_config": OFF},
 }
 # Block GEMMs by the environment that selects them.
 LINEAR = {
@@ -187,7 +189,12 @@ def measure(args: argparse.Namespace) -> None:
 def compare(tokens: dict[str, Any]) -> dict[str, Any]:
     """For each pair with the first of it fused otherwise: do tokens agree, do logprobs to the last bit?"""
     result = {}
-    for a, b in (("ours_act", "stock_unfused"), ("ours", "stock"), ("stock", "stock_unfused")):
+    for a, b in (
+        ("ours_act", "stock_unfused"),
+        ("control", "stock_unfused"),
+        ("ours", "stock"),
+        ("stock", "stock_unfused"),
+    ):
         if a in tokens and b in tokens:
             total = sum(len(t) for t, _ in tokens[a])
             pairs = [(x, y) for (t, _), (u, _) in zip(tokens[a], tokens[b], strict=True) for x, y in zip(t, u, strict=True)]
@@ -200,7 +207,7 @@ def compare(tokens: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=pathlib.Path, required=True, help="folder with a config.json")
-    parser.add_argument("--configs", nargs="*", default=list(CONFIGS), choices=list(CONFIGS))
+    parser.add_argument("--configs", nargs="*", default=list(CONFIGS)[:4], choices=list(CONFIGS))
     parser.add_argument("--linear", default="cutlass", choices=list(LINEAR), help="block GEMM to select")
     parser.add_argument("--prefill", type=int, default=8192, help="tokens of the prefill")
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 32, 128], help="requests decoded together")

@@ -153,7 +153,6 @@ def tune(args: argparse.Namespace) -> None:
             found.append((us, tile))
         found.sort()
         table.append({"mode": mode, "M": rows, "H": width, "tiles": [(round(us, 3), *tile) for us, tile in found]})
-        kernels.group_tile.cache_clear()
         now = kernels.group_tile(rows, groups, group_size)
         rank = next((f"{us:.2f}" for us, tile in found if tile == now), "not tried")
         best = "  ".join(f"{us:.2f} {tuple(tile)}" for us, tile in found[:4])

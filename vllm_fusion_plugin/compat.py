@@ -88,6 +88,15 @@ def static_quant_extra_arguments() -> dict[str, Any]:
     return {}
 
 
+def silu_and_mul_adds_zero() -> bool:
+    """Whether `silu_and_mul` computes silu(gate) * (up + 0.0), which differs in the sign of zeros. Since 0.26 at the latest;
+    0.20.2 does not. Nothing that can be probed without running it tells. Can go with support for 0.20."""
+    from packaging.version import Version
+    from vllm import __version__
+
+    return Version(__version__).release >= (0, 21)
+
+
 # ---- pass manager ----------------------------------------------------------------------------------------------------
 
 

@@ -39,7 +39,7 @@ def activation(x: torch.Tensor, act_form: str, quant_form: str) -> torch.Tensor:
     enough to change y's rounding to x's dtype, but not never. So silu(gate) comes from the kernel's own function there,
     by the gate's bit pattern; test_numerics.py compares that function with Inductor's division for every gate.
     """
-    if act_form == "custom_op":
+    if act_form != "native":
         return silu_mul_reference(x, act_form)
     table = run(_silu_kernel, all_values(x.dtype, x.device), EXACT=False)
     gate, up = x.chunk(2, dim=-1)
@@ -147,6 +147,21 @@ def test_group_against_op_reference(mode: GroupMode, device: torch.device) -> No
     assert int(steps.max()) <= 1
     assert int(steps.count_nonzero()) <= steps.numel() // 500
     torch.testing.assert_close(scales.tensor, expected_scales, rtol=torch.finfo(mode.dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("quant_form", ["custom_op", "native"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_eager_keeps_the_sign_of_a_zero_up(dtype: torch.dtype, quant_form: str, device: torch.device) -> None:
+    """All that distinguishes it from custom_op, whose + 0.0 turns -0 into +0."""
+    eager = DEEPSEEK._replace(dtype=dtype, act_form="eager", quant_form=quant_form)
+    x = random_input(5, 256, dtype, device, seed=8)
+    x[:, 256::3] = -0.0
+    check_group(x, eager)
+    check_group(x, eager._replace(act_form="custom_op"))
+    kept, lost = (run_group(x, eager._replace(act_form=form))[0].tensor for form in ("eager", "custom_op"))
+    differ = as_bits(kept) != as_bits(lost)
+    assert bool(differ.any())
+    assert bool((as_bits(kept)[differ] & 0x7F == 0).all())
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0123, 3e-5, 700.0])
@@ -272,7 +287,7 @@ def test_bad_input_is_refused(bad: str, device: torch.device) -> None:
         ({"group_size": 32}, r"group_size=32 .*allowed: 64, 128"),
         ({"group_size": 0}, r"group_size=0 .*allowed: 64, 128"),
         ({"tma_aligned_scales": True}, r"tma_aligned_scales=True needs column_major_scales=True"),
-        ({"act_form": "exact"}, r"act_form='exact' .*allowed: custom_op, native"),
+        ({"act_form": "exact"}, r"act_form='exact' .*allowed: custom_op, eager, native"),
         ({"quant_form": ""}, r"quant_form='' .*allowed: custom_op, native"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

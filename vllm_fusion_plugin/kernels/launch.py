@@ -33,7 +33,8 @@ if _HAS_GDC:
     def wait_for_producer(PDL: tl.constexpr):
         if PDL:
             gdc_wait()
-            gdc_launch_dependents()
+            if PDL == 2:
+                gdc_launch_dependents()
 else:
 
     @triton.jit
@@ -50,7 +51,7 @@ def pdl_supported(device: torch.device) -> bool:
     """Whether kernels on `device` are launched with PDL: compute capability 9.0 or later, and a Triton that can."""
     if device.type != "cuda":
         return False
-    return _supported(device.index or 0, os.environ.get(ENV, "1"))
+    return _supported(device.index or 0, os.environ.get(ENV, "1")) and int(os.environ.get(ENV, "1"))
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:

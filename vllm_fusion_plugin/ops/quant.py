@@ -29,9 +29,9 @@ GROUP_SIZES = (64, 128)
 INPUT_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def check_form(name: str, value: str) -> None:
-    if value not in FORMS:
-        raise ValueError(f"{name}={value!r} is not a form of the op; allowed: {', '.join(FORMS)}")
+def check_form(name: str, value: str, allowed: tuple[str, ...] = FORMS) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not a form of the op; allowed: {', '.join(allowed)}")
 
 
 def check_group_layout(width: int, group_size: int, column_major_scales: bool, tma_aligned_scales: bool) -> None:

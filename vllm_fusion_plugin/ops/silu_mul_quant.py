@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """SiLU·mul, then quantise: what runs between the two GEMMs of a gated MLP.
 
-y = silu(gate) * up, where gate and up are the halves of x along its last dimension. Two forms of SiLU·mul exist in vLLM and
-they round differently; `act_form` says which one a fused op stands in for:
+y = silu(gate) * up, where gate and up are the halves of x along its last dimension. vLLM has more than one SiLU·mul and they
+round differently; `act_form` says which one a fused op stands in for:
 
 `custom_op`
-    vLLM's `silu_and_mul`: silu(gate) is rounded to x's dtype, and so is the product. Eager torch and Inductor under
-    `emulate_precision_casts` round the same.
+    vLLM's CUDA op `silu_and_mul`: silu(gate) is rounded to x's dtype, and so is the product. The op adds 0.0 to up (its
+    argument `beta`), which turns an up of -0 into +0.
+`eager`
+    The same roundings without that addition: eager torch, Inductor under `emulate_precision_casts`, and vLLM's op before it
+    had a `beta` (0.20).
 `native`
     `SiluAndMul.forward_native` as Inductor compiles it (vLLM's default): fp32 up to the product, which is rounded to x's
     dtype where Inductor stores it, that is before an opaque quantiser (`quant_form="custom_op"`), and not at all before
@@ -48,12 +51,17 @@ def _check_input(x: torch.Tensor) -> tuple[int, int]:
     return rows, both // 2
 
 
+ACT_FORMS = ("custom_op", "eager", "native")
+
+
 def silu_mul_reference(x: torch.Tensor, act_form: str = "custom_op", *, rounded: bool = True) -> torch.Tensor:
     """silu(gate) * up of x [..., 2 * width] in plain torch: in x's dtype, or in fp32 if `rounded` is False."""
     gate, up = x.float().chunk(2, dim=-1)
     silu = gate / (1.0 + torch.exp(-gate))
-    if act_form == "custom_op":
+    if act_form != "native":
         silu = silu.to(x.dtype).float()
+    if act_form == "custom_op":
+        up = up + 0.0
     y = silu * up
     return y.to(x.dtype) if rounded else y
 
@@ -86,7 +94,7 @@ def _check_group(
 ) -> tuple[int, int]:
     rows, width = _check_input(x)
     check_group_layout(width, group_size, column_major, tma_aligned)
-    check_form("act_form", act_form)
+    check_form("act_form", act_form, ACT_FORMS)
     check_form("quant_form", quant_form)
     return rows, width
 
@@ -167,7 +175,7 @@ def _check_static(x: torch.Tensor, scale: torch.Tensor, act_form: str, quant_for
         raise ValueError(f"scale is {scale.dtype} of shape {tuple(scale.shape)}; allowed: one float32 value")
     if scale.device != x.device:
         raise ValueError(f"scale is on {scale.device}; allowed: x's device, {x.device}")
-    check_form("act_form", act_form)
+    check_form("act_form", act_form, ACT_FORMS)
     check_form("quant_form", quant_form)
     return rows, width
 
@@ -229,7 +237,7 @@ def _check_nvfp4(x: torch.Tensor, global_scale: torch.Tensor, act_form: str) -> 
     rows, width = _check_input(x)
     check_width(width)
     check_global_scale(global_scale, x.device)
-    check_form("act_form", act_form)
+    check_form("act_form", act_form, ACT_FORMS)
     return rows, width
 
 

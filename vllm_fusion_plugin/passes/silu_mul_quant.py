@@ -22,12 +22,11 @@ ROWS, GROUPS = 5, 4  # example sizes: unlike each other and unlike 1, so that no
 aten = torch.ops.aten
 
 
-def _rounding(act_form: str, quant_form: str, precision_casts: bool) -> str:
-    """act_form to hand to the op: which roundings the graph's SiLU·mul would have made.
-
-    With Inductor's `emulate_precision_casts` the native form rounds where eager does, which is where the custom op does.
-    """
-    return "custom_op" if act_form == "custom_op" or precision_casts else "native"
+def _rounding(act_form: str, precision_casts: bool) -> str:
+    """act_form to hand to the op: the roundings that the graph's SiLU·mul would have made."""
+    if act_form == "custom_op":
+        return "custom_op" if compat.silu_and_mul_adds_zero() else "eager"
+    return "eager" if precision_casts else "native"
 
 
 class SiluMulQuant(PatternReplacement):
@@ -39,7 +38,7 @@ class SiluMulQuant(PatternReplacement):
         self.quant = quant
         self.dtype = dtype
         self.forms = {
-            "act_form": _rounding(act_form, quant.form, precision_casts),
+            "act_form": _rounding(act_form, precision_casts),
             "quant_form": quant.form,
         }
 
@@ -47,7 +46,7 @@ class SiluMulQuant(PatternReplacement):
         return matchers.SILU_MUL_OPS[self.act_form] in ops and self.quant.possible(ops)
 
     def key(self) -> str:
-        rounding = "" if self.forms["act_form"] == self.act_form else ",precision_casts"
+        rounding = "" if self.forms["act_form"] == self.act_form else f",{self.forms['act_form']}"
         return f"silu_mul[{self.act_form}{rounding}]+{self.quant}"
 
     def refuse(self, match: Match) -> str | None:
