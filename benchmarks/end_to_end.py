@@ -3,7 +3,8 @@
 
     python benchmarks/end_to_end.py --model tests/models/qwen3-8b-8layers
 
-One engine a configuration, all alive at once on one GPU, asked in turn: what drifts (clocks, heat) drifts for all. Configurations:
+One engine a configuration, all alive at once on one GPU, asked in turn: what drifts (clocks, heat)
+drifts for all. Configurations:
 
     stock           vLLM's defaults
     stock_unfused   vLLM with fuse_norm_quant and fuse_act_quant off

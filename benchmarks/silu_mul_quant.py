@@ -67,9 +67,13 @@ def implementations(mode: str, dtype: torch.dtype) -> dict[str, Callable[..., ob
     def stock_fused(x, y, codes, scales):
         c.silu_and_mul_per_block_quant(codes, x, scales, group_size, None, column)
 
-    compiled = torch.compile(lambda x: inductor_expression(x, group_size, column, ue8m0), dynamic=True)
+    # One kernel a width, as vLLM compiles, for any number of rows but 1, which torch always compiles on its own.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.cache_size_limit = 64
+    compiled = torch.compile(lambda x: inductor_expression(x, group_size, column, ue8m0))
 
     def inductor(x, y, codes, scales):
+        if x.shape[0] > 1:
+            torch._dynamo.mark_dynamic(x, 0)
         compiled(x)
 
     impls = {"ours": ours, "unfused": unfused, "inductor": inductor}
@@ -97,12 +101,15 @@ def input_sets(rows: int, width: int, dtype: torch.dtype, mode: str) -> list[tup
 def grid(args: argparse.Namespace) -> None:
     import vllm._custom_ops  # noqa: F401  registers torch.ops._C
 
-    bandwidth, copies = timing.copy_bandwidth()
+    bandwidth, found = timing.copy_bandwidth()
+    copies = {"copy_tb_per_s": {name: round(speed / 1e6, 3) for name, speed in found.items()}}
     print(f"best copy {bandwidth / 1e6:.3f} TB/s")
     rows_out = []
     for mode, dtype in itertools.product(args.modes, (torch.bfloat16, torch.float16) if args.fp16 else (torch.bfloat16,)):
         impls = {k: v for k, v in implementations(mode, dtype).items() if k in args.impls}
         for width, rows in itertools.product(args.widths, args.rows):
+            if rows == args.rows[0]:  # what is there by now survives a run cut short
+                timing.write(args.out, rows_out, **copies)
             sets = input_sets(rows, width, dtype, mode)
             floor = moved_bytes(rows, width, MODES[mode][0]) / bandwidth
             line = []
@@ -116,7 +123,7 @@ def grid(args: argparse.Namespace) -> None:
             if args.verbose:
                 print(f"{mode} M={rows} H={width} floor {floor:.2f}: {', '.join(line)}")
             del sets
-        timing.write(args.out, rows_out, copy_tb_per_s={k: round(v / 1e6, 3) for k, v in copies.items()})
+    timing.write(args.out, rows_out, **copies)
     verdict(rows_out)
 
 

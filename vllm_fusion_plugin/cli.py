@@ -20,10 +20,13 @@ from .report import sum_match_tables
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fusion passes and fused kernels for vLLM.")
 
 WHAT_THE_DEMO_IS = """\
-vllm-fusion-plugin {version}, vLLM {vllm} on CPU, a random 2-layer Qwen3 with FP8 weights in 128x128 blocks.
-Real: vLLM's engine and compiler, and our passes matching and replacing in its graphs.
-Stand-ins: the fused op's plain-torch reference, and a reference linear kernel of ours for the FP8 blocks.
-Rounding: as in eager torch for both engines (emulate_precision_casts); else Inductor's own fusions move last bits.
+vllm-fusion-plugin {version}, vLLM {vllm} on CPU
+Model: a random 2-layer Qwen3 with FP8 weights in 128x128 blocks.
+Real: vLLM's engine and compiler; our passes match and replace in its graphs.
+Stand-ins: the fused op and the block-scaled FP8 matmul run in plain torch; the
+  matmul is this package's too, as vLLM's own needs AMX.
+Rounding: both engines round where eager torch does (emulate_precision_casts);
+  without it Inductor's own fusions move last bits, and then tokens.
 Nothing here measures speed.
 """
 
@@ -57,12 +60,12 @@ def demo_command(
 ) -> None:
     """Run vLLM's CPU engine with fusions on and off, compare the tokens, and show what fused.
 
-    Exit status 0: the same tokens, and something fused on every rank.  1: not so.  2: the demo cannot run here.
+    Exit status 0: the same tokens, and something fused on every rank. 1: not so. 2: the demo cannot run here.
     """
     console, errors = Console(), Console(stderr=True, soft_wrap=True)
-    folder = keep or Path(tempfile.mkdtemp(prefix="vllm-fusion-plugin-demo-"))
     try:
         console.print(WHAT_THE_DEMO_IS.format(version=__version__, vllm=demo.cpu_vllm_version()), highlight=False)
+        folder = keep.resolve() if keep else Path(tempfile.mkdtemp(prefix="vllm-fusion-plugin-demo-"))
         model = _write_checkpoint(folder / "model")
         comparisons: list[demo.Comparison] = []
         for size in tensor_parallel_size.sizes:
@@ -90,17 +93,19 @@ def _write_checkpoint(folder: Path) -> Path:
 
 
 def _tables(comparisons: list[demo.Comparison]) -> list[Table]:
-    summary = Table(title="Fusions on against fusions off", box=box.SIMPLE)
-    for column in ("TP", "pass", "matches", "by rank", "same tokens", "max |Δ logprob|"):
-        summary.add_column(column, justify="left" if column == "pass" else "right", overflow="fold")
+    summary = Table(title="Fusions on against fusions off", box=box.SIMPLE, show_edge=False, pad_edge=False)
+    summary.add_column("TP", justify="right")
+    summary.add_column("pass", no_wrap=True)
+    for column in ("matches", "same tokens", "max |Δlogp|"):
+        summary.add_column(column, justify="right")
     tables = [summary]
     for c in comparisons:
         for name, matches in sum_match_tables(c.on.match_tables).items() or [("none", 0)]:
+            by_rank = " + ".join(str(table.get(name, 0)) for table in c.on.match_tables)
             summary.add_row(
                 str(c.tensor_parallel_size),
                 name,
-                str(matches),
-                " + ".join(str(table.get(name, 0)) for table in c.on.match_tables),
+                str(matches) if by_rank == str(matches) else f"{by_rank} = {matches}",
                 f"{c.tokens - c.tokens_differing} of {c.tokens}",
                 f"{c.largest_logprob_difference:.6f}",
             )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's CPU engine with fusions on and with fusions off: same tokens?  What `vllm-fusion-plugin demo` runs.
+"""vLLM's CPU engine with fusions on and with fusions off: same tokens? What `vllm-fusion-plugin demo` runs.
 
 This process only starts others and compares what they wrote; it never imports vLLM or torch's compiler.
 """
@@ -85,7 +85,9 @@ def engine_environment(tensor_parallel_size: int, cache: Path) -> dict[str, str]
         # Inductor compiles and runs a probe for each instruction set, 8 s a cache; the CPU's flags say the same.
         "TORCHINDUCTOR_VEC_ISA_OK": "1",
     }
-    environment.pop("VLLM_CPU_CI_ENV", None)  # would make the backend eager
+    # The first would make the backend eager, the second could switch off what is to be shown.
+    for name in ("VLLM_CPU_CI_ENV", "VLLM_FUSION_PLUGIN_SETTINGS"):
+        environment.pop(name, None)
     if tensor_parallel_size > 1:
         # One core a rank: left to itself vLLM wants a NUMA node a rank.
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores[:tensor_parallel_size]))
@@ -195,6 +197,8 @@ def compare(
         progress(f"TP {tensor_parallel_size}: engine with fusions {name} ...")
         run_folder = folder / f"tp{tensor_parallel_size}-{name}"
         cache = run_folder / "cache"
+        # Left by an earlier demo that was told to keep its folder: from a warm cache no pass runs, and nothing is shown.
+        shutil.rmtree(cache, ignore_errors=True)
         share_model_info(folder, cache)
         job = EngineJob(
             model=str(model),

@@ -2,7 +2,7 @@
 """A small Qwen3 checkpoint with FP8 weights in 128x128 blocks, random but scaled so that every layer matters.
 
 vLLM's own dummy weights are so small that the residual stream drowns every layer: with them even a broken fused op
-gives the right tokens.  Here each projection has about unit gain, so an error in one layer reaches the logits.
+gives the right tokens. Here each projection has about unit gain, so an error in one layer reaches the logits.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def _fingerprint(config: Any) -> str | None:
 def _pass_on(chosen: settings.Settings) -> None:
     from .kernels import launch
 
-    os.environ.setdefault(launch.ENV, "1" if chosen.use_pdl else "0")
+    os.environ[launch.ENV] = "1" if chosen.use_pdl else "0"
 
 
 def _get_compilation_match_table(worker: Any) -> dict[str, int]:

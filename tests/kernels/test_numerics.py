@@ -135,12 +135,18 @@ def test_divide_by_448(dtype: torch.dtype, device: torch.device) -> None:
     assert_same_bytes(run(_divide_by_448_kernel, tops), expected, "maximum / 448")
 
 
+def scales_of_maxima(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The scale of every maximum that a group can have."""
+    scales = not_negative(dtype, device) / torch.tensor(448.0, device=device)
+    scales = scales[(scales == 0) | (scales >= SMALLEST_NORMAL)]
+    return torch.nn.functional.pad(scales, (0, -len(scales) % 1024))
+
+
 def scales_to_round_up(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Scales of all maxima, every power of two from the floor on, and the numbers beside them."""
     powers = torch.exp2(torch.arange(-34, 128, device=device, dtype=torch.float64)).float()
     beside = [torch.nextafter(powers, powers * 0), torch.nextafter(powers, powers * 2)]
-    scales = torch.cat([not_negative(dtype, device) / torch.tensor(448.0, device=device), powers, *beside])
-    scales = scales[(scales == 0) | (scales >= SMALLEST_NORMAL)]
+    scales = torch.cat([scales_of_maxima(dtype, device), powers, *beside])
     return torch.nn.functional.pad(scales, (0, -len(scales) % 1024))
 
 
@@ -156,7 +162,8 @@ def test_round_up_to_power_of_two(dtype: torch.dtype, device: torch.device) -> N
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_round_up_to_power_of_two_is_libdevices(dtype: torch.dtype, device: torch.device) -> None:
-    scales = scales_to_round_up(dtype, device)
+    # Not the numbers beside powers of two: libdevice's log2 takes 2**n * (1 + 2**-23) for 2**n. No maximum has such a scale.
+    scales = scales_of_maxima(dtype, device)
     # under 2**-126 exp2's result, above 2**127 the input's next power of two is not finite: no scale comes near either
     assert_same_bytes(run(_round_up_kernel, scales), run(_round_up_libdevice_kernel, scales), "exp2(ceil(log2(scale)))")
 

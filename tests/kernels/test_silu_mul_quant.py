@@ -324,8 +324,8 @@ def test_bad_scale_is_refused(scale: torch.Tensor, message: str, device: torch.d
 
 def test_bad_static_forms_are_refused(device: torch.device) -> None:
     scale = torch.ones(1, device=device)
-    for name in ("act_form", "quant_form"):
-        with pytest.raises(ValueError, match=rf"{name}='inductor' .*allowed: custom_op, native"):
+    for name, allowed in (("act_form", "custom_op, eager, native"), ("quant_form", "custom_op, native")):
+        with pytest.raises(ValueError, match=rf"{name}='inductor' .*allowed: {allowed}"):
             silu_mul_static_fp8_quant(X.to(device), scale, **{name: "inductor"})
 
 

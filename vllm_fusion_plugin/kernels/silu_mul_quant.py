@@ -156,7 +156,7 @@ def _static_kernel(
         tl.store(codes_ptr + row * width + column, code, mask=column < width)
 
 
-# From so many elements on, memory is busy throughout, and launching early only makes two kernels share it (H200: 2 % slower).
+# From so many elements on memory is busy throughout, and starting early only makes two kernels share it (H200: 2 % slower).
 LARGE = 2**23
 
 
@@ -177,7 +177,7 @@ def group_tile(rows: int, groups: int, group_size: int) -> Tile:
     elements = rows * groups * group_size
     if rows == 1:
         return Tile(1, per_128, 1)
-    if elements < 80_000:
+    if rows <= 16 or elements < 80_000:
         return Tile(2, 2 * per_128, 4)
     if elements < 440_000:
         return Tile(2, 4 * per_128, 8)
