@@ -35,6 +35,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ours_act": {"plugin": True, "pass_config": {"fuse_norm_quant": False}},
     "control": {"plugin": False, "pass_config": OFF},
 }
+CONFIGS_IN_ROWS = ("stock", "stock_unfused", "ours")
 # Block GEMMs by the environment that selects them.
 LINEAR = {
     "cutlass": {"VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0", "VLLM_USE_DEEP_GEMM": "0"},
@@ -89,7 +90,9 @@ def serve(args: argparse.Namespace) -> None:
             short = generate(ask["batch"], 16, 2)[0]
             answer([(generate(ask["batch"], 16, 2 + steps)[0] - short) / steps])
         elif ask["do"] == "tokens":
-            out = generate(4, 500, 32, 5)[1] + generate(1, args.prefill, 4, 5)[1]
+            # One request at a time: of several, which are batched in which step is up to chance, and a GEMM's or attention's
+            # last bits depend on it.
+            out = [generate(1, length, 32, 5)[1][0] for length in (5, 100, 500, 2000)] + generate(1, args.prefill, 4, 5)[1]
             answer([
                 [o.outputs[0].token_ids, [{str(t): p.logprob for t, p in d.items()} for d in o.outputs[0].logprobs]]
                 for o in out
@@ -166,7 +169,8 @@ def measure(args: argparse.Namespace) -> None:
     out = args.out or timing.RESULTS / f"end_to_end.{args.model.name}.{args.linear}.json"
     timing.write(
         out,
-        rows,
+        [row for row in rows if row["config"] in CONFIGS_IN_ROWS],
+        more_rows=[row for row in rows if row["config"] not in CONFIGS_IN_ROWS],
         linear_kernels=reports[args.configs[0]]["linear"],
         linear_environment=LINEAR[args.linear],
         prefill_tokens=args.prefill,

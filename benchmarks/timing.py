@@ -101,6 +101,15 @@ def _commit() -> str:
         return "unknown"
 
 
+def _command() -> str:
+    """The command line, without where its results went."""
+    arguments = list(sys.argv[1:])
+    if "--out" in arguments:
+        at = arguments.index("--out")
+        del arguments[at : at + 2]
+    return " ".join(["python", f"benchmarks/{pathlib.Path(sys.argv[0]).name}", *arguments])
+
+
 def _version(name: str) -> str | None:
     try:
         return version(name)
@@ -116,11 +125,11 @@ def write(path: pathlib.Path, rows: list[dict[str, Any]], **more: Any) -> None:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "commit": _commit(),
-        "command": " ".join(["python", *(a for a in sys.argv)]),
+        "command": _command(),
         **more,
         "rows": rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    head, tail = json.dumps({k: v for k, v in record.items() if k != "rows"}, indent=1)[:-2], []
-    tail = [json.dumps(row) for row in rows]
-    path.write_text(head + ',\n "rows": [\n  ' + ",\n  ".join(tail) + "\n ]\n}\n")
+    # A row a line: a diff of two results reads like a table.
+    head = json.dumps({k: v for k, v in record.items() if k != "rows"}, indent=1)[:-2]
+    path.write_text(head + ',\n "rows": [\n  ' + ",\n  ".join(map(json.dumps, rows)) + "\n ]\n}\n")

@@ -93,7 +93,7 @@ def _write_checkpoint(folder: Path) -> Path:
 
 
 def _tables(comparisons: list[demo.Comparison]) -> list[Table]:
-    summary = Table(title="Fusions on against fusions off", box=box.SIMPLE, show_edge=False, pad_edge=False)
+    summary = Table(title="Fusions on against fusions off", box=box.SIMPLE, pad_edge=False)
     summary.add_column("TP", justify="right")
     summary.add_column("pass", no_wrap=True)
     for column in ("matches", "same tokens", "max |Δlogp|"):

@@ -229,6 +229,18 @@ def _own_cache_folder(compilation_config: Any, fingerprint: str) -> None:
         compilation_config.cache_dir = os.path.join(compilation_config.cache_dir, f"vllm_fusion_plugin-{fingerprint}")
 
 
+def artefact_folder(compilation_config: Any) -> str | None:
+    """Where vLLM keeps the code that this process compiles or has loaded.
+
+    `local_cache_dir` is VllmBackend's folder while it compiles, but a process that loads an AOT artefact makes no
+    VllmBackend: there it is the artefact's. Inductor's folder, which vLLM sets, is the artefact's in both.
+    """
+    artefact = os.path.dirname(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
+    if os.path.basename(os.path.dirname(artefact)) == "torch_aot_compile":
+        return artefact
+    return compilation_config.local_cache_dir
+
+
 # ---- workers ---------------------------------------------------------------------------------------------------------
 
 

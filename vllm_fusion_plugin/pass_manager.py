@@ -52,7 +52,7 @@ class FusionPassManager(PostGradPassManager):
     def configure(self, config: VllmConfig) -> None:
         RECORDER.report.rank = config.parallel_config.rank
         RECORDER.report.manager = "active"
-        self._kept_in = config.compilation_config
+        RECORDER.folder = compat.artefact_folder(config.compilation_config)
         chosen = settings.load(config.additional_config)
         stand_ins = {
             name: functools.partial(_build, name, compat.stock_pass(name))
@@ -67,7 +67,6 @@ class FusionPassManager(PostGradPassManager):
     def __call__(self, graph: fx.Graph) -> None:
         RECORDER.begin_passes(get_pass_context().compile_range)
         super().__call__(graph)
-        RECORDER.save(self._kept_in.local_cache_dir)
 
 
 compat.hook_compiler(RECORDER.begin_subgraph, RECORDER.end_subgraph)

@@ -44,17 +44,17 @@ def _register() -> None:
 
     from . import compat
 
-    # The cache comes before the passes: with passes and a stale hash, an old artefact could be used silently.
-    compat.hash_into_config(_fingerprint, _register_ops)
-    if reason := compat.install_pass_manager(PASS_MANAGER):
-        _warn_once(reason)
-        return
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         from . import cpu
 
         cpu.enable_if_asked()
+    # The cache comes before the passes: with passes and a stale hash, an old artefact could be used silently.
+    compat.hash_into_config(_fingerprint, _register_ops)
+    if reason := compat.install_pass_manager(PASS_MANAGER):
+        _warn_once(reason)
+        return
     RECORDER.report.manager = "installed, nothing compiled yet"
 
 
@@ -98,6 +98,8 @@ def _get_compilation_match_table(worker: Any) -> dict[str, int]:
 
 def _get_fusion_report(worker: Any) -> dict[str, Any]:
     """This worker's `RankReport` as plain data."""
+    from . import compat
+
     RECORDER.report.rank = worker.vllm_config.parallel_config.rank
-    RECORDER.load(worker.vllm_config.compilation_config.local_cache_dir)
+    RECORDER.load(compat.artefact_folder(worker.vllm_config.compilation_config))
     return get_fusion_report()

@@ -96,6 +96,7 @@ class Recorder:
         self.report = RankReport()
         self._current: Subgraph | None = None
         self._ran = False
+        self.folder: str | None = None  # where the report is kept for warm starts
         self._by_artefact: dict[int, int] = {}
         self._artefacts: list[Any] = []  # keeps id() of an artefact from being handed out again
 
@@ -121,6 +122,7 @@ class Recorder:
         self._by_artefact.setdefault(id(artefact), position)
         self._artefacts.append(artefact)
         self.report.subgraphs.append(current)
+        self.save(self.folder)
 
     @staticmethod
     def _carry_over(source: Subgraph, reuse: Subgraph) -> None:
@@ -254,18 +256,22 @@ class FusionReport(BaseModel):
 
     def tables(self) -> list[Any]:
         """rich tables: what fused, what did not and why, and what each rank notes."""
+        from rich import box
         from rich.table import Table
 
-        found = Table(title="Fused")
-        for column in ("pass", "pattern", "range", "graphs", "layers", "ranks", "modules"):
-            found.add_column(column, justify="right" if column in ("graphs", "layers") else "left", overflow="fold")
+        def table(title: str, columns: str, numbers: str) -> Table:
+            made = Table(title=title, box=box.SIMPLE, show_edge=False, pad_edge=False)
+            for column in columns.split():
+                right = column in numbers.split()
+                made.add_column(column, justify="right" if right else "left", overflow="fold")
+            return made
+
+        found = table("Fused", "pass pattern range graphs layers ranks modules", "graphs layers")
         for row in self.rows():
             found.add_row(*map(str, row))
         tables = [found]
         if missed_rows := self.missed_rows():
-            missed = Table(title="Not fused")
-            for column in ("pass", "why", "places", "modules"):
-                missed.add_column(column, justify="right" if column == "places" else "left", overflow="fold")
+            missed = table("Not fused", "pass why places modules", "places")
             for missed_row in missed_rows:
                 missed.add_row(*map(str, missed_row))
             tables.append(missed)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
@@ -40,6 +40,10 @@ class Settings(BaseModel):
 
     stock_passes: tuple[str, ...] = ()
     """Passes left to vLLM, for example `["ActivationQuantFusionPass"]`; the rest stay ours."""
+
+    nvfp4_kernel: Literal["vllm", "ours"] = "vllm"
+    """Which kernel a fused SiLU·mul + NVFP4 quantiser runs: vLLM's own, or this package's, which has not been measured on the
+    GPUs with FP4 GEMMs yet (compute capability 10.0 and later)."""
 
     use_pdl: bool = True
     """Launch kernels with programmatic dependent launch where the GPU has it (compute capability 9.0 and later)."""

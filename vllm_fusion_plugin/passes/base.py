@@ -118,7 +118,8 @@ class FusionPass(VllmPatternMatcherPass):
         self._traced: dict[str, str] = {}
         self.refused: dict[fx.Node, str] = {}
         """Last node of each match in the graph at hand that was refused, and why."""
-        self._fingerprint = fingerprint.fingerprint(settings.load(config.additional_config))
+        self.settings = settings.load(config.additional_config)
+        self._fingerprint = fingerprint.fingerprint(self.settings)
 
     def register(self, replacement: PatternReplacement) -> None:
         """Look for one more pattern, traced when a graph first has the ops for it.

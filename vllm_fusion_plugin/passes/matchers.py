@@ -177,3 +177,37 @@ class StaticQuant:
 
 def static_quants() -> list[StaticQuant]:
     return [StaticQuant("native")] + ([StaticQuant("custom_op")] if has_op("static_scaled_fp8_quant") else [])
+
+
+@dataclass(frozen=True)
+class Nvfp4Quant:
+    """NVFP4 quantiser: two e2m1 codes a byte, an e4m3 scale for 16 of them in the swizzled layout, one global scale."""
+
+    form: str = "custom_op"
+
+    def possible(self, ops: OpIndex) -> bool:
+        return "_C.scaled_fp4_quant" in ops
+
+    def __str__(self) -> str:
+        return "nvfp4"
+
+    def inputs(self, rows: int, width: int) -> list[torch.Tensor]:
+        scales = empty(-(-rows // 128) * 128, -(-width // 64), dtype=torch.int32)
+        return [empty(rows, width // 2, dtype=torch.uint8), scales]
+
+    def __call__(
+        self, y: torch.Tensor, global_scale: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        _, codes, scales = auto_functionalized(
+            torch.ops._C.scaled_fp4_quant.out,
+            input=y,
+            input_scale=global_scale,
+            is_sf_swizzled_layout=True,
+            output=codes,
+            output_scale=scales,
+        )
+        return codes, scales
+
+
+def nvfp4_quants() -> list[Nvfp4Quant]:
+    return [Nvfp4Quant()] if has_op("scaled_fp4_quant") else []

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._inductor.pattern_matcher import Match
 from vllm.config import VllmConfig
 
@@ -120,6 +121,43 @@ class SiluMulStaticQuant(SiluMulQuant):
         return None if scale.numel() == 1 else f"{scale.numel()} scales; fused for one scale a tensor"
 
 
+class SiluMulNvfp4Quant(SiluMulQuant):
+    quant: matchers.Nvfp4Quant
+
+    def __init__(self, act_form: str, quant: Any, dtype: torch.dtype, precision_casts: bool, kernel: str) -> None:
+        super().__init__(act_form, quant, dtype, precision_casts)
+        self.kernel = kernel if matchers.has_op("silu_and_mul_nvfp4_quant") else "ours"
+
+    def key(self) -> str:
+        return f"{super().key()}[{self.kernel}]"
+
+    def inputs(self) -> list[torch.Tensor]:
+        width = GROUPS * 16
+        x = matchers.empty(ROWS, 2 * width, dtype=self.dtype)
+        return [x, matchers.empty(1, dtype=torch.float32), *self.quant.inputs(ROWS, width)]
+
+    def pattern(self, x: torch.Tensor, global_scale: torch.Tensor, *buffers: torch.Tensor) -> Any:
+        return self.quant(self.silu_mul(x), global_scale, *buffers)
+
+    def replacement(self, x: torch.Tensor, global_scale: torch.Tensor, *buffers: torch.Tensor) -> Any:
+        if self.kernel == "ours":
+            return torch.ops.vllm_fusion_plugin.silu_mul_nvfp4_quant.default(x, global_scale, self.forms["act_form"])
+        codes, scales = buffers
+        return auto_functionalized(
+            torch.ops._C.silu_and_mul_nvfp4_quant.default,
+            result=codes,
+            result_block_scale=scales,
+            input=x,
+            input_global_scale=global_scale,
+        )[1:]
+
+    def refuse(self, match: Match) -> str | None:
+        if reason := super().refuse(match):
+            return reason
+        scale = match.kwargs["arg1"].meta["val"]
+        return None if scale.numel() == 1 else f"{scale.numel()} global scales; fused for one a tensor"
+
+
 class ActivationQuantFusionPass(FusionPass):
     """Fuses SiLU·mul with the static FP8, group FP8 or NVFP4 quantiser behind it.
 
@@ -137,6 +175,9 @@ class ActivationQuantFusionPass(FusionPass):
                 self.register(SiluMulGroupQuant(act_form, group_quant, dtype, precision_casts))
             for static_quant in matchers.static_quants():
                 self.register(SiluMulStaticQuant(act_form, static_quant, dtype, precision_casts))
+            for nvfp4_quant in matchers.nvfp4_quants():
+                kernel = self.settings.nvfp4_kernel
+                self.register(SiluMulNvfp4Quant(act_form, nvfp4_quant, dtype, precision_casts, kernel))
         self.dump(config)
 
     def explain(self, graph: fx.Graph) -> None:

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`opt_in_child.py RESULT`: what the plugin's switches change in a process of vLLM's, one case a forked process.
+
+Forked, because what is patched stays patched, and importing vLLM takes 15 s. Writes {case: traceback, or "" if it held}.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import torch
+import vllm.model_executor.kernels.linear as linear
+import vllm.plugins
+from vllm.compilation.passes import pass_manager
+from vllm.config import CompilationConfig, CompilationMode, PassConfig, VllmConfig
+from vllm.platforms import current_platform
+from vllm.platforms.interface import PlatformEnum
+
+
+def seams() -> dict[str, object]:
+    """Every place of vLLM's that the plugin may change on CPU."""
+    platform = type(current_platform)
+    return {
+        "check_config": platform.check_and_update_config.__func__,
+        "pass_manager": current_platform.get_pass_manager_cls(),
+        "config_hash": VllmConfig.compute_hash,
+        "fix_functionalization": pass_manager.FixFunctionalizationPass,
+        "block_fp8_kernels": tuple(linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU]),
+    }
+
+
+STOCK = seams()
+
+
+def changed() -> set[str]:
+    return {name for name, value in seams().items() if value != STOCK[name]}
+
+
+def load_plugins() -> None:
+    vllm.plugins.plugins_loaded = False
+    vllm.plugins.load_general_plugins()
+
+
+def compiled(additional_config: dict[str, object] | None = None, **passes: bool) -> CompilationConfig:
+    config = CompilationConfig(mode=CompilationMode.VLLM_COMPILE, pass_config=PassConfig(**passes))
+    return VllmConfig(compilation_config=config, additional_config=additional_config or {}).compilation_config
+
+
+def switched_off() -> None:
+    os.environ |= {"VLLM_FUSION_PLUGIN": "0", "VLLM_FUSION_PLUGIN_CPU": "1"}
+    load_plugins()
+    assert changed() == set(), changed()
+    assert not hasattr(torch.ops.vllm_fusion_plugin, "silu_mul_group_fp8_quant")
+    assert compiled().mode == CompilationMode.DYNAMO_TRACE_ONCE
+
+
+def cpu_not_asked_for() -> None:
+    load_plugins()
+    assert changed() == {"pass_manager", "config_hash"}, changed()
+    assert compiled().mode == CompilationMode.DYNAMO_TRACE_ONCE
+
+
+def cpu_asked_for_twice() -> None:
+    os.environ["VLLM_FUSION_PLUGIN_CPU"] = "1"
+    load_plugins()
+    load_plugins()
+    from vllm_fusion_plugin import cpu
+
+    assert changed() == set(STOCK), changed()
+    assert seams()["check_config"].__wrapped__ is STOCK["check_config"]
+    assert seams()["block_fp8_kernels"] == (*STOCK["block_fp8_kernels"], cpu.CPUReferenceFp8BlockScaledMM)
+    compilation = compiled(fuse_act_quant=True, fuse_norm_quant=True)
+    assert (compilation.mode, compilation.backend) == (CompilationMode.VLLM_COMPILE, "inductor")
+    assert compilation.compile_sizes == []
+    passes = compilation.pass_config
+    on = {f.name for f in dataclasses.fields(passes) if getattr(passes, f.name) is True}
+    assert on == {"fuse_act_quant", "eliminate_noops"}, on
+
+
+def eager_stays_eager() -> None:
+    os.environ["VLLM_FUSION_PLUGIN_CPU"] = "1"
+    load_plugins()
+    eager = VllmConfig(compilation_config=CompilationConfig(mode=CompilationMode.NONE)).compilation_config
+    assert eager.mode == CompilationMode.NONE
+    os.environ["VLLM_CPU_CI_ENV"] = "1"
+    assert (compiled().mode, compiled().backend) == (CompilationMode.DYNAMO_TRACE_ONCE, "eager")
+
+
+def cpu_switch_misspelt() -> None:
+    os.environ["VLLM_FUSION_PLUGIN_CPU"] = "yes"
+    load_plugins()  # must not raise: vLLM would not start
+    from vllm_fusion_plugin import cpu, report, settings
+
+    assert "check_config" not in changed()
+    assert "VLLM_FUSION_PLUGIN_CPU='yes'" in report.RECORDER.report.manager
+    try:
+        cpu.enable_if_asked()
+    except settings.SettingsError as e:
+        assert "allowed: 1 (on), 0 (off, the default)" in str(e)
+    else:
+        raise AssertionError("the value was accepted")
+
+
+def pass_left_to_stock() -> None:
+    """Stock has no such pass on CPU: with the flag left set, its pass manager would fail on the name."""
+    os.environ["VLLM_FUSION_PLUGIN_CPU"] = "1"
+    load_plugins()
+    for left in ({"enabled": False}, {"stock_passes": ["ActivationQuantFusionPass"]}, {"no_such_setting": 1}):
+        compilation = compiled({"fusion_plugin": left}, fuse_act_quant=True)
+        assert compilation.mode == CompilationMode.VLLM_COMPILE, left
+        assert not compilation.pass_config.fuse_act_quant, left
+
+
+CASES = (
+    switched_off,
+    cpu_not_asked_for,
+    cpu_asked_for_twice,
+    eager_stays_eager,
+    cpu_switch_misspelt,
+    pass_left_to_stock,
+)
+
+
+def run_forked(case) -> str:
+    with tempfile.NamedTemporaryFile("r") as file:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                case()
+                outcome = ""
+            except BaseException:
+                outcome = traceback.format_exc()
+            Path(file.name).write_text(outcome)
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        return file.read() or ("" if status == 0 else f"ended with status {status}")
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(json.dumps({case.__name__: run_forked(case) for case in CASES}, indent=1))
