@@ -12,7 +12,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,7 @@ OPAQUE_QUANTISERS = {
 
 def called_op(node: fx.Node) -> str:
     """ "namespace.name" of the op that a node calls, looking through auto_functionalized; the target's name otherwise."""
-    target = node.target
+    target: Any = node.target
     if "auto_functionalized" in str(target) and node.args:
         target = node.args[0]
     if isinstance(target, torch._ops.OpOverload):
@@ -76,7 +76,7 @@ def load_custom_ops() -> None:
 def uncompiled_layer(layer: type) -> dict[str, Any]:
     """`compile_native=False` where a CustomOp layer has it (since 0.20): without it, building the layer inside a pass
     would wrap forward_native in torch.compile, which cannot be traced as a pattern."""
-    return {"compile_native": False} if "compile_native" in inspect.signature(layer.__init__).parameters else {}
+    return {"compile_native": False} if "compile_native" in inspect.signature(layer).parameters else {}
 
 
 def static_quant_extra_arguments() -> dict[str, Any]:
@@ -101,7 +101,7 @@ def silu_and_mul_adds_zero() -> bool:
 
 
 @contextmanager
-def stand_ins(classes: dict[str, Callable[..., Any]]) -> Iterator[None]:
+def stand_ins(classes: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     """While stock's pass manager configures itself, give it our classes under stock's names.
 
     `PostGradPassManager.configure` names pass classes as globals of its module (all versions read). Replacing the names
@@ -111,17 +111,17 @@ def stand_ins(classes: dict[str, Callable[..., Any]]) -> Iterator[None]:
     """
     module = sys.modules[STOCK_PASS_MANAGER.rpartition(".")[0]]
     missing = object()
-    before = {name: getattr(module, name, missing) for name in classes}
+    before: dict[str, object] = {name: getattr(module, name, missing) for name in classes}
     for name, cls in classes.items():
         setattr(module, name, cls)
     try:
         yield
     finally:
-        for name, cls in before.items():
-            if cls is missing:
+        for name, was in before.items():
+            if was is missing:
                 delattr(module, name)
             else:
-                setattr(module, name, cls)
+                setattr(module, name, was)
 
 
 def stock_pass(name: str) -> Any:
@@ -184,7 +184,7 @@ def hook_compiler(begin: Callable[..., None], end: Callable[..., None]) -> bool:
         return artefact
 
     compile._fusion_plugin = True  # type: ignore[attr-defined]
-    CompilerManager.compile = compile
+    setattr(CompilerManager, "compile", compile)  # noqa: B010  (a type checker forbids assigning to a method)
     return True
 
 

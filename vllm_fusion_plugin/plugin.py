@@ -42,9 +42,9 @@ def _register() -> None:
         RECORDER.report.manager = "inactive: enabled=false in the settings"
         return
 
-    from . import compat
-
     from vllm.platforms import current_platform
+
+    from . import compat
 
     if current_platform.is_cpu():
         from . import cpu

@@ -42,7 +42,7 @@ class Settings(BaseModel):
     """Passes left to vLLM, for example `["ActivationQuantFusionPass"]`; the rest stay ours."""
 
     nvfp4_kernel: Literal["vllm", "ours"] = "vllm"
-    """Which kernel a fused SiLU·mul + NVFP4 quantiser runs: vLLM's own, or this package's, which has not been measured on the
+    """Which kernel a fused SiLU·mul + NVFP4 quantiser runs: vLLM's own, or this package's, not measured yet on the
     GPUs with FP4 GEMMs yet (compute capability 10.0 and later)."""
 
     use_pdl: bool = True

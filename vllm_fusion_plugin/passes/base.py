@@ -180,7 +180,7 @@ class FusionPass(VllmPatternMatcherPass):
     def explain(self, graph: fx.Graph) -> None:
         """Report what the pass would have liked to fuse in `graph` and could not; called after it ran."""
 
-    @VllmInductorPass.time_and_log
+    @VllmInductorPass.time_and_log  # type: ignore[arg-type]  # typed for its own class only
     def __call__(self, graph: fx.Graph) -> None:
         self.refused.clear()
         normalise(graph)

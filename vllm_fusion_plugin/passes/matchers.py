@@ -30,6 +30,11 @@ def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device=DEVICE)
 
 
+def functionalized(op: torch._ops.OpOverload, **arguments: Any) -> tuple[Any, ...]:
+    """What the graph has for an op that writes to its arguments: its results, then the arguments written to."""
+    return auto_functionalized(op, **arguments)
+
+
 def has_op(name: str) -> bool:
     """Whether this build of vLLM has `torch.ops._C.<name>`."""
     compat.load_custom_ops()
@@ -41,7 +46,7 @@ def has_op(name: str) -> bool:
 
 def silu_mul_custom_op(x: torch.Tensor) -> torch.Tensor:
     out = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
-    return auto_functionalized(torch.ops._C.silu_and_mul.default, result=out, input=x)[1]
+    return functionalized(torch.ops._C.silu_and_mul.default, result=out, input=x)[1]
 
 
 GROUP_QUANT_OPS = ("_C.per_token_group_fp8_quant",)
@@ -109,7 +114,7 @@ class GroupQuant:
                 use_ue8m0=self.use_ue8m0,
             )
             return layer.forward_native(y)
-        _, codes, scales = auto_functionalized(
+        _, codes, scales = functionalized(
             torch.ops._C.per_token_group_fp8_quant.default,
             input=y,
             output_q=buffers[0],
@@ -166,7 +171,7 @@ class StaticQuant:
     def __call__(self, y: torch.Tensor, scale: torch.Tensor, *buffers: torch.Tensor) -> torch.Tensor:
         if self.form == "native":
             return _quant_fp8(static=True, group_shape=GroupShape.PER_TENSOR).forward_native(y, scale)[0]
-        return auto_functionalized(
+        return functionalized(
             torch.ops._C.static_scaled_fp8_quant.default,
             result=buffers[0],
             input=y,
@@ -198,7 +203,7 @@ class Nvfp4Quant:
     def __call__(
         self, y: torch.Tensor, global_scale: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        _, codes, scales = auto_functionalized(
+        _, codes, scales = functionalized(
             torch.ops._C.scaled_fp4_quant.out,
             input=y,
             input_scale=global_scale,

@@ -92,7 +92,9 @@ class SiluMulGroupQuant(SiluMulQuant):
         codes, scales = (match.kwargs[f"arg{i}"].meta["val"] for i in (1, 2))
         if codes.dtype != ops.FP8_DTYPE:
             return f"the quantiser writes {codes.dtype}; fused for {ops.FP8_DTYPE}"
-        want = empty_group_scales(scales, *scales.shape, self.quant.column_major_scales, self.quant.tma_aligned_scales)
+        rows, groups = scales.shape
+        layout = (self.quant.column_major_scales, self.quant.tma_aligned_scales)
+        want = empty_group_scales(scales, rows, groups, *layout)
         if not compat.same_strides(scales, want):
             return f"the scales' strides {tuple(scales.stride())} are not those of the layout the quantiser is told"
         return None
