@@ -68,7 +68,9 @@ def serve(args: argparse.Namespace) -> None:
     filled = llm.collective_rpc("fill_random_weights")
 
     def generate(batch: int, prompt: int, tokens: int, logprobs: int | None = None) -> tuple[float, Any]:
-        prompts = [{"prompt_token_ids": [(7919 * (i + 1) + 31 * j) % 100000 for j in range(prompt)]} for i in range(batch)]
+        prompts = [
+            {"prompt_token_ids": [(7919 * (i + 1) + 31 * j) % 100000 for j in range(prompt)]} for i in range(batch)
+        ]
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=logprobs)
         start = time.perf_counter()
         out = llm.generate(prompts, params, use_tqdm=False)
@@ -92,7 +94,9 @@ def serve(args: argparse.Namespace) -> None:
         elif ask["do"] == "tokens":
             # One request at a time: of several, which are batched in which step is up to chance, and a GEMM's or attention's
             # last bits depend on it.
-            out = [generate(1, length, 32, 5)[1][0] for length in (5, 100, 500, 2000)] + generate(1, args.prefill, 4, 5)[1]
+            out = [generate(1, length, 32, 5)[1][0] for length in (5, 100, 500, 2000)] + generate(
+                1, args.prefill, 4, 5
+            )[1]
             answer([
                 [o.outputs[0].token_ids, [{str(t): p.logprob for t, p in d.items()} for d in o.outputs[0].logprobs]]
                 for o in out
@@ -163,7 +167,13 @@ def measure(args: argparse.Namespace) -> None:
     rows = []
     for (phase, batch, name), ms in times.items():
         rows.append(
-            {"model": args.model.name, "phase": phase, "batch": batch, "config": name, "ms": round(statistics.median(ms), 4)}
+            {
+                "model": args.model.name,
+                "phase": phase,
+                "batch": batch,
+                "config": name,
+                "ms": round(statistics.median(ms), 4),
+            }
         )
         print(rows[-1], f"min {min(ms):.3f} max {max(ms):.3f}")
     out = args.out or timing.RESULTS / f"end_to_end.{args.model.name}.{args.linear}.json"
@@ -180,7 +190,9 @@ def measure(args: argparse.Namespace) -> None:
     )
     for name in ("ours", "ours_act"):
         if name in reports:
-            (out.parent / f"{out.stem}.{name}.report.json").write_text(json.dumps(reports[name]["report"], indent=1) + "\n")
+            (out.parent / f"{out.stem}.{name}.report.json").write_text(
+                json.dumps(reports[name]["report"], indent=1) + "\n"
+            )
             from vllm_fusion_plugin.report import FusionReport
 
             for row in FusionReport.from_ranks(reports[name]["report"]).rows():
@@ -202,7 +214,9 @@ def compare(tokens: dict[str, Any]) -> dict[str, Any]:
     ):
         if a in tokens and b in tokens:
             total = sum(len(t) for t, _ in tokens[a])
-            pairs = [(x, y) for (t, _), (u, _) in zip(tokens[a], tokens[b], strict=True) for x, y in zip(t, u, strict=True)]
+            pairs = [
+                (x, y) for (t, _), (u, _) in zip(tokens[a], tokens[b], strict=True) for x, y in zip(t, u, strict=True)
+            ]
             same = sum(x == y for x, y in pairs)
             logprobs = [p for _, p in tokens[a]] == [p for _, p in tokens[b]]
             result[f"{a} and {b}"] = {"tokens": total, "equal_tokens": same, "equal_logprobs": logprobs}

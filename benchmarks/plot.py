@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's figure, from a committed result:
 
-    python benchmarks/plot.py                            # docs/silu_mul_quant.png
+python benchmarks/plot.py                            # docs/silu_mul_quant.png
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def main() -> None:
         points = sorted((r["M"], r["us"]) for r in rows if r["impl"] == impl)
         axes.plot(*zip(*points, strict=True), label=label, color=colour, marker=marker, markersize=4, linewidth=1.6)
     floor = sorted({(r["M"], r["floor_us"]) for r in rows if r["M"] >= 64})
-    axes.plot(*zip(*floor, strict=True), label="bytes at the best copy's bandwidth", color="0.6", linestyle=":", zorder=0)
+    axes.plot(
+        *zip(*floor, strict=True), label="bytes at the best copy's bandwidth", color="0.6", linestyle=":", zorder=0
+    )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     tokens = sorted({r["M"] for r in rows})

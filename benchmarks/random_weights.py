@@ -59,7 +59,9 @@ def _fill(name: str, data: torch.Tensor) -> None:
     elif "scale" in name or not data.is_floating_point():
         return
     elif data.dim() == 1:
-        data.copy_(1.0 + 0.1 * randn(tuple(data.shape))) if "norm" in name else data.copy_(0.1 * randn(tuple(data.shape)))
+        data.copy_(1.0 + 0.1 * randn(tuple(data.shape))) if "norm" in name else data.copy_(
+            0.1 * randn(tuple(data.shape))
+        )
     else:
         size = 1.0 if "embed" in name else data.shape[-1] ** -0.5
         flat = data.view(-1, data.shape[-1]) if data.is_contiguous() else data

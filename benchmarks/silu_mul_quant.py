@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """SiLU·mul + FP8 quantiser against vLLM's fused op, vLLM's unfused pair and Inductor.
 
-    python benchmarks/silu_mul_quant.py                  # the grid, to results/silu_mul_quant.json
-    python benchmarks/silu_mul_quant.py --tune           # tiles by shape, best first
+python benchmarks/silu_mul_quant.py                  # the grid, to results/silu_mul_quant.json
+python benchmarks/silu_mul_quant.py --tune           # tiles by shape, best first
 """
 
 from __future__ import annotations
@@ -97,7 +97,6 @@ def input_sets(rows: int, width: int, dtype: torch.dtype, mode: str) -> list[tup
     ]
 
 
-
 def grid(args: argparse.Namespace) -> None:
     import vllm._custom_ops  # noqa: F401  registers torch.ops._C
 
@@ -105,7 +104,9 @@ def grid(args: argparse.Namespace) -> None:
     copies = {"copy_tb_per_s": {name: round(speed / 1e6, 3) for name, speed in found.items()}}
     print(f"best copy {bandwidth / 1e6:.3f} TB/s")
     rows_out = []
-    for mode, dtype in itertools.product(args.modes, (torch.bfloat16, torch.float16) if args.fp16 else (torch.bfloat16,)):
+    for mode, dtype in itertools.product(
+        args.modes, (torch.bfloat16, torch.float16) if args.fp16 else (torch.bfloat16,)
+    ):
         impls = {k: v for k, v in implementations(mode, dtype).items() if k in args.impls}
         for width, rows in itertools.product(args.widths, args.rows):
             if rows == args.rows[0]:  # what is there by now survives a run cut short

@@ -97,6 +97,21 @@ def silu_and_mul_adds_zero() -> bool:
     return Version(__version__).release >= (0, 21)
 
 
+# ---- environment -----------------------------------------------------------------------------------------------------
+
+
+def announce_environment(prefix: str) -> None:
+    """Tell vLLM that the variables that begin with `prefix` are known. It warns of every other one that begins with VLLM_,
+    and with `--fail-on-environ-validation` does not start (all versions read)."""
+    from vllm import envs
+
+    known = getattr(envs, "environment_variables", None)
+    if isinstance(known, dict):
+        for name in os.environ:
+            if name.startswith(prefix):  # only what is set: vLLM hashes what it knows into its compile cache
+                known.setdefault(name, functools.partial(os.environ.get, name))
+
+
 # ---- pass manager ----------------------------------------------------------------------------------------------------
 
 

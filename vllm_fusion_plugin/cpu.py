@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's CPU engine compiled the way its GPU engines are, so that our passes run where there is no GPU.
 
-Opt-in: the plugin calls enable() only when VLLM_FUSION_PLUGIN_CPU=1, so nobody's CPU compile mode changes silently. This
-is for demonstration and tests: real engine, real graphs, real matching and replacement, but reference implementations of
-the ops, and no claim of speed.
+Opt-in: the plugin calls enable() only when VLLM_FUSION_PLUGIN_CPU=1 (settings.ENV_CPU), so nobody's CPU compile mode changes
+silently. This is for demonstration and tests: real engine, real graphs, real matching and replacement, but reference
+implementations of the ops, and no claim of speed.
 
 Every change to vLLM for CPU is made in this file and says what, why, since which vLLM, and when it can go. All of them are
 idempotent: vLLM may load plugins more than once in a process.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import os
 from typing import Any
 
 import torch
@@ -31,20 +30,9 @@ from .cpu_linear import cpu_block_scaled_mm
 
 logger = logging.getLogger("vllm.fusion_plugin")
 
-ENV_CPU = "VLLM_FUSION_PLUGIN_CPU"
-
 # The passes that the plugin's pass manager provides on CPU, with the PassConfig flags that ask for them.
 PASS_FLAGS = {"ActivationQuantFusionPass": "fuse_act_quant"}
 FUSION_FLAG_PREFIXES = ("fuse_", "enable_")
-
-
-def enable_if_asked() -> None:
-    """enable(), if VLLM_FUSION_PLUGIN_CPU=1."""
-    value = os.environ.get(ENV_CPU, "").strip()
-    if value not in ("", "0", "1"):
-        raise settings.SettingsError(f"{ENV_CPU}={value!r} is not understood; allowed: 1 (on), 0 (off, the default)")
-    if value == "1":
-        enable()
 
 
 def enable() -> None:

@@ -34,7 +34,10 @@ def register() -> None:
 
 
 def _register() -> None:
-    if not settings.parse_switch(os.environ.get(settings.ENV_SWITCH)):
+    from . import compat
+
+    compat.announce_environment(settings.ENV_SWITCH)
+    if not settings.parse_switch():
         RECORDER.report.manager = f"inactive: {settings.ENV_SWITCH}=0"
         return
     chosen = settings.load()
@@ -44,12 +47,10 @@ def _register() -> None:
 
     from vllm.platforms import current_platform
 
-    from . import compat
+    if current_platform.is_cpu() and settings.parse_switch(settings.ENV_CPU, default=False):
+        from . import cpu  # imports half of vLLM, 4 s
 
-    if current_platform.is_cpu():
-        from . import cpu
-
-        cpu.enable_if_asked()
+        cpu.enable()
     # The cache comes before the passes: with passes and a stale hash, an old artefact could be used silently.
     compat.hash_into_config(_fingerprint, _register_ops)
     if reason := compat.install_pass_manager(PASS_MANAGER):
@@ -78,6 +79,7 @@ def _fingerprint(config: Any) -> str | None:
     if not chosen.enabled:
         compat.remove_pass_manager(PASS_MANAGER)
         return None
+    compat.install_pass_manager(PASS_MANAGER)  # an engine before this one in the process may have switched it off
     _pass_on(chosen)
     RECORDER.report.fingerprint = fingerprint.fingerprint(chosen)
     return RECORDER.report.fingerprint

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 ENV_SWITCH = "VLLM_FUSION_PLUGIN"
 ENV_SETTINGS = "VLLM_FUSION_PLUGIN_SETTINGS"
+ENV_CPU = "VLLM_FUSION_PLUGIN_CPU"  # see cpu.py
 ADDITIONAL_CONFIG_KEY = "fusion_plugin"
 
 # The stock classes that we can stand in for, by the names that vLLM's users know.
@@ -57,13 +58,17 @@ class Settings(BaseModel):
         return value
 
 
-def parse_switch(value: str | None) -> bool:
-    """`VLLM_FUSION_PLUGIN`: unset, empty or 1 is on, 0 is off; anything else is an error rather than a guess."""
-    if value is None or value.strip() in ("", "1"):
-        return True
-    if value.strip() == "0":
-        return False
-    raise SettingsError(f"{ENV_SWITCH}={value!r} is not understood; allowed: 0 (off), 1 (on, the default)")
+def parse_switch(name: str = ENV_SWITCH, default: bool = True) -> bool:
+    """An environment variable that is 1 (on), 0 (off), or unset or empty; anything else is an error rather than a guess.
+
+    Raises:
+        SettingsError: naming the variable, its value and what is allowed.
+    """
+    value = os.environ.get(name, "").strip()
+    if value in ("", "0", "1"):
+        return default if value == "" else value == "1"
+    on, off = (", the default" if default is state else "" for state in (True, False))
+    raise SettingsError(f"{name}={value!r} is not understood; allowed: 1 (on{on}), 0 (off{off})")
 
 
 def _from_json(text: str) -> dict[str, Any]:
@@ -90,7 +95,7 @@ def load(additional_config: Any = None) -> Settings:
                 f"additional_config[{ADDITIONAL_CONFIG_KEY!r}]={mine!r}; allowed: an object of settings"
             )
         values |= mine
-    if not parse_switch(os.environ.get(ENV_SWITCH)):
+    if not parse_switch():
         values["enabled"] = False
     try:
         return Settings(**values)

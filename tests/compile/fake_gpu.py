@@ -40,7 +40,7 @@ class Gpu:
     sms: int
 
 
-H200 = Gpu("NVIDIA H200", (9, 0), 141 << 30, 132)
+H200 = Gpu("NVIDIA H200", (9, 0), 139 << 30, 132)
 
 _installed: Gpu | None = None
 

@@ -93,16 +93,11 @@ def eager_stays_eager() -> None:
 def cpu_switch_misspelt() -> None:
     os.environ["VLLM_FUSION_PLUGIN_CPU"] = "yes"
     load_plugins()  # must not raise: vLLM would not start
-    from vllm_fusion_plugin import cpu, report, settings
+    from vllm_fusion_plugin import report
 
     assert "check_config" not in changed()
     assert "VLLM_FUSION_PLUGIN_CPU='yes'" in report.RECORDER.report.manager
-    try:
-        cpu.enable_if_asked()
-    except settings.SettingsError as e:
-        assert "allowed: 1 (on), 0 (off, the default)" in str(e)
-    else:
-        raise AssertionError("the value was accepted")
+    assert "allowed: 1 (on), 0 (off, the default)" in report.RECORDER.report.manager
 
 
 def pass_left_to_stock() -> None:

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .numerics import INTERPRETED
 
-ENV = "VLLM_FUSION_PLUGIN_PDL"  # set by the plugin from its setting `use_pdl`; kernels know no settings
+ENV = "FUSION_PLUGIN_PDL"  # set by the plugin from its setting `use_pdl`; kernels know no settings
 
 _HAS_GDC = (
     not INTERPRETED

@@ -227,7 +227,9 @@ def _why(product: fx.Node) -> str:
         users = list(users[0].users)
     names = sorted(compat.called_op(user) for user in users)
     if len(users) > 1:
-        return f"SiLU·mul's result has {len(users)} users ({', '.join(names)}); fused where the quantiser is the only one"
+        return (
+            f"SiLU·mul's result has {len(users)} users ({', '.join(names)}); fused where the quantiser is the only one"
+        )
     if not users or users[0].op == "output":
         return "SiLU·mul's result leaves the compiled graph here, unquantised"
     if names[0] in compat.OPAQUE_QUANTISERS:
