@@ -25,11 +25,19 @@ STOCK_PASS_MANAGER = "vllm.compilation.passes.pass_manager.PostGradPassManager"
 
 # Ops that quantise inside, by the name they have in the graph, and what to tell a user who looks for a fusion there.
 # Until upstream shows the quantiser in the graph (or our passes replace the whole op).
+_FLASHINFER_GEMM = (
+    "FlashInfer's block-scaled GEMM quantises its input inside one opaque op, so there is no quantiser in the graph to fuse "
+    "with; VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0 selects a GEMM that takes quantised input"
+)
 OPAQUE_QUANTISERS = {
-    "vllm.flashinfer_fp8_blockscale_gemm": (
-        "FlashInfer's block-scaled GEMM quantises its input inside one opaque op, so there is no quantiser in the graph "
-        "to fuse with; VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0 selects a GEMM that takes quantised input"
-    ),
+    "vllm.dynamic_flashinfer_deepgemm_blockscale_gemm": _FLASHINFER_GEMM,
+    "vllm.flashinfer_fp8_blockscale_gemm": _FLASHINFER_GEMM,
+}
+
+# Ops with whole MLPs inside.
+OPAQUE_MLPS = {
+    "vllm.moe_forward": "experts run inside vLLM's opaque MoE op, where no graph pass reaches",
+    "vllm.moe_forward_shared": "experts and shared experts run inside vLLM's opaque MoE op, where no graph pass reaches",
 }
 
 
@@ -267,6 +275,19 @@ def attach_worker_methods(methods: dict[str, Callable[[Any], Any]]) -> None:
     for name, method in methods.items():
         if not hasattr(WorkerBase, name):
             setattr(WorkerBase, name, method)
+
+
+def linear_kernels(worker: Any) -> dict[str, int]:
+    """Classes of the kernels behind a worker's quantised linear layers, counted: they decide what there is to fuse. Looks at
+    what layers' quant methods hold (`fp8_linear` since 0.20), so empty where that is kept otherwise."""
+    found: dict[str, int] = {}
+    model = getattr(getattr(worker, "model_runner", None), "model", None)
+    for module in model.modules() if isinstance(model, torch.nn.Module) else ():
+        for held in vars(getattr(module, "quant_method", None) or object).values():
+            name = type(held).__name__
+            if name.endswith("Kernel"):
+                found[name] = found.get(name, 0) + 1
+    return found
 
 
 def stock_match_table() -> dict[str, int]:

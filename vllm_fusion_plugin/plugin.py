@@ -104,4 +104,5 @@ def _get_fusion_report(worker: Any) -> dict[str, Any]:
 
     RECORDER.report.rank = worker.vllm_config.parallel_config.rank
     RECORDER.load(compat.artefact_folder(worker.vllm_config.compilation_config))
+    RECORDER.report.linear_kernels = compat.linear_kernels(worker)
     return get_fusion_report()

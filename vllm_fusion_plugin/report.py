@@ -64,6 +64,7 @@ class RankReport(BaseModel):
     passes: dict[str, str] = Field(default_factory=dict)
     """Stock's pass name -> "ours", or why stock's own runs."""
     linear_kernels: dict[str, int] = Field(default_factory=dict)
+    """Kernel class behind the quantised linear layers -> number of layers; it decides what there is to fuse."""
     subgraphs: list[Subgraph] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
     from_file: bool = False
@@ -97,6 +98,7 @@ class Recorder:
         self._current: Subgraph | None = None
         self._ran = False
         self.folder: str | None = None  # where the report is kept for warm starts
+        self._node_modules: list[list[str]] = []  # of each subgraph, node by node
         self._by_artefact: dict[int, int] = {}
         self._artefacts: list[Any] = []  # keeps id() of an artefact from being handed out again
 
@@ -104,6 +106,7 @@ class Recorder:
 
     def begin_subgraph(self, index: int, compile_range: Any, nodes: Sequence[Any]) -> None:
         self._current = Subgraph(index=index, compile_range=str(compile_range), modules=modules_of(nodes))
+        self._node_modules.append([module_of(node) for node in nodes])
         self._ran = False
 
     def end_subgraph(self, artefact: Any) -> None:
@@ -118,18 +121,20 @@ class Recorder:
                 current.from_cache = True
             else:
                 current.reused_from = source
-                self._carry_over(self.report.subgraphs[source], current)
+                self._carry_over(source, current)
         self._by_artefact.setdefault(id(artefact), position)
         self._artefacts.append(artefact)
         self.report.subgraphs.append(current)
         self.save(self.folder)
 
-    @staticmethod
-    def _carry_over(source: Subgraph, reuse: Subgraph) -> None:
+    def _carry_over(self, source_position: int, reuse: Subgraph) -> None:
+        source = self.report.subgraphs[source_position]
+        # Reused artefacts have the same graph, so nodes correspond by position. A match is often named by a module above
+        # those of its nodes: take it from the first one below.
+        pairs = list(zip(self._node_modules[source_position], self._node_modules[-1], strict=False))
+
         def renamed(module: str) -> str:
-            # Reused artefacts have the same graph, so modules correspond by position. A match is often named by a module
-            # above those of its nodes: take it from the first one below.
-            for mine, theirs in zip(source.modules, reuse.modules, strict=False):
+            for mine, theirs in pairs:
                 if mine == module or mine.startswith(f"{module}."):
                     return ".".join(theirs.split(".")[: module.count(".") + 1])
             return ""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -18,6 +19,8 @@ from vllm.compilation.passes.vllm_inductor_pass import VllmInductorPass, VllmPat
 from vllm.config import VllmConfig
 
 from .. import compat, fingerprint, report, settings
+
+logger = logging.getLogger("vllm.fusion_plugin")
 
 aten = torch.ops.aten
 
@@ -132,15 +135,27 @@ class FusionPass(VllmPatternMatcherPass):
             raise DuplicatePatternError(f"{self.name}: pattern {key!r} is registered already; keys must differ")
         self.patterns[key] = replacement
 
-    def trace_patterns(self, ops: OpIndex | None = None) -> None:
-        """Trace the patterns that a graph with `ops` can hold, all of them if None.
+    def trace_patterns(self) -> None:
+        """Trace all patterns.
 
         Raises:
             DuplicatePatternError: two patterns look for the same graph: the second could never match.
         """
+        for key in self.patterns.keys() - self._traced.keys():
+            self._trace_pattern(key, self.patterns[key])
+
+    def trace_possible_patterns(self, ops: OpIndex) -> None:
+        """Trace the patterns that a graph with `ops` can hold. One that cannot be traced, because this vLLM's layer is not
+        what it expects, is reported and left out: a model must compile all the same."""
         for key, replacement in self.patterns.items():
-            if key not in self._traced and (ops is None or replacement.possible(ops)):
+            if key in self._traced or not replacement.possible(ops):
+                continue
+            try:
                 self._trace_pattern(key, replacement)
+            except Exception as e:
+                self._traced[key] = f"{type(e).__name__}: {e}"
+                logger.warning("vllm-fusion-plugin: %s looks for no %s: %s", self.name, key, self._traced[key])
+                report.RECORDER.note(f"{self.name}: {key} cannot be traced: {self._traced[key]}")
 
     @enable_fake_mode
     def _trace_pattern(self, key: str, replacement: PatternReplacement) -> None:
@@ -184,7 +199,7 @@ class FusionPass(VllmPatternMatcherPass):
     def __call__(self, graph: fx.Graph) -> None:
         self.refused.clear()
         normalise(graph)
-        self.trace_patterns(OpIndex(graph))
+        self.trace_possible_patterns(OpIndex(graph))
         self.matched_count = self.pm_pass.apply(graph)
         VllmPatternMatcherPass.match_table[self.pass_name] += self.matched_count
         for node, reason in self.refused.items():

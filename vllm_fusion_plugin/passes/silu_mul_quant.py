@@ -187,6 +187,9 @@ class ActivationQuantFusionPass(FusionPass):
         for node in silu_mul_outputs(graph):
             if node not in refused:
                 report.RECORDER.missed(self.name, _why(node), report.module_of(node))
+        for node in graph.nodes:
+            if reason := compat.OPAQUE_MLPS.get(compat.called_op(node)):
+                report.RECORDER.missed(self.name, reason, report.module_of(node))
 
 
 def silu_mul_outputs(graph: fx.Graph) -> list[fx.Node]:
