@@ -153,6 +153,14 @@ def stock_pass(name: str) -> Any:
     return getattr(module, name, None)
 
 
+def stock_pass_manager() -> Any:
+    """A new one of what the pass manager would be without us."""
+    from importlib import import_module
+
+    module, _, name = STOCK_PASS_MANAGER.rpartition(".")
+    return getattr(import_module(module), name)()
+
+
 def install_pass_manager(qualname: str) -> str | None:
     """Name our pass manager to vLLM; the reason if that cannot be done."""
     from vllm.platforms import current_platform

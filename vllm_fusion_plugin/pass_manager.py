@@ -51,9 +51,17 @@ class FusionPassManager(PostGradPassManager):
 
     def configure(self, config: VllmConfig) -> None:
         RECORDER.report.rank = config.parallel_config.rank
-        RECORDER.report.manager = "active"
         RECORDER.folder = compat.artefact_folder(config.compilation_config)
-        chosen = settings.load(config.additional_config)
+        # vLLM makes its pass manager before it hashes the config, which is where bad settings are told and the plugin is
+        # taken out: then this one is there already, and has to be stock's.
+        try:
+            chosen = settings.load(config.additional_config)
+        except settings.SettingsError:
+            chosen = settings.Settings(enabled=False)
+        if not chosen.enabled:
+            super().configure(config)
+            return
+        RECORDER.report.manager = "active"
         stand_ins = {
             name: functools.partial(_build, name, compat.stock_pass(name))
             for name in OURS

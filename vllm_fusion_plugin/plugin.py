@@ -13,7 +13,7 @@ from .report import RECORDER, get_fusion_report
 # Below "vllm", so that vLLM's own handlers and levels apply.
 logger = logging.getLogger("vllm.fusion_plugin")
 
-PASS_MANAGER = "vllm_fusion_plugin.pass_manager.FusionPassManager"
+PASS_MANAGER = "vllm_fusion_plugin.plugin.make_pass_manager"
 
 _warned: set[str] = set()
 
@@ -57,6 +57,19 @@ def _register() -> None:
         _warn_once(reason)
         return
     RECORDER.report.manager = "installed, nothing compiled yet"
+
+
+def make_pass_manager() -> Any:
+    """What vLLM calls for a pass manager: ours, or stock's with a warning if ours does not go with this vLLM."""
+    try:
+        from .pass_manager import FusionPassManager
+
+        return FusionPassManager()
+    except Exception as e:
+        from . import compat
+
+        _warn_once(f"its pass manager cannot be made: {type(e).__name__}: {e}")
+        return compat.stock_pass_manager()
 
 
 def _register_ops() -> None:

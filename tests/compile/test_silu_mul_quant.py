@@ -299,6 +299,33 @@ def test_a_pass_that_cannot_be_built_leaves_stock(monkeypatch):
     assert "no kernels here" in report.RECORDER.report.passes["ActivationQuantFusionPass"]
 
 
+def test_a_manager_that_cannot_be_made_leaves_stock(monkeypatch):
+    from vllm.compilation.passes.pass_manager import PostGradPassManager
+
+    from vllm_fusion_plugin import pass_manager
+
+    def broken(self):
+        raise AttributeError("this vLLM's pass manager is another one")
+
+    assert type(plugin.make_pass_manager()) is pass_manager.FusionPassManager
+    monkeypatch.setattr(pass_manager.FusionPassManager, "__init__", broken)
+    assert type(plugin.make_pass_manager()) is PostGradPassManager
+    assert "this vLLM's pass manager is another one" in report.RECORDER.report.manager
+
+
+@pytest.mark.parametrize("mine", [{"enabled": False}, {"no_such_setting": 1}])
+def test_a_manager_made_too_early_is_stocks(mine):
+    """vLLM makes it before it hashes the config, where the plugin takes itself out."""
+    from vllm_fusion_plugin.pass_manager import FusionPassManager
+
+    config = make_config(["none", "+quant_fp8"], fuse_act_quant=True)
+    config.additional_config = {"fusion_plugin": mine}
+    manager = FusionPassManager()
+    manager.configure(config)
+    (act,) = (p for p in manager.passes if type(p).__name__ == "ActivationQuantFusionPass")
+    assert type(act).__module__.startswith("vllm.compilation")
+
+
 def test_a_pattern_that_cannot_be_traced_is_left_out(monkeypatch):
     from vllm_fusion_plugin.passes import silu_mul_quant
 
