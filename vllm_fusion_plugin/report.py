@@ -262,6 +262,7 @@ class FusionReport(BaseModel):
     def tables(self) -> list[Any]:
         """rich tables: what fused, what did not and why, and what each rank notes."""
         from rich import box
+        from rich.markup import escape
         from rich.table import Table
 
         def table(title: str, columns: str, numbers: str) -> Table:
@@ -273,12 +274,12 @@ class FusionReport(BaseModel):
 
         found = table("Fused", "pass pattern range graphs layers ranks modules", "graphs layers")
         for row in self.rows():
-            found.add_row(*map(str, row))
+            found.add_row(*(escape(str(cell)) for cell in row))  # a pattern's [parameters] are no markup
         tables = [found]
         if missed_rows := self.missed_rows():
             missed = table("Not fused", "pass why places modules", "places")
             for missed_row in missed_rows:
-                missed.add_row(*map(str, missed_row))
+                missed.add_row(*(escape(str(cell)) for cell in missed_row))
             tables.append(missed)
         return tables
 
