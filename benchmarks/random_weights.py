@@ -29,15 +29,10 @@ class RandomWeights:
         return count
 
     def linear_kernels(self) -> dict[str, int]:
-        """Class of the kernel behind each quantised linear layer, counted."""
-        found: dict[str, int] = {}
-        for module in self.model_runner.model.modules():
-            method = getattr(module, "quant_method", None)
-            for attribute in ("fp8_linear", "w8a8_block_fp8_linear", "kernel"):
-                kernel = getattr(method, attribute, None)
-                if kernel is not None:
-                    found[type(kernel).__name__] = found.get(type(kernel).__name__, 0) + 1
-        return found
+        """Class of the kernel behind each quantised linear layer, counted; without the plugin too."""
+        from vllm_fusion_plugin import compat
+
+        return compat.linear_kernels(self)
 
 
 def _fill(name: str, data: torch.Tensor) -> None:

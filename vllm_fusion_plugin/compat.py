@@ -203,10 +203,12 @@ def hook_compiler(begin: Callable[..., None], end: Callable[..., None]) -> bool:
     if hasattr(original, "_fusion_plugin"):
         return True
 
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
     def compile(self: Any, graph: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            bound = inspect.signature(original).bind(self, graph, *args, **kwargs).arguments
+            bound = signature.bind(self, graph, *args, **kwargs).arguments
             begin(bound.get("graph_index", 0), bound.get("compile_range"), list(graph.graph.nodes))
         except Exception as e:  # a report must never stop a model from compiling
             logger.warning("fusion report: subgraph not recorded: %r", e)

@@ -192,35 +192,35 @@ class UsedTwice(GroupQuantMLP):
         return *self.quant(y), y
 
 
-class WrongLayout(GroupQuantMLP):
+class CalledDirectly(GroupQuantMLP):
+    """vLLM's op called as no layer of vLLM calls it, with row-major scales."""
+
+    codes, limit, told_column_major = torch.float8_e4m3fn, 448.0, False
+
+    def forward(self, x):
+        y = self.act(x)
+        codes = torch.empty(y.shape, dtype=self.codes, device=y.device)
+        scales = torch.empty(y.shape[0], y.shape[1] // 128, dtype=torch.float32, device=y.device)
+        torch.ops._C.per_token_group_fp8_quant(
+            y, codes, scales, 128, 1e-10, -self.limit, self.limit, False, self.told_column_major, False
+        )
+        return codes, scales
+
+
+class WrongLayout(CalledDirectly):
     """Column-major by its flag, row-major by its strides: what the op would write is not what the pattern means."""
 
-    def forward(self, x):
-        y = self.act(x)
-        codes = torch.empty(y.shape, dtype=torch.float8_e4m3fn, device=y.device)
-        scales = torch.empty(y.shape[0], y.shape[1] // 128, dtype=torch.float32, device=y.device)
-        torch.ops._C.per_token_group_fp8_quant(y, codes, scales, 128, 1e-10, -448.0, 448.0, False, True, False)
-        return codes, scales
+    told_column_major = True
 
 
-class IntegerQuant(GroupQuantMLP):
-    def forward(self, x):
-        y = self.act(x)
-        codes = torch.empty(y.shape, dtype=torch.int8, device=y.device)
-        scales = torch.empty(y.shape[0], y.shape[1] // 128, dtype=torch.float32, device=y.device)
-        torch.ops._C.per_token_group_fp8_quant(y, codes, scales, 128, 1e-10, -448.0, 448.0, False, False, False)
-        return codes, scales
+class IntegerQuant(CalledDirectly):
+    codes = torch.int8
 
 
-class OtherRange(GroupQuantMLP):
+class OtherRange(CalledDirectly):
     """Clamped to a smaller range than float8_e4m3fn has."""
 
-    def forward(self, x):
-        y = self.act(x)
-        codes = torch.empty(y.shape, dtype=torch.float8_e4m3fn, device=y.device)
-        scales = torch.empty(y.shape[0], y.shape[1] // 128, dtype=torch.float32, device=y.device)
-        torch.ops._C.per_token_group_fp8_quant(y, codes, scales, 128, 1e-10, -240.0, 240.0, False, False, False)
-        return codes, scales
+    limit = 240.0
 
 
 class Unquantised(GroupQuantMLP):
