@@ -9,11 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import numerics, nvfp4
+from . import numerics, nvfp4, quant
 from .launch import on_device, pdl_supported, wait_for_producer
-
-FP8_MIN_SCALE = tl.constexpr(1.0 / (448.0 * 512.0))
-UE8M0_MIN_SCALE = tl.constexpr(1e-10)
 
 
 @triton.jit
@@ -30,23 +27,6 @@ def _silu_mul(gate, up, TWICE: tl.constexpr, ADD_ZERO: tl.constexpr, EXACT: tl.c
     if not KEEP_FP32:
         y = y.to(dtype).to(tl.float32)
     return y
-
-
-@triton.jit
-def _group_scale(y, eps, NATIVE: tl.constexpr, UE8M0: tl.constexpr):
-    """Scale of each group of y [rows, groups, group_size]."""
-    top = tl.max(tl.abs(y), axis=2)  # ignores NaN, as fmaxf does
-    if NATIVE:
-        scale = numerics.times_reciprocal_of_448(top)
-        if UE8M0:
-            scale = numerics.round_up_to_power_of_two(scale)
-        scale = tl.maximum(scale, FP8_MIN_SCALE)
-        has_nan = tl.max((y != y).to(tl.int32), axis=2) > 0
-        return tl.where(has_nan, float("nan"), scale)
-    scale = numerics.divide_by_448(tl.maximum(top, eps))
-    if UE8M0:
-        scale = numerics.round_up_to_power_of_two(tl.maximum(scale, UE8M0_MIN_SCALE))
-    return scale
 
 
 # What changes with the number of tokens is not specialised on: a server would meet a new specialisation, and half a second
@@ -91,29 +71,14 @@ def _group_kernel(
     up = tl.load(x_ptrs + width, mask=mask, other=0.0)
 
     y = _silu_mul(gate, up, TWICE, ADD_ZERO, EXACT, KEEP_FP32)
-    scale = _group_scale(y, eps, NATIVE, UE8M0)
-    if NATIVE:
-        code = y / scale[:, :, None]  # div.full.f32, as in Inductor's kernel
-    elif UE8M0:
-        code = y * numerics.reciprocal(scale)[:, :, None]  # a power of two: exact
-    else:
-        code = numerics.divide(y, scale[:, :, None])
-    if not NATIVE:
-        code = tl.maximum(code, -448.0)  # NaN becomes -448, as fmaxf does; the conversion saturates the rest
-    code = code.to(tl.float8e4nv)
-
+    scale = quant.group_scale(y, eps, NATIVE, UE8M0)
     codes_ptrs = codes_ptr + row64[:, None, None] * width + column[None, :, :]
-    scales_ptrs = scales_ptr + row64[:, None] * scale_row_stride + group.to(tl.int64)[None, :] * scale_group_stride
-    tl.store(codes_ptrs, code, mask=mask)
-    tl.store(scales_ptrs, scale, mask=(row < rows)[:, None] & (group * GROUP_SIZE < width)[None, :])
+    tl.store(codes_ptrs, quant.group_codes(y, scale, NATIVE, UE8M0), mask=mask)
+    group_mask = group * GROUP_SIZE < width
+    scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
+    quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride)
     if PADDED and first_row + TILE_ROWS >= rows:
-        pad = rows + tl.arange(0, 4)
-        pad_ptrs = scales_ptr + pad[:, None] * scale_row_stride + group.to(tl.int64)[None, :] * scale_group_stride
-        tl.store(
-            pad_ptrs,
-            tl.zeros((4, TILE_GROUPS), tl.float32),
-            mask=(pad[:, None] < padded_rows) & (group[None, :] * GROUP_SIZE < width),
-        )
+        quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride)
 
 
 @triton.jit
@@ -136,20 +101,14 @@ def _static_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x_ptrs = x_ptr + row * x_stride + column
     wait_for_producer(PDL)
-    if NATIVE:
-        inverse = 1.0 / tl.load(scale_ptr)  # div.full.f32, as in Inductor's kernel
-    else:
-        inverse = tl.div_rn(1.0, tl.load(scale_ptr))
+    inverse = quant.static_inverse(tl.load(scale_ptr), NATIVE)
     if EVEN:
         gate = tl.load(x_ptrs)
         up = tl.load(x_ptrs + width)
     else:
         gate = tl.load(x_ptrs, mask=column < width, other=0.0)
         up = tl.load(x_ptrs + width, mask=column < width, other=0.0)
-    code = _silu_mul(gate, up, TWICE, ADD_ZERO, EXACT, KEEP_FP32) * inverse
-    if not NATIVE:
-        code = tl.minimum(code, 448.0)  # NaN becomes 448, as fminf does first in vLLM's op
-    code = code.to(tl.float8e4nv)
+    code = quant.static_codes(_silu_mul(gate, up, TWICE, ADD_ZERO, EXACT, KEEP_FP32), inverse, NATIVE)
     if EVEN:
         tl.store(codes_ptr + row * width + column, code)
     else:

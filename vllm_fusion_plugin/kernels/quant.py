@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FP8 quantisers for the end of a kernel: scales and codes of values that are in registers.
+
+NATIVE is the op's `quant_form == "native"`; what the two forms are is in ops/quant.py. Values y are fp32, already rounded as
+the form of whatever computed them asks for.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import numerics
+
+FP8_MIN_SCALE = tl.constexpr(1.0 / (448.0 * 512.0))
+UE8M0_MIN_SCALE = tl.constexpr(1e-10)
+
+
+@triton.jit
+def group_scale(y, eps, NATIVE: tl.constexpr, UE8M0: tl.constexpr):
+    """Scale [rows, groups] of each group of y [rows, groups, group_size]."""
+    top = tl.max(tl.abs(y), axis=2)  # ignores NaN, as fmaxf does
+    if NATIVE:
+        scale = numerics.times_reciprocal_of_448(top)
+        if UE8M0:
+            scale = numerics.round_up_to_power_of_two(scale)
+        scale = tl.maximum(scale, FP8_MIN_SCALE)
+        has_nan = tl.max((y != y).to(tl.int32), axis=2) > 0
+        return tl.where(has_nan, float("nan"), scale)
+    scale = numerics.divide_by_448(tl.maximum(top, eps))
+    if UE8M0:
+        scale = numerics.round_up_to_power_of_two(tl.maximum(scale, UE8M0_MIN_SCALE))
+    return scale
+
+
+@triton.jit
+def group_codes(y, scale, NATIVE: tl.constexpr, UE8M0: tl.constexpr):
+    """e4m3 codes of y [rows, groups, group_size] with scale [rows, groups]."""
+    if NATIVE:
+        code = y / scale[:, :, None]  # div.full.f32, as in Inductor's kernel
+    elif UE8M0:
+        code = y * numerics.reciprocal(scale)[:, :, None]  # a power of two: exact
+    else:
+        code = numerics.divide(y, scale[:, :, None])
+    if not NATIVE:
+        code = tl.maximum(code, -448.0)  # NaN becomes -448, as fmaxf does; the conversion saturates the rest
+    return code.to(tl.float8e4nv)
+
+
+@triton.jit
+def store_scales(columns, scale, row, rows, group_mask, row_stride):
+    """Write scale [rows of the tile, groups of the tile]; columns [1, groups] point to row 0."""
+    ptrs = columns + row.to(tl.int64)[:, None] * row_stride
+    tl.store(ptrs, scale, mask=(row < rows)[:, None] & group_mask[None, :])
+
+
+@triton.jit
+def zero_scale_padding(columns, rows, padded_rows, group_mask, row_stride):
+    """Zero the rows between `rows` and `padded_rows`, 3 at most, of TMA-aligned scales; by the program of the last rows."""
+    pad = rows + tl.arange(0, 4)[:, None]
+    ptrs = columns + pad.to(tl.int64) * row_stride
+    tl.store(ptrs, tl.zeros(ptrs.shape, tl.float32), mask=(pad < padded_rows) & group_mask[None, :])
+
+
+@triton.jit
+def static_inverse(scale, NATIVE: tl.constexpr):
+    """1 / scale of a static quantiser."""
+    if NATIVE:
+        return 1.0 / scale  # div.full.f32, as in Inductor's kernel
+    return tl.div_rn(1.0, scale)
+
+
+@triton.jit
+def static_codes(y, inverse, NATIVE: tl.constexpr):
+    """e4m3 codes of y under one scale."""
+    code = y * inverse
+    if not NATIVE:
+        code = tl.minimum(code, 448.0)  # NaN becomes 448, as fminf does first in vLLM's op
+    return code.to(tl.float8e4nv)
