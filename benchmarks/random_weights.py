@@ -9,6 +9,7 @@ The values depend on the parameter's name and shape only: two engines of one mod
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,12 +29,6 @@ class RandomWeights:
             count += 1
         return count
 
-    def linear_kernels(self) -> dict[str, int]:
-        """Class of the kernel behind each quantised linear layer, counted; without the plugin too."""
-        from vllm_fusion_plugin import compat
-
-        return compat.linear_kernels(self)
-
 
 def _fill(name: str, data: torch.Tensor) -> None:
     generator = torch.Generator(device=data.device).manual_seed(zlib.crc32(name.encode()))
@@ -43,9 +38,7 @@ def _fill(name: str, data: torch.Tensor) -> None:
 
     if data.dtype == torch.float8_e4m3fn:
         # Codes of unit variance; the scales below carry the 1 / sqrt(inputs).
-        flat = data.view(-1, data.shape[-1])
-        for start in range(0, flat.shape[0], 4096):
-            part = flat[start : start + 4096]
+        for part in _parts(data):
             part.copy_(randn(tuple(part.shape)).to(data.dtype))
     elif "scale" in name and data.dtype == torch.float32 and data.dim() >= 2:
         # The shorter side of a scale matrix says least about the inputs; 128 columns of weights a scale either way.
@@ -59,7 +52,13 @@ def _fill(name: str, data: torch.Tensor) -> None:
         )
     else:
         size = 1.0 if "embed" in name else data.shape[-1] ** -0.5
-        flat = data.view(-1, data.shape[-1]) if data.is_contiguous() else data
-        for start in range(0, flat.shape[0], 4096):
-            part = flat[start : start + 4096]
+        for part in _parts(data):
             part.copy_(randn(tuple(part.shape)) * size)
+
+
+def _parts(data: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Pieces of at most 4096 rows, so that random numbers in fp32 take little memory."""
+    if data.is_contiguous():
+        data = data.view(-1, data.shape[-1])
+    for matrix in data if data.dim() > 2 else [data]:
+        yield from matrix.split(4096)

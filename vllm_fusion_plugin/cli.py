@@ -23,7 +23,7 @@ WHAT_THE_DEMO_IS = """\
 vllm-fusion-plugin {version}, vLLM {vllm} on CPU
 Model: a random 2-layer Qwen3 with FP8 weights in 128x128 blocks.
 Real: vLLM's engine and compiler; our passes match and replace in its graphs.
-Stand-ins: the fused op and the block-scaled FP8 matmul run in plain torch; the
+Stand-ins: the fused ops and the block-scaled FP8 matmul run in plain torch; the
   matmul is this package's too, as vLLM's own needs AMX.
 Rounding: both engines round where eager torch does (emulate_precision_casts);
   without it Inductor's own fusions move last bits, and then tokens.
@@ -55,7 +55,7 @@ def demo_command(
         Path | None, typer.Option(help="Keep model, logs, results and compiled code in this folder.", file_okay=False)
     ] = None,
     break_op: Annotated[
-        bool, typer.Option("--break-op", help="Make the fused op wrong, to see the comparison fail.")
+        bool, typer.Option("--break-op", help="Make the fused ops wrong, to see the comparison fail.")
     ] = False,
 ) -> None:
     """Run vLLM's CPU engine with fusions on and off, compare the tokens, and show what fused.
@@ -128,7 +128,7 @@ def _verdict(comparisons: list[demo.Comparison], break_op: bool) -> list[str]:
     if break_op:
         caught = all(c.tokens_differing for c in comparisons)
         lines.append(
-            "The fused op was wrong on purpose: "
+            "The fused ops were wrong on purpose: "
             + ("the comparison noticed." if caught else "the comparison did NOT notice.")
         )
     return lines

@@ -12,7 +12,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,6 +103,24 @@ def silu_and_mul_adds_zero() -> bool:
     from vllm import __version__
 
     return Version(__version__).release >= (0, 21)
+
+
+def ir_provider(op: str, arguments: Sequence[Any]) -> str:
+    """Whose implementation vLLM will put in the place of `vllm_ir.<op>` on these arguments: "native", "vllm_c", ... It
+    decides where the op rounds. Asked as vLLM's own lowering pass asks, which runs behind ours (IrOp since 0.20)."""
+    from vllm.ir.op import IrOp
+
+    return IrOp.registry[op].dispatch(*arguments).provider
+
+
+def flashinfer_norm_nvfp4_op() -> torch._ops.OpOverload | None:
+    """FlashInfer's fused add + RMS norm + NVFP4 quantiser, where vLLM's own pass would put it into a graph: since 0.32 at
+    the latest, on compute capability 10.0 and later."""
+    from vllm.compilation.passes.fusion import rms_quant_fusion
+    from vllm.platforms import current_platform
+
+    op = getattr(rms_quant_fusion, "_FLASHINFER_NVFP4_RMS_QUANT_OP", None)
+    return op if op is not None and current_platform.has_device_capability(100) else None
 
 
 # ---- environment -----------------------------------------------------------------------------------------------------
@@ -306,3 +324,85 @@ def stock_match_table() -> dict[str, int]:
 
     getter = getattr(vllm_inductor_pass, "get_match_table", None)
     return getter() if getter else {}
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def layer_names_are_inputs() -> bool:
+    """Whether an attention op's `layer_name` is an object that Dynamo lifts to a graph input, so that equal layers have
+    equal graphs; else it is a string in the graph. Since 0.20 with torch 2.11, unless VLLM_USE_LAYERNAME=0."""
+    from vllm.utils import torch_utils
+
+    return bool(getattr(torch_utils, "_USE_LAYERNAME", False))
+
+
+def encode_layer_name(name: str) -> Any:
+    """A layer's name as vLLM's model code hands it to the attention ops."""
+    from vllm.utils import torch_utils
+
+    return torch_utils.LayerName(name) if layer_names_are_inputs() else name
+
+
+def layer_name_of(argument: Any) -> str | None:
+    """The name in an attention node's `layer_name`: a string, vLLM's LayerName, or the graph input that it was lifted to,
+    of which the compiler keeps the object that it was traced with. None if it cannot be told."""
+    if isinstance(argument, fx.Node):
+        argument = argument.meta.get("val")
+        argument = getattr(argument, "real_obj", argument)  # torch's FakeScriptObject
+    name = argument if isinstance(argument, str) else getattr(argument, "value", None)
+    return name if isinstance(name, str) else None
+
+
+def attention_layers(config: Any, kind: type) -> dict[str, Any]:
+    """The model's attention layers of that class by the name that the ops know them by (all versions read)."""
+    layers = config.compilation_config.static_forward_context
+    return {name: layer for name, layer in layers.items() if isinstance(layer, kind)}
+
+
+def attention_backend(layer: Any) -> str:
+    backend = getattr(layer, "attn_backend", None)
+    return backend.get_name() if backend is not None else type(layer.impl).__name__
+
+
+def writes_quantised_output(layer: Any, quant_key: str) -> bool:
+    """Whether a layer's implementation takes a quantised output buffer, by the name that vLLM's quant_utils has for the
+    quantiser. A key that this vLLM has no name for is one that it has no support for."""
+    from vllm.model_executor.layers.quantization.utils import quant_utils
+
+    key = getattr(quant_utils, quant_key, None)
+    supported = getattr(layer.impl, "fused_output_quant_supported", None)
+    return bool(key is not None and supported is not None and supported(key))
+
+
+def op_takes(op: torch._ops.OpOverload, *arguments: str) -> bool:
+    """Whether an op of vLLM has all these arguments."""
+    return set(arguments) <= {a.name for a in op._schema.arguments}
+
+
+def decode_context_parallel_size(impl: Any) -> int:
+    """Ranks that an MLA implementation's KV cache is spread over. -1 before the first step up to 0.26, where `forward_impl`
+    asks the group itself; the second branch can go with support for 0.26."""
+    size = getattr(impl, "dcp_world_size", 1)
+    if size >= 0:
+        return size
+    from vllm.distributed.parallel_state import get_dcp_group
+
+    return get_dcp_group().world_size
+
+
+def prefill_writes_groups(layer: Any, group_size: int | None) -> bool:
+    """Whether an MLA layer's prefill backend writes FP8 in groups itself. None does in any version read; the question can be
+    asked since 0.26 (`supports_quant_output`)."""
+    from vllm.model_executor.layers.quantization.utils import quant_utils
+
+    supports = getattr(getattr(layer, "prefill_backend", None), "supports_quant_output", None)
+    key = getattr(quant_utils, f"kFp8Dynamic{group_size}Sym", None)
+    return bool(supports is not None and key is not None and supports(key))
+
+
+def batch_invariant() -> bool:
+    """Whether a row's bytes must not depend on its batch, for which vLLM replaces matrix products (all versions read)."""
+    from vllm import envs
+
+    return bool(getattr(envs, "VLLM_BATCH_INVARIANT", False))

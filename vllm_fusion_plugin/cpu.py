@@ -31,7 +31,7 @@ from .cpu_linear import cpu_block_scaled_mm
 logger = logging.getLogger("vllm.fusion_plugin")
 
 # The passes that the plugin's pass manager provides on CPU, with the PassConfig flags that ask for them.
-PASS_FLAGS = {"ActivationQuantFusionPass": "fuse_act_quant"}
+PASS_FLAGS = {"ActivationQuantFusionPass": "fuse_act_quant", "RMSNormQuantFusionPass": "fuse_norm_quant"}
 FUSION_FLAG_PREFIXES = ("fuse_", "enable_")
 
 
@@ -60,7 +60,7 @@ def _keep_vllm_compile(platform: Any) -> None:
     @functools.wraps(stock_check)
     def check_and_update_config(cls: type, vllm_config: VllmConfig) -> None:
         compilation = vllm_config.compilation_config
-        asked = compilation.mode
+        asked, ir_ops = compilation.mode, compilation.ir_enable_torch_wrap
         stock_check(cls, vllm_config)
         # Where stock chose something else than its CPU default it has the last word: LoRA turns compilation off,
         # VLLM_CPU_CI_ENV asks for the eager backend.
@@ -69,15 +69,18 @@ def _keep_vllm_compile(platform: Any) -> None:
             and compilation.mode == CompilationMode.DYNAMO_TRACE_ONCE
             and compilation.backend == "inductor"
         ):
-            _restore(vllm_config)
+            _restore(vllm_config, ir_ops)
 
     check_and_update_config._fusion_plugin = True  # type: ignore[attr-defined]
     platform.check_and_update_config = classmethod(check_and_update_config)
 
 
-def _restore(vllm_config: VllmConfig) -> None:
+def _restore(vllm_config: VllmConfig, ir_ops: bool) -> None:
     compilation = vllm_config.compilation_config
     compilation.mode = CompilationMode.VLLM_COMPILE
+    # Whether norms stay one op each until the passes have seen them. Stock clears it along with the mode, since nothing would
+    # lower these ops then.
+    compilation.ir_enable_torch_wrap = ir_ops
     # vLLM does this on its way to CUDA graphs, which CPU does not take; without it compile_sizes stays None, or a word.
     compilation.post_init_cudagraph_sizes()
     # Stock builds none of its fusion passes on CPU: a flag left set would fail on a name that is not there.

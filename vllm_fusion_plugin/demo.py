@@ -17,13 +17,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from .demo_engine import EngineJob, EngineResult
+from .demo_engine import FUSED_OPS, EngineJob, EngineResult
 from .report import FusionReport
 
 ENTRY_POINT_GROUP = "vllm.general_plugins"
 PLUGIN = "vllm_fusion_plugin"
-# The flag of the one fusion that the demo's model has on CPU.
-FLAG = "fuse_act_quant"
+# The flags of the fusions that the demo's model has on CPU.
+FLAGS = ("fuse_act_quant", "fuse_norm_quant")
 ENGINE_TIMEOUT_S = 600
 
 
@@ -203,8 +203,8 @@ def compare(
         job = EngineJob(
             model=str(model),
             tensor_parallel_size=tensor_parallel_size,
-            pass_config={FLAG: fuse},
-            break_op=break_op and fuse,
+            pass_config=dict.fromkeys(FLAGS, fuse),
+            broken_ops=[list(FUSED_OPS) if break_op and fuse else []],
         )
         results[name] = run_engine(job, run_folder, cache)
         keep_model_info(cache, folder)
@@ -216,10 +216,14 @@ def compare(
 
 
 def share_model_info(folder: Path, cache: Path) -> None:
-    if (folder / "modelinfos").is_dir():
-        shutil.copytree(folder / "modelinfos", cache / "modelinfos", dirs_exist_ok=True)
+    _copy_once(folder / "modelinfos", cache / "modelinfos")
 
 
 def keep_model_info(cache: Path, folder: Path) -> None:
-    if (cache / "modelinfos").is_dir():
-        shutil.copytree(cache / "modelinfos", folder / "modelinfos", dirs_exist_ok=True)
+    _copy_once(cache / "modelinfos", folder / "modelinfos")
+
+
+def _copy_once(source: Path, target: Path) -> None:
+    # Never over what is there: another engine may be reading it.
+    if source.is_dir() and not target.exists():
+        shutil.copytree(source, target)

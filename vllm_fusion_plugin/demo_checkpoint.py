@@ -64,7 +64,7 @@ def write_checkpoint(folder: Path, seed: int = 0) -> Path:
         tensors[f"{name}.weight_scale_inv"] = scales
 
     def norm(name: str, size: int) -> None:
-        tensors[f"{name}.weight"] = torch.ones(size, dtype=torch.bfloat16)
+        tensors[f"{name}.weight"] = (1.0 + randn(size, std=0.1)).bfloat16()
 
     for i in range(CONFIG["num_hidden_layers"]):
         layer = f"model.layers.{i}"

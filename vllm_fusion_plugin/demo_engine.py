@@ -8,9 +8,11 @@ counts and environment belong to a process, and because a run must inherit nothi
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ PROMPTS = (tuple(range(3, 12)), (100, 7, 9), tuple(range(200, 260, 3)))
 # and without fusions the last bits differ, and so, sooner or later, do tokens. With this it rounds where eager does.
 INDUCTOR_CONFIG = {"emulate_precision_casts": True}
 
+# The fused ops of the demo's model, and the modules that define them.
+FUSED_OPS = {"silu_mul_group_fp8_quant": "silu_mul_quant", "rms_norm_group_fp8_quant": "rms_norm_quant"}
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineJob:
@@ -28,16 +33,20 @@ class EngineJob:
     tensor_parallel_size: int = 1
     pass_config: dict[str, bool] = dataclasses.field(default_factory=dict)
     additional_config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    break_op: bool = False
-    """Generate with a fused op that is wrong: a comparison that does not notice shows nothing."""
+    broken_ops: list[list[str]] = dataclasses.field(default_factory=lambda: [[]])
+    """Generate once for each of these, with the fused ops that it names wrong: a comparison that does not notice shows
+    nothing."""
     max_tokens: int = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineResult:
     tokens: list[list[int]]
+    """Of the first generation, one list a prompt."""
     logprobs: list[list[float]]
     """Of the tokens chosen, one list a prompt."""
+    later_tokens: list[list[list[int]]]
+    """Of the other generations that the job asked for."""
     match_tables: list[dict[str, int]]
     """vLLM's own, one a rank."""
     reports: list[dict[str, Any]]
@@ -61,19 +70,26 @@ class WorkerProbe:
         get_fusion_report = getattr(self, "get_fusion_report", None)
         return get_fusion_report() if get_fusion_report else None
 
-    def break_fused_op(self) -> None:
-        """From now on the fused op of this process writes half of every code; compiled code finds it by name."""
+    def break_ops(self, names: list[str]) -> None:
+        """From now on these fused ops write half of every code in this process, and the others what they should; compiled
+        code finds them by name."""
         import torch
 
-        from .ops.silu_mul_quant import silu_mul_group_fp8_quant_reference
+        # Kept on the worker: a kernel goes away with its library.
+        self._broken = []
+        for name in names:
+            library = torch.library.Library("vllm_fusion_plugin", "IMPL")
+            module = importlib.import_module(f"{__package__}.ops.{FUSED_OPS[name]}")
+            library.impl(name, _halved(getattr(module, f"{name}_reference")), "CPU", allow_override=True)
+            self._broken.append(library)
 
-        def halved(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            codes, scales = silu_mul_group_fp8_quant_reference(*args)
-            return (codes.float() / 2).to(codes.dtype), scales
 
-        # Kept on the worker: the kernel goes away with its library.
-        self._broken = torch.library.Library("vllm_fusion_plugin", "IMPL")
-        self._broken.impl("silu_mul_group_fp8_quant", halved, "CPU", allow_override=True)
+def _halved(op: Callable[..., Any]) -> Callable[..., Any]:
+    def broken(*args: Any) -> Any:
+        codes, *more = outputs = op(*args)
+        return type(outputs)([(codes.float() / 2).to(codes.dtype), *more])
+
+    return broken
 
 
 def run(job: EngineJob) -> EngineResult:
@@ -87,20 +103,22 @@ def run(job: EngineJob) -> EngineResult:
         additional_config=job.additional_config,
         worker_extension_cls=f"{WorkerProbe.__module__}.{WorkerProbe.__qualname__}",
         skip_tokenizer_init=True,
+        enable_prefix_caching=False,  # a later generation has to compute what an earlier one did
         max_model_len=128,
         max_num_seqs=4,
         disable_log_stats=True,
     )
-    if job.break_op:
-        llm.collective_rpc("break_fused_op")
     sampling = SamplingParams(temperature=0, max_tokens=job.max_tokens, ignore_eos=True, detokenize=False, logprobs=1)
     prompts: Any = [{"prompt_token_ids": list(prompt)} for prompt in PROMPTS]
-    completions: list[Any] = [output.outputs[0] for output in llm.generate(prompts, sampling, use_tqdm=False)]
+    generations: list[list[Any]] = []
+    for names in job.broken_ops:
+        llm.collective_rpc("break_ops", args=(names,))
+        generations.append([output.outputs[0] for output in llm.generate(prompts, sampling, use_tqdm=False)])
+    first, *later = generations
     return EngineResult(
-        tokens=[list(c.token_ids) for c in completions],
-        logprobs=[
-            [step[token].logprob for token, step in zip(c.token_ids, c.logprobs, strict=True)] for c in completions
-        ],
+        tokens=[list(c.token_ids) for c in first],
+        logprobs=[[step[token].logprob for token, step in zip(c.token_ids, c.logprobs, strict=True)] for c in first],
+        later_tokens=[[list(c.token_ids) for c in completions] for completions in later],
         match_tables=llm.collective_rpc("get_compilation_match_table"),
         reports=[report for report in llm.collective_rpc("fusion_report") if report is not None],
         counters=llm.collective_rpc("compilation_counters"),

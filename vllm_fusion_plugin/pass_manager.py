@@ -24,12 +24,19 @@ from .report import RECORDER
 logger = logging.getLogger("vllm.fusion_plugin")
 
 # Stock's class -> the module of ours with that name.
-OURS = {"ActivationQuantFusionPass": "silu_mul_quant"}
+OURS = {
+    "ActivationQuantFusionPass": "silu_mul_quant",
+    "RMSNormQuantFusionPass": "rms_norm_quant",
+}
+
+# Ours that stock has none of, which run behind all of stock's: class -> (module, setting that asks for it).
+BEHIND = {"GroupQuantPass": ("group_quant", "lone_group_quant")}
 
 
 def our_pass(name: str) -> type:
     """Our pass class of that name; importing it registers the ops that it puts into graphs."""
-    return getattr(import_module(f"{__package__}.passes.{OURS[name]}"), name)
+    module = OURS[name] if name in OURS else BEHIND[name][0]
+    return getattr(import_module(f"{__package__}.passes.{module}"), name)
 
 
 def _build(name: str, stock: Callable[..., Any] | None, config: VllmConfig) -> Any:
@@ -71,6 +78,18 @@ class FusionPassManager(PostGradPassManager):
         RECORDER.report.passes |= {name: "off: its flag is not set" for name in stand_ins}
         with compat.stand_ins(stand_ins):
             super().configure(config)
+        for name, (_, setting) in BEHIND.items():
+            self._add_behind(name, setting, wanted=getattr(chosen, setting), config=config)
+
+    def _add_behind(self, name: str, setting: str, wanted: bool, config: VllmConfig) -> None:
+        if not wanted:
+            RECORDER.report.passes[name] = f"off: {setting}=false"
+            return
+        try:
+            self.add(_build(name, None, config))
+        except Exception as e:
+            RECORDER.report.passes[name] = f"off: it failed: {type(e).__name__}: {e}"
+            logger.warning("vllm-fusion-plugin: %s is left out, it failed: %s: %s", name, type(e).__name__, e)
 
     def __call__(self, graph: fx.Graph) -> None:
         RECORDER.begin_passes(get_pass_context().compile_range)

@@ -74,7 +74,13 @@ def make_pass_manager() -> Any:
 
 def _register_ops() -> None:
     """A compiled artefact from the cache calls our ops by name, in a process where no pass has run."""
-    from .ops import silu_mul_quant  # noqa: F401
+    from .ops import (  # noqa: F401
+        gated_rms_norm_quant,
+        group_quant,
+        mla_dual_rms_norm_quant,
+        rms_norm_quant,
+        silu_mul_quant,
+    )
 
 
 def _fingerprint(config: Any) -> str | None:

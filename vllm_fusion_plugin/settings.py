@@ -24,7 +24,7 @@ ENV_CPU = "VLLM_FUSION_PLUGIN_CPU"  # see cpu.py
 ADDITIONAL_CONFIG_KEY = "fusion_plugin"
 
 # The stock classes that we can stand in for, by the names that vLLM's users know.
-PASSES = ("ActivationQuantFusionPass",)
+PASSES = ("ActivationQuantFusionPass", "RMSNormQuantFusionPass")
 
 
 class SettingsError(ValueError):
@@ -45,6 +45,9 @@ class Settings(BaseModel):
     nvfp4_kernel: Literal["vllm", "ours"] = "vllm"
     """Which kernel a fused SiLU·mul + NVFP4 quantiser runs: vLLM's own, or this package's, not measured yet on the
     GPUs with FP4 GEMMs yet (compute capability 10.0 and later)."""
+
+    lone_group_quant: bool = True
+    """Group FP8 quantisers that are fused with nothing run this package's kernel instead of vLLM's; same bytes."""
 
     use_pdl: bool = True
     """Launch kernels with programmatic dependent launch where the GPU has it (compute capability 9.0 and later)."""

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import fake_gpu
 import pytest
 
@@ -12,8 +15,7 @@ fake_gpu.install()
 
 import torch  # noqa: E402
 from recorder import Recording, count_ops  # noqa: E402
-from trace_module import make_config, on_device, trace_module  # noqa: E402
-from vllm.config import set_current_vllm_config  # noqa: E402
+from trace_module import check_graphs, make_config, our_ops, reasons, trace_branches  # noqa: E402
 from vllm.model_executor.layers.activation import SiluAndMul  # noqa: E402
 from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8  # noqa: E402
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape  # noqa: E402
@@ -62,22 +64,18 @@ class StaticQuantMLP(torch.nn.Module):
         return self.quant(self.act(x), self.scale)[0]
 
 
-def trace(module, custom_ops=("none", "+quant_fp8"), width=WIDTH, dtype=torch.bfloat16, **pass_config) -> Recording:
-    """`module` is a function that makes one, because layers choose their form under the config that compiles them."""
-    config = make_config(list(custom_ops), dtype=dtype, fuse_act_quant=True, **pass_config)
-    with set_current_vllm_config(config), on_device("cuda"):
-        return trace_module(module(), (torch.empty(64, 2 * width, dtype=dtype),), config)
-
-
-def outputs(graph):
-    (result,) = next(n for n in graph.nodes if n.op == "output").args
-    return [(n.meta["val"].shape, n.meta["val"].dtype, n.meta["val"].stride()) for n in result if n is not None]
-
-
-def the_op(recording: Recording, kind: str):
-    (graph,) = (s.after for s in recording.subgraphs)
-    (node,) = (n for n in graph.nodes if str(n.target) == OURS.format(kind))
-    return node
+def trace(
+    *makers, custom_ops=("none", "+quant_fp8"), dtype=torch.bfloat16, settings=None, inductor=None, **pass_config
+):
+    """`makers` are functions that make modules, which are traced side by side."""
+    config = make_config(
+        list(custom_ops), dtype=dtype, **{"fuse_act_quant": True, "fuse_norm_quant": False} | pass_config
+    )
+    config.additional_config = {"fusion_plugin": {"lone_group_quant": False} | (settings or {})}
+    config.compilation_config.inductor_compile_config |= inductor or {}
+    recording: Recording = trace_branches(makers, [(64, 2 * WIDTH)], config)
+    check_graphs(recording)
+    return recording
 
 
 # What the op is told of vLLM's own SiLU·mul op: 0.20's rounds as eager does.
@@ -91,42 +89,44 @@ FORMS = {
 LAYOUTS = {"row": {}, "column": {"column_major": True}, "tma": {"column_major": True, "tma_aligned": True}}
 
 
-# a trace takes a second: each group size with one of the two kinds of scales
-@pytest.mark.parametrize(("group_size", "ue8m0"), [(64, False), (128, False), (128, True)])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("forms", FORMS)
-def test_group_quant_is_fused(forms, layout, ue8m0, group_size):
-    act_form, quant_form = forms.split("+")
-    if quant_form == "native" and layout == "tma":
-        pytest.skip("forward_native knows no TMA alignment; it makes the column-major graph")
-    make = lambda: GroupQuantMLP(group_size, ue8m0=ue8m0, **LAYOUTS[layout])  # noqa: E731
-    recording = trace(make, FORMS[forms])
+def layouts(quant_form):
+    """Scale layouts that a quantiser of that form can be asked for, with each group size and kind of scales."""
+    for layout, (size, ue8m0) in itertools.product(LAYOUTS, ((64, False), (128, False), (128, True))):
+        if quant_form == "custom_op" or layout != "tma":  # forward_native knows no TMA alignment: it is column-major
+            yield layout, size, ue8m0
 
-    assert recording.matches_by_graph()[PASS] == 1
+
+@pytest.mark.parametrize("forms", FORMS)
+def test_group_quant_is_fused(forms):
+    act_form, quant_form = forms.split("+")
+    cases = list(layouts(quant_form))
+    makers = [functools.partial(GroupQuantMLP, size, ue8m0=ue8m0, **LAYOUTS[layout]) for layout, size, ue8m0 in cases]
+    recording = trace(*makers, custom_ops=FORMS[forms])
+
+    assert recording.matches_by_graph()[PASS] == len(cases)
     (subgraph,) = recording.subgraphs
     ops = count_ops(subgraph.after)
-    assert ops[OURS.format("group")] == 1
+    assert ops[OURS.format("group")] == len(cases)
     assert not {op for op in ops if op.startswith(("_C.", "aten.exp", "aten.div"))}
-    assert outputs(subgraph.after) == outputs(subgraph.before)
-    assert the_op(recording, "group").args[1:] == (
-        group_size,
-        layout != "row",
-        layout == "tma",
-        ue8m0,
-        1e-10,
-        ROUNDING[act_form],
-        quant_form,
-    )
+    for (_, arguments), (layout, size, ue8m0) in zip(our_ops(recording), cases, strict=True):
+        assert list(arguments.values())[1:] == [
+            size,
+            layout != "row",
+            layout == "tma",
+            ue8m0,
+            1e-10,
+            ROUNDING[act_form],
+            quant_form,
+        ]
 
 
 @pytest.mark.parametrize("forms", FORMS)
 def test_static_quant_is_fused(forms):
     act_form, quant_form = forms.split("+")
-    recording = trace(StaticQuantMLP, FORMS[forms])
+    recording = trace(StaticQuantMLP, custom_ops=FORMS[forms])
     assert recording.matches_by_graph()[PASS] == 1
-    assert the_op(recording, "static").args[2:] == (ROUNDING[act_form], quant_form)
-    (subgraph,) = recording.subgraphs
-    assert outputs(subgraph.after) == outputs(subgraph.before)
+    ((_, arguments),) = our_ops(recording)
+    assert list(arguments.values())[2:] == [ROUNDING[act_form], quant_form]
 
 
 class Nvfp4MLP(torch.nn.Module):
@@ -147,22 +147,19 @@ class Nvfp4MLP(torch.nn.Module):
 @pytest.mark.parametrize("kernel", ["vllm", "ours"])
 @pytest.mark.parametrize("act_form", ["native", "custom_op"])
 def test_nvfp4_quant_is_fused(act_form, kernel):
-    config = make_config(["none"] if act_form == "native" else ["none", "+silu_and_mul"], fuse_act_quant=True)
-    config.additional_config = {"fusion_plugin": {"nvfp4_kernel": kernel}}
-    with set_current_vllm_config(config), on_device("cuda"):
-        recording = trace_module(Nvfp4MLP(), (torch.empty(64, 2 * WIDTH, dtype=torch.bfloat16),), config)
+    custom_ops = ["none"] if act_form == "native" else ["none", "+silu_and_mul"]
+    recording = trace(Nvfp4MLP, custom_ops=custom_ops, settings={"nvfp4_kernel": kernel})
     assert recording.matches_by_graph()[PASS] == 1
     (subgraph,) = recording.subgraphs
     ours = "vllm_fusion_plugin.silu_mul_nvfp4_quant.default"
     assert count_ops(subgraph.after)[ours if kernel == "ours" else "_C.silu_and_mul_nvfp4_quant.default"] == 1
-    assert outputs(subgraph.after) == outputs(subgraph.before)
 
 
 @pytest.mark.parametrize("eliminate_noops", [True, False])
 @pytest.mark.parametrize("forms", FORMS)
 def test_reshape_between_is_looked_through(forms, eliminate_noops):
     make = lambda: GroupQuantMLP(between=lambda y: y.view(-1, y.shape[-1]))  # noqa: E731
-    recording = trace(make, FORMS[forms], eliminate_noops=eliminate_noops)
+    recording = trace(make, custom_ops=FORMS[forms], eliminate_noops=eliminate_noops)
     assert recording.matches_by_graph()[PASS] == 1
 
 
@@ -172,18 +169,12 @@ def test_fp16_model():
 
 
 def test_precision_casts_round_as_the_custom_op_does():
-    config = make_config(["none", "+quant_fp8"], fuse_act_quant=True)
-    config.compilation_config.inductor_compile_config["emulate_precision_casts"] = True
-    with set_current_vllm_config(config), on_device("cuda"):
-        recording = trace_module(GroupQuantMLP(), (torch.empty(64, 2 * WIDTH, dtype=torch.bfloat16),), config)
-    assert the_op(recording, "group").args[-2:] == ("eager", "custom_op")
+    recording = trace(GroupQuantMLP, inductor={"emulate_precision_casts": True})
+    ((_, arguments),) = our_ops(recording)
+    assert (arguments["act_form"], arguments["quant_form"]) == ("eager", "custom_op")
 
 
 # ---- what must not match ---------------------------------------------------------------------------------------------
-
-
-def reasons() -> list[str]:
-    return [m.reason for s in report.RECORDER.report.subgraphs for m in s.missed]
 
 
 class UsedTwice(GroupQuantMLP):
@@ -228,31 +219,31 @@ class Unquantised(GroupQuantMLP):
         return self.act(x)
 
 
-@pytest.mark.parametrize("act", ["none", "+silu_and_mul"])
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (UsedTwice, "has 2 users"),
-        (WrongLayout, "strides"),
-        (IntegerQuant, "torch.int8"),
-        (OtherRange, "'fp8_max': 240.0"),
-        (lambda: GroupQuantMLP(group_size=32), "'group_size': 32"),
-        (Unquantised, "leaves the compiled graph"),
-    ],
-)
-def test_is_left_alone_and_explained(make, reason, act):
-    recording = trace(make, ("none", "+quant_fp8", *([act] if act != "none" else [])))
+LEFT_ALONE = {
+    UsedTwice: "has 2 users",
+    WrongLayout: "strides",
+    IntegerQuant: "torch.int8",
+    OtherRange: "'fp8_max': 240.0",
+    functools.partial(GroupQuantMLP, group_size=32): "'group_size': 32",
+    Unquantised: "leaves the compiled graph",
+}
+
+
+@pytest.mark.parametrize("act", ["-silu_and_mul", "+silu_and_mul"])
+def test_is_left_alone_and_explained(act):
+    recording = trace(*LEFT_ALONE, custom_ops=("none", "+quant_fp8", act))
     assert recording.matches_by_graph()[PASS] == 0
-    (subgraph,) = recording.subgraphs
-    assert not any(op.startswith("vllm_fusion_plugin") for op in count_ops(subgraph.after))
-    assert any(reason in r for r in reasons()), reasons()
+    assert not our_ops(recording)
+    said = reasons()
+    assert len(said) == len(LEFT_ALONE), said
+    for reason in LEFT_ALONE.values():
+        assert sum(reason in r for r in said) == 1, (reason, said)
 
 
 def test_flag_off_leaves_everything():
-    config = make_config(["none", "+quant_fp8"], fuse_act_quant=False, fuse_norm_quant=False)
-    with set_current_vllm_config(config), on_device("cuda"):
-        recording = trace_module(GroupQuantMLP(), (torch.empty(64, 2 * WIDTH, dtype=torch.bfloat16),), config)
+    recording = trace(GroupQuantMLP, fuse_act_quant=False)
     assert recording.matches_by_graph()[PASS] == 0
+    assert not our_ops(recording)
     assert report.RECORDER.report.passes["ActivationQuantFusionPass"].startswith("off")
 
 
@@ -275,9 +266,10 @@ def test_stands_where_stock_stood():
     stock, ours = PostGradPassManager(), FusionPassManager()
     stock.configure(config)
     ours.configure(config)
-    assert [type(p).__name__ for p in ours.passes] == [type(p).__name__ for p in stock.passes]
+    assert [type(p).__name__ for p in ours.passes] == [*(type(p).__name__ for p in stock.passes), "GroupQuantPass"]
     modules = {type(p).__name__: type(p).__module__ for p in ours.passes}
     assert modules["ActivationQuantFusionPass"] == "vllm_fusion_plugin.passes.silu_mul_quant"
+    assert modules["RMSNormQuantFusionPass"] == "vllm_fusion_plugin.passes.rms_norm_quant"
     assert modules["NoOpEliminationPass"].startswith("vllm.")
     # stock's own module is as it was
     from vllm.compilation.passes import pass_manager

@@ -13,7 +13,7 @@ the one that a server would use: the plugin's after `vllm_fusion_plugin.plugin.r
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +57,66 @@ def trace_module(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], conf
     with set_current_vllm_config(config), torch.no_grad(), record_subgraphs() as recording:
         torch.compile(module, backend=VllmBackend(config), fullgraph=True)(*inputs)
     return recording
+
+
+class Branches(torch.nn.Module):
+    """Modules side by side, each on inputs of its own: one trace, which takes seconds, answers for all of them."""
+
+    def __init__(self, branches: Sequence[torch.nn.Module]) -> None:
+        super().__init__()
+        self.branches = torch.nn.ModuleList(branches)
+
+    def forward(self, *inputs: torch.Tensor) -> list[Any]:
+        each = len(inputs) // len(self.branches)
+        return [branch(*inputs[i * each : (i + 1) * each]) for i, branch in enumerate(self.branches)]
+
+
+def trace_branches(
+    makers: Sequence[Callable[[], torch.nn.Module]], shapes: Sequence[tuple[int, ...]], config: Any
+) -> Recording:
+    """Trace what `makers` make, each on tensors of `shapes` in the model's dtype. They are called late because layers choose
+    their form under the config that compiles them."""
+    from vllm.config import set_current_vllm_config
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    with set_current_vllm_config(config), on_device("cuda"), set_default_torch_dtype(config.model_config.dtype):
+        branches = Branches([make() for make in makers])
+        return trace_module(branches, tuple(torch.empty(shape) for _ in makers for shape in shapes), config)
+
+
+def outputs(graph: torch.fx.Graph) -> list[tuple[Any, ...]]:
+    """Shape, dtype and strides of what a graph returns."""
+    (result,) = next(n for n in graph.nodes if n.op == "output").args
+    return [(n.meta["val"].shape, n.meta["val"].dtype, n.meta["val"].stride()) for n in result if n is not None]
+
+
+def our_ops(recording: Recording) -> list[tuple[str, dict[str, Any]]]:
+    """This package's ops in the only graph, each with its arguments by name; in the order of the graph's inputs that they
+    read, which is that of the branches."""
+    (subgraph,) = recording.subgraphs
+    position = {node: i for i, node in enumerate(subgraph.after.nodes)}
+
+    def source(node: torch.fx.Node) -> int:
+        return source(node.args[0]) if node.all_input_nodes else position[node]
+
+    ours = [node for node in subgraph.after.nodes if str(node.target).startswith("vllm_fusion_plugin.")]
+    ours.sort(key=source)
+    return [(node.target._opname, arguments_of(node)) for node in ours]
+
+
+def arguments_of(node: torch.fx.Node) -> dict[str, Any]:
+    defaults = {a.name: a.default_value for a in node.target._schema.arguments}
+    return defaults | dict(zip(defaults, node.args, strict=False))
+
+
+def check_graphs(recording: Recording) -> None:
+    """The graph after the passes is in order, and returns what the one before them did: shapes, dtypes and strides."""
+    for subgraph in recording.subgraphs:
+        assert outputs(subgraph.after) == outputs(subgraph.before)
+
+
+def reasons() -> list[str]:
+    """Why what was not fused was not, from the plugin's report."""
+    from vllm_fusion_plugin import report
+
+    return [m.reason for s in report.RECORDER.report.subgraphs for m in s.missed]

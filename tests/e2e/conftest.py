@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engine runs, shared by the tests of this folder: each takes half a minute or more, so each is made once.
 
-All runs on one rank share one cache folder, in the order in which the fixtures below depend on each other: that order is
-what test_compile_cache.py is about.
+All runs on one rank share one cache folder, in the order in which the fixtures below depend on each other: that is what
+test_compile_cache.py is about.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from vllm_fusion_plugin import demo
-from vllm_fusion_plugin.demo_engine import EngineJob, EngineResult
+from vllm_fusion_plugin.demo_engine import FUSED_OPS, EngineJob, EngineResult
 
 CHILD = str(Path(__file__).parent / "engine_child.py")
+SAVED = re.compile(r"saved AOT compiled function to \S*/torch_aot_compile/(\w+)/")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +27,7 @@ class EngineRun:
     result: EngineResult
     log: str
     new_artefacts: frozenset[str]
-    """Names of the AOT folders that appeared in the cache during the run."""
+    """Names of the AOT folders that the run wrote to the cache."""
 
 
 class Engine:
@@ -35,35 +38,32 @@ class Engine:
         self.model = model
         self.one_rank_cache = folder / "one-rank-cache"
 
-    def artefacts(self, cache: Path) -> frozenset[str]:
-        return frozenset(p.name for p in (cache / "torch_compile_cache" / "torch_aot_compile").glob("*"))
-
     def run(
         self,
         name: str,
         *,
         ranks: int = 1,
         fuse: bool = True,
-        break_op: bool = False,
+        broken_ops: Sequence[Sequence[str]] = ((),),
         cache: Path | None = None,
         environment: Mapping[str, str] | None = None,
         change: str | None = None,
     ) -> EngineRun:
         """change: made to the process before vLLM loads the plugin, see engine_child.py."""
         cache = cache or self.folder / f"{name}-cache"
-        before = self.artefacts(cache)
         demo.share_model_info(self.folder, cache)
         job = EngineJob(
             model=str(self.model),
             tensor_parallel_size=ranks,
-            pass_config={demo.FLAG: fuse},
-            break_op=break_op,
+            pass_config=dict.fromkeys(demo.FLAGS, fuse),
+            broken_ops=[list(ops) for ops in broken_ops],
         )
         command: Sequence[str] = (CHILD, change) if change else ("-m", "vllm_fusion_plugin.demo_engine")
         run_folder = self.folder / name
         result = demo.run_engine(job, run_folder, cache, environment=environment, command=command)
         demo.keep_model_info(cache, self.folder)
-        return EngineRun(result, (run_folder / "engine.log").read_text(), self.artefacts(cache) - before)
+        log = (run_folder / "engine.log").read_text()
+        return EngineRun(result, log, frozenset(SAVED.findall(log)))
 
     def run_in_one_rank_cache(self, name: str, **kwargs) -> EngineRun:
         return self.run(name, cache=self.one_rank_cache, **kwargs)
@@ -87,37 +87,43 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 
 @pytest.fixture(scope="session")
 def with_plugin(engine: Engine) -> EngineRun:
-    return engine.run_in_one_rank_cache("with-plugin")
+    """Generates with all ops right, then with each of them wrong in turn, then with all right again."""
+    broken_ops = [(), *((op,) for op in FUSED_OPS), ()]
+    return engine.run_in_one_rank_cache("with-plugin", broken_ops=broken_ops)
 
 
 @pytest.fixture(scope="session")
-def upgraded(engine: Engine, with_plugin: EngineRun) -> EngineRun:
-    return engine.run_in_one_rank_cache("upgraded", change="upgraded")
+def other_states(engine: Engine, with_plugin: EngineRun) -> dict[str, EngineRun]:
+    """Runs that find the cache as with_plugin has left it. Two at a time, as each compiles on one core."""
+    states = {
+        "upgraded": {"change": "upgraded"},
+        "switched_off": {"change": "stock", "environment": {"VLLM_FUSION_PLUGIN": "0"}},
+        # By environment: unlike additional_config, vLLM's own hash knows nothing of it.
+        "reconfigured": {"environment": {"VLLM_FUSION_PLUGIN_SETTINGS": '{"use_pdl": false}'}},
+    }
+    with ThreadPoolExecutor(2) as pool:
+        runs = {name: pool.submit(engine.run_in_one_rank_cache, name, **state) for name, state in states.items()}
+    return {name: run.result() for name, run in runs.items()}
 
 
 @pytest.fixture(scope="session")
-def switched_off(engine: Engine, with_plugin: EngineRun) -> EngineRun:
-    return engine.run_in_one_rank_cache("switched-off", change="stock", environment={"VLLM_FUSION_PLUGIN": "0"})
+def upgraded(other_states: dict[str, EngineRun]) -> EngineRun:
+    return other_states["upgraded"]
 
 
 @pytest.fixture(scope="session")
-def reconfigured(engine: Engine, with_plugin: EngineRun) -> EngineRun:
-    # By environment: unlike additional_config, vLLM's own hash knows nothing of it.
-    return engine.run_in_one_rank_cache(
-        "reconfigured", environment={"VLLM_FUSION_PLUGIN_SETTINGS": '{"use_pdl": false}'}
-    )
+def switched_off(other_states: dict[str, EngineRun]) -> EngineRun:
+    return other_states["switched_off"]
 
 
 @pytest.fixture(scope="session")
-def back_again(
-    engine: Engine, with_plugin: EngineRun, upgraded: EngineRun, switched_off: EngineRun, reconfigured: EngineRun
-) -> EngineRun:
+def reconfigured(other_states: dict[str, EngineRun]) -> EngineRun:
+    return other_states["reconfigured"]
+
+
+@pytest.fixture(scope="session")
+def back_again(engine: Engine, other_states: dict[str, EngineRun]) -> EngineRun:
     return engine.run_in_one_rank_cache("back-again")
-
-
-@pytest.fixture(scope="session")
-def broken(engine: Engine, with_plugin: EngineRun) -> EngineRun:
-    return engine.run_in_one_rank_cache("broken", break_op=True)
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,8 @@
 
 upgraded: the plugin says that it is another version.
 stock: vLLM without the plugin, but with what the CPU needs to compile this model as the plugin's runs do. A pass
-    that does nothing stands for stock's fusion pass, which CPU lacks: so vLLM's configuration, and vLLM's own hash
-    of it, are those of the runs with the plugin.
+    that does nothing stands for each of stock's fusion passes, which CPU lacks: so vLLM's configuration, and vLLM's own
+    hash of it, are those of the runs with the plugin.
 """
 
 import os
@@ -24,10 +24,11 @@ def stock() -> None:
 
     from vllm_fusion_plugin import cpu
 
-    class ActivationQuantFusionPass(VllmInductorPass):
+    class DoesNothing(VllmInductorPass):
         def __call__(self, graph): ...
 
-    pass_manager.ActivationQuantFusionPass = ActivationQuantFusionPass
+    for name in cpu.PASS_FLAGS:
+        setattr(pass_manager, name, DoesNothing)
     cpu.enable()
 
 

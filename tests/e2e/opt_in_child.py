@@ -73,12 +73,13 @@ def cpu_asked_for_twice() -> None:
     assert changed() == set(STOCK), changed()
     assert seams()["check_config"].__wrapped__ is STOCK["check_config"]
     assert seams()["block_fp8_kernels"] == (*STOCK["block_fp8_kernels"], cpu.CPUReferenceFp8BlockScaledMM)
-    compilation = compiled(fuse_act_quant=True, fuse_norm_quant=True)
+    compilation = compiled(fuse_act_quant=True, fuse_norm_quant=True, fuse_attn_quant=True)
     assert (compilation.mode, compilation.backend) == (CompilationMode.VLLM_COMPILE, "inductor")
     assert compilation.compile_sizes == []
+    assert compilation.ir_enable_torch_wrap  # norms reach the passes as one op each
     passes = compilation.pass_config
     on = {f.name for f in dataclasses.fields(passes) if getattr(passes, f.name) is True}
-    assert on == {"fuse_act_quant", "eliminate_noops"}, on
+    assert on == {"fuse_act_quant", "fuse_norm_quant", "eliminate_noops"}, on
 
 
 def eager_stays_eager() -> None:
@@ -104,10 +105,18 @@ def pass_left_to_stock() -> None:
     """Stock has no such pass on CPU: with the flag left set, its pass manager would fail on the name."""
     os.environ["VLLM_FUSION_PLUGIN_CPU"] = "1"
     load_plugins()
-    for left in ({"enabled": False}, {"stock_passes": ["ActivationQuantFusionPass"]}, {"no_such_setting": 1}):
-        compilation = compiled({"fusion_plugin": left}, fuse_act_quant=True)
+    cases = [
+        ({"enabled": False}, set()),
+        ({"stock_passes": ["ActivationQuantFusionPass"]}, {"fuse_norm_quant"}),
+        ({"stock_passes": ["RMSNormQuantFusionPass"]}, {"fuse_act_quant"}),
+        ({"no_such_setting": 1}, set()),
+    ]
+    for left, kept in cases:
+        compilation = compiled({"fusion_plugin": left}, fuse_act_quant=True, fuse_norm_quant=True)
         assert compilation.mode == CompilationMode.VLLM_COMPILE, left
-        assert not compilation.pass_config.fuse_act_quant, left
+        assert {
+            flag for flag in ("fuse_act_quant", "fuse_norm_quant") if getattr(compilation.pass_config, flag)
+        } == kept
 
 
 CASES = (

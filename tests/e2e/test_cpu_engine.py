@@ -8,18 +8,28 @@ from itertools import chain
 import pytest
 
 from vllm_fusion_plugin.demo_checkpoint import CONFIG
+from vllm_fusion_plugin.demo_engine import FUSED_OPS
 from vllm_fusion_plugin.report import FusionReport, sum_match_tables
 
 pytestmark = pytest.mark.slow
 
-PASS = "activation_quant_fusion_pass"
 LAYERS = CONFIG["num_hidden_layers"]
-MLPS = {f"layers.{i}.mlp" for i in range(LAYERS)}
+# A layer quantises three times: before attention and before the MLP, behind a norm, and in the MLP.
+MATCHES = {"activation_quant_fusion_pass": LAYERS, "rmsnorm_quant_fusion_pass": 2 * LAYERS}
+MODULES = {
+    *(("activation_quant_fusion_pass", f"layers.{i}.mlp") for i in range(LAYERS)),
+    *(("rmsnorm_quant_fusion_pass", f"layers.{i}") for i in range(LAYERS)),
+}
 
 
-def matched_modules(report: FusionReport) -> list[set[str]]:
-    """The modules in which something fused, one set a rank."""
-    return [{f.module for s in rank.subgraphs for f in s.found} for rank in report.ranks]
+def matches(tables: list[dict[str, int]]) -> list[dict[str, int]]:
+    """Without the passes that matched nothing."""
+    return [{name: count for name, count in table.items() if count} for table in tables]
+
+
+def matched_modules(report: FusionReport) -> list[set[tuple[str, str]]]:
+    """What fused in which module, one set a rank."""
+    return [{(f.pass_name, f.module) for s in rank.subgraphs for f in s.found} for rank in report.ranks]
 
 
 def test_same_tokens_as_vllm_without_the_plugin(with_plugin, switched_off):
@@ -31,10 +41,10 @@ def test_same_tokens_as_vllm_without_the_plugin(with_plugin, switched_off):
 
 def test_every_layer_fuses(with_plugin):
     assert with_plugin.result.compilation_mode == "VLLM_COMPILE"
-    assert with_plugin.result.match_tables == [{PASS: LAYERS}]
+    assert matches(with_plugin.result.match_tables) == [MATCHES]
     report = FusionReport.from_ranks(with_plugin.result.reports)
-    assert report.layer_table() == {PASS: LAYERS}
-    assert matched_modules(report) == [MLPS]
+    assert report.layer_table() == MATCHES
+    assert matched_modules(report) == [MODULES]
     assert report.missed_rows() == []
 
 
@@ -44,15 +54,22 @@ def test_same_tokens_on_two_ranks(two_ranks, two_ranks_unfused):
 
 
 def test_every_layer_fuses_on_every_rank(two_ranks):
-    assert two_ranks.result.match_tables == [{PASS: LAYERS}] * 2
-    assert sum_match_tables(two_ranks.result.match_tables) == {PASS: 2 * LAYERS}
+    both = {name: 2 * count for name, count in MATCHES.items()}
+    assert matches(two_ranks.result.match_tables) == [MATCHES] * 2
+    assert matches([sum_match_tables(two_ranks.result.match_tables)]) == [both]
     report = FusionReport.from_ranks(two_ranks.result.reports)
     assert [rank.rank for rank in report.ranks] == [0, 1]
-    assert matched_modules(report) == [MLPS, MLPS]
-    assert report.match_table() == {PASS: 2 * LAYERS}
+    assert matched_modules(report) == [MODULES] * 2
+    assert report.match_table() == both
 
 
-def test_a_wrong_op_changes_the_tokens(with_plugin, broken):
+@pytest.mark.parametrize("op", FUSED_OPS)
+def test_a_wrong_op_changes_the_tokens(with_plugin, op):
     """Without this, equal tokens could mean that the layers do not matter or that the fused op never runs."""
-    changed = [a != b for a, b in zip(with_plugin.result.tokens, broken.result.tokens, strict=True)]
+    right, wrong = with_plugin.result.tokens, with_plugin.result.later_tokens[list(FUSED_OPS).index(op)]
+    changed = [a != b for a, b in zip(right, wrong, strict=True)]
     assert all(changed), f"prompts whose tokens changed: {changed}"
+
+
+def test_generations_of_one_engine_know_nothing_of_each_other(with_plugin):
+    assert with_plugin.result.later_tokens[-1] == with_plugin.result.tokens

@@ -26,6 +26,7 @@ def result(tokens=((5, 6), (7, 8)), matches=(2,)) -> EngineResult:
     return EngineResult(
         tokens=[list(t) for t in tokens],
         logprobs=[[-1.0 for _ in t] for t in tokens],
+        later_tokens=[],
         match_tables=[{PASS: n} if n else {} for n in matches],
         reports=[report.model_dump() | {"rank": rank} for rank, n in enumerate(matches) if n],
         counters=[{} for _ in matches],

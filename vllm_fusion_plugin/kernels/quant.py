@@ -77,3 +77,42 @@ def static_codes(y, inverse, NATIVE: tl.constexpr):
     if not NATIVE:
         code = tl.minimum(code, 448.0)  # NaN becomes 448, as fminf does first in vLLM's op
     return code.to(tl.float8e4nv)
+
+
+@triton.jit
+def running_max(top, magnitude, NATIVE: tl.constexpr):
+    """The larger of two, element by element; of NaN and a number the number, or NaN if NATIVE."""
+    if NATIVE:
+        return tl.maximum(top, magnitude, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(top, magnitude)
+
+
+@triton.jit
+def token_scale(magnitude, bound_ptr, NATIVE: tl.constexpr):
+    """Scale [rows] of rows whose numbers have `magnitude` [rows, columns]; bound_ptr is vLLM's `scale_ub` or None."""
+    top = tl.max(magnitude, axis=1)  # ignores NaN, as fmaxf does
+    if NATIVE:
+        top = tl.where(tl.max((magnitude != magnitude).to(tl.int32), axis=1) > 0, float("nan"), top)
+    if bound_ptr is not None:
+        bound = tl.load(bound_ptr)
+        if NATIVE:
+            top = tl.minimum(top, bound, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            top = tl.minimum(top, bound)
+    if NATIVE:
+        return tl.maximum(numerics.times_reciprocal_of_448(top), FP8_MIN_SCALE, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(numerics.divide_by_448(top), FP8_MIN_SCALE)
+
+
+@triton.jit
+def token_codes(y, scale, BOUNDED: tl.constexpr, NATIVE: tl.constexpr):
+    """e4m3 codes of y with its row's scale. BOUNDED: the scale may be far too small for y."""
+    if NATIVE:
+        code = y * (1.0 / scale)  # div.full.f32, as in Inductor's kernel
+    elif BOUNDED:
+        code = tl.div_rn(y, scale)
+    else:
+        code = numerics.divide(y, scale)
+    if not NATIVE:
+        code = tl.minimum(code, 448.0)  # NaN becomes 448, as fminf does first in vLLM's op
+    return code.to(tl.float8e4nv)

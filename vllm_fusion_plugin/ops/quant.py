@@ -5,8 +5,8 @@ FP8 here is float8_e4m3fn (±448, no infinities). Two forms exist of each quanti
 differently; `quant_form` says which one a fused op stands in for:
 
 `custom_op`
-    vLLM's CUDA op (`per_token_group_fp8_quant`, `static_scaled_fp8_quant`). NaN behaves as fminf/fmaxf make it: ignored by
-    the group maximum, then −448 as a code (static: +448).
+    vLLM's CUDA op (`per_token_group_fp8_quant`, `dynamic_per_token_scaled_fp8_quant`, `static_scaled_fp8_quant`). NaN
+    behaves as fminf/fmaxf make it: ignored by a group's or row's maximum, then −448 as a code (token, static: +448).
 `native`
     `QuantFP8.forward_native` as torch runs it: NaN spreads to its group's scale and stays NaN in the codes.
 """
@@ -129,3 +129,30 @@ def static_fp8_quant_reference(y: torch.Tensor, scale: torch.Tensor, quant_form:
     if quant_form == "custom_op":
         q = q.nan_to_num(nan=FP8_MAX, posinf=FP8_MAX, neginf=-FP8_MAX)
     return q.clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
+
+
+def token_fp8_quant_reference(
+    y: torch.Tensor, scale_ub: torch.Tensor | None, quant_form: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y [M, K] of any float dtype -> codes [M, K] float8_e4m3fn and scales [M, 1] fp32, in plain torch.
+
+    Mirrors vLLM's `dynamic_per_token_scaled_fp8_quant` (custom_op), which divides each number by its row's scale, and
+    `QuantFP8.forward_native` (native), which multiplies by the scale's rounded reciprocal. In both, `scale_ub` limits a
+    row's maximum and FP8_MIN_SCALE is the scale's floor. NaN is ignored by custom_op's maximum and has +448 as a code.
+    """
+    q = y.float()
+    magnitude = q.abs()
+    if quant_form == "custom_op":
+        top = _ignoring_nan_max(magnitude)
+        if scale_ub is not None:
+            top = torch.fmin(top, scale_ub.reshape(()))
+        # a tensor as divisor, as above
+        scale = (top / top.new_full((), FP8_MAX)).clamp(min=FP8_MIN_SCALE)
+        codes = (q / scale).nan_to_num(nan=FP8_MAX, posinf=FP8_MAX, neginf=-FP8_MAX)
+    else:
+        top = magnitude.amax(dim=-1, keepdim=True)
+        if scale_ub is not None:
+            top = torch.minimum(top, scale_ub.reshape(()))
+        scale = (top / FP8_MAX).clamp(min=FP8_MIN_SCALE)
+        codes = q * scale.reciprocal()
+    return codes.clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE), scale

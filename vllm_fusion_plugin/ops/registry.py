@@ -22,8 +22,9 @@ def register(
 ) -> torch._ops.OpOverload:
     """Define the op of `schema` ("name(Tensor x, ...) -> ...") once a process and return its overload.
 
-    The ops are functional (nothing is mutated), so the compiler may reorder, share and drop them, and a pattern's
-    replacement is one node with no buffers to hand around.
+    Ops that patterns put into a graph are functional (nothing is mutated), so the compiler may reorder, share and drop them,
+    and a pattern's replacement is one node with no buffers to hand around. An op that runs inside one of vLLM's opaque ops
+    gets its buffers from there: its schema marks what it writes ("Tensor(a!) codes"), and it returns nothing.
     """
     name = schema.partition("(")[0]
     if not hasattr(getattr(torch.ops, NAMESPACE), name):

@@ -36,6 +36,11 @@ class PatternReplacement(ABC):
     Parameters (group size, layout, ...) belong to the instance and to its `key()`.
     """
 
+    scalars: ClassVar[tuple[float, ...]] = ()
+    """Numbers that a pattern takes as it finds them, a norm's epsilon for example; handed over behind the inputs. What is
+    here stands for them in the example trace, where the matcher knows them by value: no other number of the pattern may be
+    equal to it."""
+
     @abstractmethod
     def pattern(self, *inputs: Any) -> Any:
         """The computation as the model's graph holds it."""
@@ -72,13 +77,16 @@ class OpIndex(dict[str, list[fx.Node]]):
                 self.setdefault(compat.called_op(node), []).append(node)
 
 
-def normalise(graph: fx.Graph) -> None:
+def normalise(graph: fx.Graph) -> dict[fx.Node, Any]:
     """Bring a traced pattern, or a graph before matching, into one form.
 
-    Consecutive reshapes become one; reshapes to the same shape and identity permutations go. make_fx records every one that
-    the Python code makes, vLLM drops some and keeps others (all of them without `eliminate_noops`), and a single one left
-    over on either side keeps a pattern from ever matching.
+    Consecutive reshapes become one; reshapes to the same shape and identity permutations go; the only size of a reshape that
+    is no number becomes -1. make_fx records every one that the Python code makes, vLLM drops some and keeps others (all of
+    them without `eliminate_noops`), and a single difference on either side keeps a pattern from ever matching.
+
+    Returns the sizes that became -1. vLLM's patterns know nothing of that, so a graph gets them back: see `restore`.
     """
+    sizes = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
             continue
@@ -94,6 +102,19 @@ def normalise(graph: fx.Graph) -> None:
             continue
         node.replace_all_uses_with(source)
         graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=aten.reshape.default):
+        size: Any = node.args[1]
+        if -1 not in size and sum(isinstance(n, fx.Node) for n in size) == 1:
+            sizes[node] = size
+            node.update_arg(1, [-1 if isinstance(n, fx.Node) else n for n in size])
+    return sizes
+
+
+def restore(sizes: dict[fx.Node, Any]) -> None:
+    """Give reshapes that are still there the sizes that `normalise` took."""
+    for node, size in sizes.items():
+        if not node._erased:
+            node.update_arg(1, size)
 
 
 def _trace(*args: Any, **kwargs: Any) -> fx.GraphModule:
@@ -119,8 +140,11 @@ class FusionPass(VllmPatternMatcherPass):
         self.pm_pass = PatternMatcherPass(pass_name=self.name)
         self.patterns: dict[str, PatternReplacement] = {}
         self._traced: dict[str, str] = {}
+        self._ranks: dict[int, int] = {}  # id of each entry of pm_pass -> position of its pattern in self.patterns
         self.refused: dict[fx.Node, str] = {}
-        """Last node of each match in the graph at hand that was refused, and why."""
+        """First output of each place in the graph at hand where matches were refused and none was accepted, and why."""
+        self.seen_in_refused: set[fx.Node] = set()
+        """All nodes of these matches."""
         self.settings = settings.load(config.additional_config)
         self._fingerprint = fingerprint.fingerprint(self.settings)
 
@@ -160,8 +184,8 @@ class FusionPass(VllmPatternMatcherPass):
     @enable_fake_mode
     def _trace_pattern(self, key: str, replacement: PatternReplacement) -> None:
         inputs = replacement.inputs()
-        search = _bind(replacement.pattern, len(inputs))
-        trace = _trace(search, inputs)
+        search = _bind(_no_match_on_error(replacement.pattern), len(inputs) + len(replacement.scalars))
+        trace = _trace(search, [*inputs, *replacement.scalars])
         graph = "\n".join(f"{n.op} {n.target} {n.args} {n.kwargs}" for n in trace.graph.nodes)
         for other, text in self._traced.items():
             if text == graph:
@@ -170,13 +194,23 @@ class FusionPass(VllmPatternMatcherPass):
                 )
         pm.register_replacement(
             search,
-            _bind(replacement.replacement, len(inputs)),
+            _bind(replacement.replacement, len(inputs) + len(replacement.scalars)),
             inputs,
             _trace,
             self.pm_pass,
-            extra_check=lambda match: self._accept(replacement, match),
+            extra_check=lambda match: self._accept(replacement, match, len(inputs)),
+            scalar_workaround={f"arg{len(inputs) + i}": value for i, value in enumerate(replacement.scalars)},
         )
         self._traced[key] = graph
+        self._keep_order(list(self.patterns).index(key))
+
+    def _keep_order(self, position: int) -> None:
+        """Inductor tries patterns in the order in which they were traced, which depends on the graphs that came. What was
+        registered first has to win, so the entries just made go where the pattern at `position` belongs."""
+        for entries in self.pm_pass.patterns.values():
+            for entry in entries:
+                self._ranks.setdefault(id(entry), position)
+            entries.sort(key=lambda entry: self._ranks[id(entry)])
 
     def dump(self, config: VllmConfig) -> None:
         """Write the patterns where vLLM's debug dumps go, if it dumps; all of them, also those that no graph asked for."""
@@ -184,13 +218,26 @@ class FusionPass(VllmPatternMatcherPass):
             self.trace_patterns()
             self.dump_patterns(config, self.pm_pass)
 
-    def _accept(self, replacement: PatternReplacement, match: Match) -> bool:
-        reason = replacement.refuse(match)
+    def _accept(self, replacement: PatternReplacement, match: Match, arity: int) -> bool:
+        place = match.output_node()
+        try:
+            reason = replacement.refuse(match) or _refuse_cycle(match) or _refused_by_op(replacement, match, arity)
+        except Exception as e:  # a graph that `refuse` is not prepared for must not stop the model
+            reason = f"{type(e).__name__}: {e}"
         if reason is not None:
-            self.refused[match.nodes[-1]] = f"{replacement.key()}: {reason}"
+            self.refused.setdefault(place, f"{replacement.key()}: {reason}")
+            self.seen_in_refused.update(match.nodes)
             return False
-        report.RECORDER.found(self.pass_name, replacement.key(), _innermost_common(match.nodes))
+        if self.refused.pop(place, None):
+            self.seen_in_refused.difference_update(match.nodes)
+        report.RECORDER.found(self.pass_name, replacement.key(), innermost_common(match.nodes))
         return True
+
+    def prepare(self, graph: fx.Graph) -> None:
+        """Change a graph before its patterns are looked for."""
+
+    def finish(self, graph: fx.Graph) -> None:
+        """Change a graph after its patterns have been replaced."""
 
     def explain(self, graph: fx.Graph) -> None:
         """Report what the pass would have liked to fuse in `graph` and could not; called after it ran."""
@@ -198,13 +245,20 @@ class FusionPass(VllmPatternMatcherPass):
     @VllmInductorPass.time_and_log  # type: ignore[arg-type]  # typed for its own class only
     def __call__(self, graph: fx.Graph) -> None:
         self.refused.clear()
-        normalise(graph)
+        self.seen_in_refused.clear()
+        sizes = normalise(graph)
+        self.prepare(graph)
         self.trace_possible_patterns(OpIndex(graph))
         self.matched_count = self.pm_pass.apply(graph)
+        restore(sizes)
         VllmPatternMatcherPass.match_table[self.pass_name] += self.matched_count
         for node, reason in self.refused.items():
             report.RECORDER.missed(self.pass_name, reason, report.module_of(node))
-        self.explain(graph)
+        self.finish(graph)
+        try:
+            self.explain(graph)
+        except Exception as e:  # a report must never stop a model from compiling
+            logger.warning("vllm-fusion-plugin: %s cannot say what it left: %r", self.name, e)
 
     def uuid(self) -> str:
         """Changes with the pass, its patterns and their parameters, trace preprocessing, ops, kernels and settings: the
@@ -220,7 +274,53 @@ def _bind(function: Callable[..., Any], arity: int) -> Callable[..., Any]:
     return eval(f"lambda {names}: function({names})", {"function": function})
 
 
-def _innermost_common(nodes: list[fx.Node]) -> str:
+def _no_match_on_error(pattern: Callable[..., Any]) -> Callable[..., Any]:
+    """Inductor traces a pattern again with the shapes of a place that it might fit, and takes a RuntimeError for a no; any
+    other error would end the compilation."""
+
+    def traced(*inputs: Any) -> Any:
+        try:
+            return pattern(*inputs)
+        except RuntimeError:
+            raise
+        except Exception as e:
+            raise RuntimeError(f"{type(e).__name__}: {e}") from e
+
+    return traced
+
+
+def _refused_by_op(replacement: PatternReplacement, match: Match, arity: int) -> str | None:
+    """What the replacing op's own checks have against a match: raised later, they would end the compilation."""
+    try:
+        inputs = fx.map_arg([match.kwargs[f"arg{i}"] for i in range(arity)], lambda node: node.meta["val"])
+        replacement.replacement(*inputs, *replacement.scalars)
+    except ValueError as e:
+        return str(e)
+    except Exception:  # only this rehearsal is at fault: the trace that counts comes next
+        logger.debug("vllm-fusion-plugin: %s could not be rehearsed", replacement.key(), exc_info=True)
+    return None
+
+
+def _refuse_cycle(match: Match) -> str | None:
+    """A match with several outputs becomes one node, which computes them all at once: none of its inputs may be made from
+    one of its outputs."""
+    outputs = [node for node in match.output_nodes() if node is not None]
+    if len(outputs) < 2:
+        return None
+    inside, earliest = set(match.nodes), min(outputs)
+    todo = [value for value in match.kwargs.values() if isinstance(value, fx.Node)]
+    seen: set[fx.Node] = set()
+    while todo:
+        node = todo.pop()
+        if node in inside:
+            return f"its input {node.name} is made from its output"
+        if node not in seen and earliest < node:
+            seen.add(node)
+            todo += node.all_input_nodes
+    return None
+
+
+def innermost_common(nodes: list[fx.Node]) -> str:
     """The module that a match belongs to: what the paths of its nodes have in common."""
     paths = [path.split(".") for path in map(report.module_of, nodes) if path]
     common = []

@@ -7,11 +7,14 @@ aten. A form whose op this build of vLLM lacks is not available, and no pattern 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import vllm.model_executor.layers.layernorm as norm_layers
+from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.activation import SiluAndMul
@@ -20,7 +23,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 from vllm.platforms import current_platform
 
 from .. import compat
-from ..ops.quant import FP8_DTYPE, FP8_MAX
+from ..ops.quant import FP8_DTYPE, FP8_MAX, empty_group_scales
 from .base import OpIndex
 
 DEVICE = current_platform.device_type
@@ -63,7 +66,224 @@ def silu_mul_forms() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     return forms
 
 
+# ---- RMS norm --------------------------------------------------------------------------------------------------------
+
+ADD = torch.ops.aten.add.Tensor
+CONVERT = torch.ops.prims.convert_element_type.default
+
+
+@dataclass(frozen=True)
+class RMSNorm:
+    """RMS norm of x, or of x + residual, in one of the forms that vLLM gives it.
+
+    `ir`: an op of `vllm_ir`, which vLLM lowers to one of its kernels or to aten after all passes. The others are of versions
+    that have no such op for a sum (until 0.20): `custom_op` is `torch.ops._C.fused_add_rms_norm`, `decomposed` the layer's
+    native form as aten, `sum` an addition before the op.
+    """
+
+    form: str
+    add: bool = False
+    gemma: bool = False
+    """The graph adds 1 to the weight in fp32; a pattern has that inside and takes the weight as the model has it."""
+    sum_used: bool = False
+    """The sum goes on, as it does along a model's residual stream."""
+
+    @property
+    def op(self) -> str:
+        """The op that a graph with this norm has in any case."""
+        if self.form in ("ir", "sum"):
+            return "vllm_ir.fused_add_rms_norm" if self.add and self.form == "ir" else "vllm_ir.rms_norm"
+        return "_C.fused_add_rms_norm" if self.form == "custom_op" else "aten.rsqrt"
+
+    def __str__(self) -> str:
+        traits = [*([self.form] if self.form != "ir" else []), *(["gemma"] if self.gemma else [])]
+        name = "fused_add_rms_norm" if self.add else "rms_norm"
+        return name + (f"[{','.join(traits)}]" if traits else "")
+
+    def possible(self, ops: OpIndex, keep_norm: bool, readers: int) -> bool:
+        """Whether there may be such a norm whose result has other users than the `readers` that a quantiser makes of it."""
+        nodes = ops.get(self.op, [])
+        return bool(nodes) if self.form == "decomposed" else any(self._fits(node, keep_norm, readers) for node in nodes)
+
+    def _fits(self, node: fx.Node, keep_norm: bool, readers: int) -> bool:
+        if adds_one(norm_weight(node)) != self.gemma:
+            return False
+        results = norm_results(node)
+        if self.form == "sum":
+            total: Any = node.args[0]
+            if not is_sum(total):
+                return False
+            sum_used = len(total.users) > 1
+        else:
+            sum_used = any(total.users for total in results["sum"])
+        users = sum(len(normed.users) for normed in results["norm"])
+        return (sum_used, users > readers) == (self.sum_used, keep_norm)
+
+    def __call__(
+        self, x: torch.Tensor, residual: Any, weight: Any, epsilon: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The norm, and the sum if there is one."""
+        if self.gemma:
+            weight = weight.float() + 1.0
+        if self.form == "custom_op":
+            _, normed, total = functionalized(
+                torch.ops._C.fused_add_rms_norm.default, input=x, residual=residual, weight=weight, epsilon=epsilon
+            )
+            return normed, total
+        if self.form == "decomposed":
+            layer: Any = norm_layers.RMSNorm
+            return layer.forward_static(x, epsilon, x.shape[-1], x.dtype, weight, residual)
+        if self.add and self.form == "ir":
+            return torch.ops.vllm_ir.fused_add_rms_norm.default(x, residual, weight, epsilon)
+        total = x + residual if self.add else None
+        return torch.ops.vllm_ir.rms_norm.default(x if total is None else total, weight, epsilon), total
+
+
+def rms_norms() -> list[RMSNorm]:
+    """Every RMS norm that vLLM can put into a graph, those first that others are part of."""
+    if hasattr(torch.ops.vllm_ir, "fused_add_rms_norm"):
+        adds = [RMSNorm("ir", True, gemma) for gemma in (True, False)]
+    else:
+        adds = [RMSNorm("sum", True, gemma=True), RMSNorm("decomposed", True)]
+        adds += [RMSNorm("custom_op", True)] if has_op("fused_add_rms_norm") else []
+    return [
+        *(replace(add, sum_used=used) for add in adds for used in (True, False)),
+        *(RMSNorm("ir", gemma=gemma) for gemma in (True, False)),
+    ]
+
+
+NORM_OPS = ("vllm_ir.rms_norm", "vllm_ir.fused_add_rms_norm", "_C.fused_add_rms_norm")
+
+
+def norm_weight(node: fx.Node) -> Any:
+    """The weight of a norm, a call of one of NORM_OPS."""
+    if "weight" in node.kwargs:
+        return node.kwargs["weight"]
+    return node.args[2 if compat.called_op(node) == "vllm_ir.fused_add_rms_norm" else 1]
+
+
+def norm_results(node: fx.Node) -> dict[str, list[fx.Node]]:
+    """The nodes of a norm's result and of its sum."""
+    if compat.called_op(node) == "vllm_ir.rms_norm":
+        return {"norm": [node], "sum": []}
+    first = int(compat.called_op(node) == "_C.fused_add_rms_norm")  # auto_functionalized: behind what the op returns
+    items = [user for user in node.users if user.target is operator.getitem]
+    return {name: [i for i in items if i.args[1] == first + n] for n, name in enumerate(("norm", "sum"))}
+
+
+def adds_one(weight: Any) -> bool:
+    """Whether a norm's weight is a parameter to which the graph adds 1 in fp32, for this norm only."""
+    if not (isinstance(weight, fx.Node) and weight.target is ADD and weight.args[1] == 1.0 and len(weight.users) == 1):
+        return False
+    source = weight.args[0]
+    return isinstance(source, fx.Node) and source.target is CONVERT and len(source.users) == 1
+
+
+def is_sum(x: Any) -> bool:
+    return isinstance(x, fx.Node) and x.target is ADD and all(isinstance(a, fx.Node) for a in x.args)
+
+
+# ---- gated RMS norm --------------------------------------------------------------------------------------------------
+
+# An op that a graph with the gate has in any case.
+GATE_OPS = {"silu": "aten.exp", "sigmoid": "aten.sigmoid"}
+
+
+def gated_rms_norm(
+    x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, epsilon: float, norm_before_gate: bool, activation: str
+) -> torch.Tensor:
+    """RMSNormGated's native form along the last dimension of x, gated by z."""
+    layer = _layer(
+        norm_layers.RMSNormGated,
+        hidden_size=x.shape[-1],
+        eps=epsilon,
+        norm_before_gate=norm_before_gate,
+        activation=activation,
+    )
+    del layer.weight
+    layer.weight = weight  # a traced tensor, which a parameter cannot be
+    return layer.forward_native(x, z)
+
+
 # ---- quantisers ------------------------------------------------------------------------------------------------------
+
+# Quantisers that take one tensor and write codes, with those of their arguments that decide what is written.
+OPAQUE_QUANT_OPS = (
+    "_C.per_token_group_fp8_quant",
+    "_C.per_token_group_fp8_quant_packed",
+    "_C.dynamic_per_token_scaled_fp8_quant",
+    "_C.dynamic_scaled_fp8_quant",
+    "_C.static_scaled_fp8_quant",
+    "_C.scaled_fp4_quant",
+)
+
+
+def refuse_codes(codes: torch.Tensor) -> str | None:
+    return None if codes.dtype == FP8_DTYPE else f"the quantiser writes {codes.dtype}; fused for {FP8_DTYPE}"
+
+
+def users_behind_views(node: fx.Node) -> list[fx.Node]:
+    """Who reads a value, reshaped or not."""
+    found = []
+    for user in node.users:
+        found += users_behind_views(user) if user.target is torch.ops.aten.reshape.default else [user]
+    return found
+
+
+# What a native quantiser does to a value on its way to the conversion.
+SCALING_OPS = {"aten.reshape", "aten.mul", "aten.div", "aten.clamp_min", "aten.clamp_max", "prims.convert_element_type"}
+
+
+def leads_to_fp8(node: fx.Node) -> bool:
+    """Whether plain torch code scales a value, which `node` reads, and makes FP8 numbers of it."""
+    if node.target is CONVERT and node.args[1] == FP8_DTYPE:
+        return True
+    return compat.called_op(node) in SCALING_OPS and any(map(leads_to_fp8, node.users))
+
+
+def describe_call(node: fx.Node) -> str:
+    """An op and the numbers that it is called with, for reports."""
+    told = {name: value for name, value in node.kwargs.items() if not isinstance(value, fx.Node)}
+    return f"{compat.called_op(node)}, called with {told}"
+
+
+def share_equal_quantisers(graph: fx.Graph) -> list[fx.Node]:
+    """Where a graph quantises one value twice in the same way, let it use the first result; the first calls of those.
+
+    vLLM's layers quantise each for itself, and Inductor's common subexpressions do not reach into ops that write to
+    buffers. A value's codes and scales are the same, however often they are made.
+    """
+    first: dict[Any, fx.Node] = {}
+    shared = []
+    for node in list(graph.nodes):
+        if compat.called_op(node) not in OPAQUE_QUANT_OPS or isinstance(node.target, torch._ops.OpOverload):
+            continue  # no quantiser, or not functionalised
+        same = first.setdefault(_what_is_quantised(node), node)
+        if same is node:
+            continue
+        results = {user.args[1]: user for user in same.users if user.target is operator.getitem}
+        for user in list(node.users):
+            if user.target is operator.getitem and user.args[1] in results:
+                user.replace_all_uses_with(results[user.args[1]])
+                graph.erase_node(user)
+        node.replace_all_uses_with(same)
+        graph.erase_node(node)
+        shared.append(same)
+    return shared
+
+
+def _what_is_quantised(node: fx.Node) -> Any:
+    """Equal for two calls that write equal results: op, inputs, numbers, and what buffers look like."""
+    op: Any = node.args[0]  # node.target is auto_functionalized
+    written = {argument.name for argument in op._schema.arguments if argument.is_write}
+    arguments = []
+    value: Any
+    for name, value in sorted(node.kwargs.items()):
+        if name in written:
+            buffer = value.meta["val"]
+            value = (str(buffer.shape), buffer.dtype, str(buffer.stride()))
+        arguments.append((name, value if isinstance(value, fx.Node) else repr(value)))
+    return op, tuple(arguments)
 
 
 def _converts_to_fp8(ops: OpIndex) -> bool:
@@ -80,10 +300,12 @@ class GroupQuant:
     tma_aligned_scales: bool
     use_ue8m0: bool
     eps: float = 1e-10
+    readers = 1  # nodes that read the value to quantise
 
     def possible(self, ops: OpIndex) -> bool:
         if self.form == "native":
-            return _converts_to_fp8(ops) and "aten.max" in ops and ("aten.log2" in ops) == self.use_ue8m0
+            maxima = (node.args[0].meta["val"].shape[-1] for node in ops.get("aten.max", []))
+            return _converts_to_fp8(ops) and self.group_size in maxima and ("aten.log2" in ops or not self.use_ue8m0)
         wanted = {
             "group_size": self.group_size,
             "scale_ue8m0": self.use_ue8m0,
@@ -104,6 +326,18 @@ class GroupQuant:
             empty(rows, width, dtype=FP8_DTYPE),
             empty(rows, width // self.group_size, dtype=torch.float32),
         ]
+
+    def refuse(self, codes: torch.Tensor, scales: torch.Tensor) -> str | None:
+        """Why what a call of the custom op writes to is not what the op is told, or None if it is."""
+        if reason := refuse_codes(codes):
+            return reason
+        if scales.dim() != 2:
+            return f"the scales have {scales.dim()} dimensions; fused where there are 2"
+        rows, groups = scales.shape
+        want = empty_group_scales(scales, rows, groups, self.column_major_scales, self.tma_aligned_scales)
+        if not compat.same_strides(scales, want):
+            return f"the scales' strides {tuple(scales.stride())} are not those of the layout the quantiser is told"
+        return None
 
     def __call__(self, y: torch.Tensor, *buffers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.form == "native":
@@ -147,10 +381,61 @@ def group_quants(group_sizes: tuple[int, ...]) -> list[GroupQuant]:
 
 
 def _quant_fp8(**arguments: Any) -> QuantFP8:
+    return _layer(QuantFP8, **arguments, **compat.uncompiled_layer(QuantFP8))
+
+
+def _layer(layer: Callable[..., Any], **arguments: Any) -> Any:
     # Any config will do: vLLM's CustomOp layers only look up there which forward is theirs, and forward_native is called
     # by name. Patterns are traced while compiling, when vLLM has no current config set.
     with set_current_vllm_config(VllmConfig(), check_compile=False):
-        return QuantFP8(**arguments, **compat.uncompiled_layer(QuantFP8))
+        return layer(**arguments)
+
+
+@dataclass(frozen=True)
+class TokenQuant:
+    """Dynamic FP8 quantiser with one scale a row; `bounded` if an upper bound of the scales is given."""
+
+    form: str
+    bounded: bool
+
+    @property
+    def readers(self) -> int:
+        return 2 if self.form == "native" else 1
+
+    def possible(self, ops: OpIndex) -> bool:
+        if self.form == "native":
+            has_maximum = "aten.amax" in ops or "aten.max" in ops  # the latter until 0.26
+            return _converts_to_fp8(ops) and "aten.reciprocal" in ops and has_maximum
+        nodes = ops.get("_C.dynamic_per_token_scaled_fp8_quant", [])
+        return any(isinstance(node.kwargs.get("scale_ub"), fx.Node) == self.bounded for node in nodes)
+
+    def __str__(self) -> str:
+        return f"token[{self.form}{',bounded' if self.bounded else ''}]"
+
+    def inputs(self, rows: int, width: int) -> list[torch.Tensor]:
+        if self.form == "native":
+            return []
+        return [empty(rows, width, dtype=FP8_DTYPE), empty(rows, 1, dtype=torch.float32)]
+
+    def __call__(
+        self, y: torch.Tensor, scale_ub: torch.Tensor | None, *buffers: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.form == "native":
+            return _quant_fp8(static=False, group_shape=GroupShape.PER_TOKEN).forward_native(y, scale_ub=scale_ub)
+        _, codes, scales = functionalized(
+            torch.ops._C.dynamic_per_token_scaled_fp8_quant.default,
+            result=buffers[0],
+            input=y,
+            scale=buffers[1],
+            scale_ub=scale_ub,
+        )
+        return codes, scales
+
+
+def token_quants() -> list[TokenQuant]:
+    forms = ["native"] + (["custom_op"] if has_op("dynamic_per_token_scaled_fp8_quant") else [])
+    # Bounded first: an unbounded pattern's "no bound" is a wildcard until Inductor looks closer.
+    return [TokenQuant(form, bounded) for form in forms for bounded in (True, False)]
 
 
 @dataclass(frozen=True)
@@ -158,6 +443,7 @@ class StaticQuant:
     """FP8 quantiser with one given scale."""
 
     form: str
+    readers = 1
 
     def possible(self, ops: OpIndex) -> bool:
         return _converts_to_fp8(ops) if self.form == "native" else "_C.static_scaled_fp8_quant" in ops
@@ -186,18 +472,23 @@ def static_quants() -> list[StaticQuant]:
 
 @dataclass(frozen=True)
 class Nvfp4Quant:
-    """NVFP4 quantiser: two e2m1 codes a byte, an e4m3 scale for 16 of them in the swizzled layout, one global scale."""
+    """NVFP4 quantiser: two e2m1 codes a byte, an e4m3 scale for 16 of them, swizzled or row-major, one global scale."""
 
     form: str = "custom_op"
+    swizzled: bool = True
+    readers = 1
 
     def possible(self, ops: OpIndex) -> bool:
-        return "_C.scaled_fp4_quant" in ops
+        return any(n.kwargs.get("is_sf_swizzled_layout") == self.swizzled for n in ops.get("_C.scaled_fp4_quant", []))
 
     def __str__(self) -> str:
-        return "nvfp4"
+        return "nvfp4" if self.swizzled else "nvfp4[row]"
 
     def inputs(self, rows: int, width: int) -> list[torch.Tensor]:
-        scales = empty(-(-rows // 128) * 128, -(-width // 64), dtype=torch.int32)
+        if self.swizzled:
+            scales = empty(-(-rows // 128) * 128, -(-width // 64), dtype=torch.int32)
+        else:
+            scales = empty(rows, width // 16, dtype=torch.uint8)
         return [empty(rows, width // 2, dtype=torch.uint8), scales]
 
     def __call__(
@@ -207,7 +498,7 @@ class Nvfp4Quant:
             torch.ops._C.scaled_fp4_quant.out,
             input=y,
             input_scale=global_scale,
-            is_sf_swizzled_layout=True,
+            is_sf_swizzled_layout=self.swizzled,
             output=codes,
             output_scale=scales,
         )

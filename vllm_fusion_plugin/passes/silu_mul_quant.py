@@ -13,8 +13,8 @@ from torch._inductor.pattern_matcher import Match
 from vllm.config import VllmConfig
 
 from .. import compat, report
-from ..ops import silu_mul_quant as ops
-from ..ops.quant import GROUP_SIZES, empty_group_scales
+from ..ops import silu_mul_quant  # noqa: F401  (registers the ops)
+from ..ops.quant import GROUP_SIZES
 from . import matchers
 from .base import FusionPass, OpIndex, PatternReplacement
 
@@ -85,19 +85,9 @@ class SiluMulGroupQuant(SiluMulQuant):
         )
 
     def refuse(self, match: Match) -> str | None:
-        if reason := super().refuse(match):
+        if (reason := super().refuse(match)) or self.quant.form == "native":
             return reason
-        if self.quant.form == "native":
-            return None
-        codes, scales = (match.kwargs[f"arg{i}"].meta["val"] for i in (1, 2))
-        if codes.dtype != ops.FP8_DTYPE:
-            return f"the quantiser writes {codes.dtype}; fused for {ops.FP8_DTYPE}"
-        rows, groups = scales.shape
-        layout = (self.quant.column_major_scales, self.quant.tma_aligned_scales)
-        want = empty_group_scales(scales, rows, groups, *layout)
-        if not compat.same_strides(scales, want):
-            return f"the scales' strides {tuple(scales.stride())} are not those of the layout the quantiser is told"
-        return None
+        return self.quant.refuse(*(match.kwargs[f"arg{i}"].meta["val"] for i in (1, 2)))
 
 
 class SiluMulStaticQuant(SiluMulQuant):
@@ -183,9 +173,8 @@ class ActivationQuantFusionPass(FusionPass):
         self.dump(config)
 
     def explain(self, graph: fx.Graph) -> None:
-        refused = {user for node in self.refused for user in node.all_input_nodes}
         for node in silu_mul_outputs(graph):
-            if node not in refused:
+            if node not in self.seen_in_refused:
                 report.RECORDER.missed(self.name, _why(node), report.module_of(node))
         for node in graph.nodes:
             if reason := compat.OPAQUE_MLPS.get(compat.called_op(node)):
@@ -238,6 +227,8 @@ def _why(product: fx.Node) -> str:
     if names[0] in compat.OPAQUE_QUANTISERS:
         return compat.OPAQUE_QUANTISERS[names[0]]
     if names[0] in matchers.GROUP_QUANT_OPS:
-        told = {k: v for k, v in users[0].kwargs.items() if not isinstance(v, fx.Node)}
-        return f"{names[0]} is called with {told}; fused for group sizes {GROUP_SIZES} and the whole range of float8_e4m3fn"
+        return (
+            f"SiLU·mul is followed by {matchers.describe_call(users[0])}; fused for group sizes {GROUP_SIZES} and the whole "
+            "range of float8_e4m3fn"
+        )
     return f"SiLU·mul is followed by {names[0]}, which is no quantiser that this pass knows"

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What end_to_end.py asks of an engine's worker: weights, what was selected and fused, the GPU's time of a decode step."""
+
+from __future__ import annotations
+
+import statistics
+from itertools import pairwise
+from typing import Any
+
+import torch
+from random_weights import RandomWeights
+
+STOCK_NORM_PASS = "rmsnorm_quant_fusion_pass"
+
+
+class EngineWorker(RandomWeights):
+    """vLLM worker extension: `LLM(..., worker_extension_cls="engine_worker.EngineWorker")`."""
+
+    def linear_kernels(self) -> dict[str, int]:
+        """Class of the kernel behind each quantised linear layer, counted; without the plugin too."""
+        from vllm_fusion_plugin import compat
+
+        return compat.linear_kernels(self)
+
+    def watch_graphs(self) -> None:
+        """From now on remember the last two CUDA graphs replayed in this process."""
+        replay = torch.cuda.CUDAGraph.replay
+        _replayed.clear()
+
+        def remembered(graph: torch.cuda.CUDAGraph) -> None:
+            _replayed[:] = [*_replayed[-1:], graph]
+            replay(graph)
+
+        torch.cuda.CUDAGraph.replay = remembered  # type: ignore[method-assign]
+
+    @torch.inference_mode()
+    def decode_graph_ms(self, tokens: list[int], replays: int) -> float | None:
+        """Median time on the GPU of the step that was decoded last, replayed with `tokens` as its input.
+
+        None if that step was not one CUDA graph (two in a row are then unlike). Replays follow each other without a gap, so
+        neither Python nor the driver is in the number. They repeat the step where it was: the same requests, lengths and
+        cache blocks, which nobody owns any more. All engines get the same tokens because experts are chosen by them.
+        """
+        if len(_replayed) < 2 or _replayed[0] is not _replayed[1]:
+            return None
+        graph, runner = _replayed[1], self.model_runner
+        ids = runner.input_buffers.input_ids if hasattr(runner, "input_buffers") else runner.input_ids.gpu
+        ids[: len(tokens)] = torch.tensor(tokens, dtype=ids.dtype, device=ids.device)
+        for _ in range(5):
+            graph.replay()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+        events[0].record()
+        for event in events[1:]:
+            graph.replay()
+            event.record()
+        events[-1].synchronize()
+        return statistics.median(a.elapsed_time(b) for a, b in pairwise(events))
+
+
+_replayed: list[Any] = []
+
+
+def _count_stock_norm_fusions() -> None:
+    """vLLM's RMSNormQuantFusionPass counts its matches and leaves them out of the match table: enter them (0.20 to 0.33)."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda_alike():
+        return  # vLLM's CPU build has no such pass
+    from vllm.compilation.passes.fusion.rms_quant_fusion import RMSNormQuantFusionPass
+    from vllm.compilation.passes.vllm_inductor_pass import VllmPatternMatcherPass
+
+    call = RMSNormQuantFusionPass.__call__
+
+    def counted(self: Any, graph: torch.fx.Graph) -> None:
+        call(self, graph)
+        VllmPatternMatcherPass.match_table[STOCK_NORM_PASS] += self.matched_count
+
+    RMSNormQuantFusionPass.__call__ = counted
+
+
+_count_stock_norm_fusions()  # vLLM imports this file in its worker, before it compiles

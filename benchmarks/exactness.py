@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How exact the fused ops are: their bytes against those of what they replace, over many random inputs, on the GPU at hand.
+
+    python benchmarks/exactness.py                       # 2**30 elements a case, to results/exactness.json
+    python benchmarks/exactness.py --ops silu_mul_group_fp8_quant --elements 1e8
+
+What is replaced is vLLM's own code (producers.py): its CUDA ops, or its native layers run by torch or compiled by Inductor,
+and then its quantiser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import pathlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import grid
+import timing
+import torch
+from producers import PRODUCERS, Producer, Tensors, named
+from quantisers import EPS, STATIC_SCALE, Group, Static, Token
+
+ROWS = 8192
+QUANTISERS = {"group": Group, "token": Token, "static": Static}
+LAYOUTS = {"group": ("column", "tma,ue8m0", "group64"), "token": ("",), "static": ("",)}
+
+Outputs = dict[str, torch.Tensor]
+
+
+class Case(NamedTuple):
+    """One of our ops in one of its modes."""
+
+    producer: Producer
+    kind: str
+    mode: str
+    form: str
+    quant_form: str
+
+    @property
+    def op(self) -> str:
+        return self.producer.op(self.kind)
+
+    @property
+    def quant(self) -> Any:
+        return QUANTISERS[self.kind].of(self.mode)
+
+    def ours(self, inputs: Tensors) -> Outputs:
+        quant, told = self.quant, {"quant_form": self.quant_form}
+        if isinstance(quant, Group):
+            told |= {
+                "group_size": quant.group_size,
+                "column_major_scales": quant.column_major,
+                "tma_aligned_scales": quant.tma_aligned,
+                "use_ue8m0": quant.ue8m0,
+                "eps": EPS,
+            }
+        elif isinstance(quant, Static):
+            told["scale"] = static_scale()
+        return self.producer.ours(self.kind, inputs, self.form, **told)
+
+    def replaced(self, inputs: Tensors) -> Outputs:
+        if self.quant_form == "native":  # one graph, in which nothing is rounded before the quantiser
+            outputs, more = whole_graph(self.producer, self.quant)(*inputs)
+            return named(outputs) | {name: t for name, t in more.items() if name != "normed"}
+        y, more = before_quantiser(self.producer, self.form)(*inputs)
+        codes, scales = self.quant.outputs(y, *y.shape)
+        self.quant.custom_op(y, codes, scales)
+        return named((codes,) if isinstance(self.quant, Static) else (codes, scales)) | more
+
+
+def cases() -> Iterator[Case]:
+    for producer in PRODUCERS:
+        for form, quant_form in producer.forms:
+            for kind in producer.kinds:
+                for mode in LAYOUTS[kind]:
+                    # vLLM's native layer knows no TMA alignment
+                    yield Case(
+                        producer,
+                        kind,
+                        mode.replace("tma", "column") if quant_form == "native" else mode,
+                        form,
+                        quant_form,
+                    )
+
+
+@functools.cache
+def before_quantiser(producer: Producer, form: str) -> Callable[..., Any]:
+    if form == "custom_op":
+        return producer.custom_op
+    return grid.compiled(producer.native) if form == "native" else producer.native
+
+
+@functools.cache
+def whole_graph(producer: Producer, quant: Any) -> Callable[..., Any]:
+    layer = native_layer(quant)
+
+    def run(*inputs: torch.Tensor) -> Any:
+        y, more = producer.native(*inputs)
+        return layer(y), {name: t for name, t in more.items() if name != "normed"}
+
+    return grid.compiled(run)
+
+
+def native_layer(quant: Any) -> Callable[[torch.Tensor], Any]:
+    """vLLM's QuantFP8.forward_native."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+    from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+
+    with set_current_vllm_config(VllmConfig(), check_compile=False):
+        if isinstance(quant, Static):
+            layer, scale = QuantFP8(True, GroupShape.PER_TENSOR, compile_native=False), static_scale()
+            return lambda y: layer.forward_native(y, scale)[0]
+        if isinstance(quant, Token):
+            return QuantFP8(False, GroupShape.PER_TOKEN, compile_native=False).forward_native
+        layout = {"column_major_scales": quant.column_major, "use_ue8m0": quant.ue8m0}
+        return QuantFP8(False, GroupShape(1, quant.group_size), compile_native=False, **layout).forward_native
+
+
+@functools.cache
+def static_scale() -> torch.Tensor:
+    return torch.tensor([STATIC_SCALE], device="cuda")
+
+
+def bits(t: torch.Tensor) -> torch.Tensor:
+    return t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()])
+
+
+def code_steps(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Largest distance of two tensors of FP8 codes, counted in codes; -0 and +0 are one."""
+
+    def rank(t: torch.Tensor) -> torch.Tensor:
+        code = bits(t).to(torch.int16)
+        return torch.where(code >= 0x80, 0x80 - code, code)
+
+    return int((rank(a) - rank(b)).abs().max())
+
+
+def differing(ours: Outputs, replaced: Outputs) -> Counter[str]:
+    """How many numbers of each output differ in any bit.
+
+    Raises:
+        ValueError: the two have not the same outputs, of the same dtypes and shapes.
+    """
+    described = [{name: (t.dtype, tuple(t.shape)) for name, t in outputs.items()} for outputs in (ours, replaced)]
+    if described[0] != described[1]:
+        raise ValueError(f"ours has the outputs {described[0]}, what it replaces {described[1]}")
+    return Counter({name: int(torch.count_nonzero(bits(ours[name]) != bits(replaced[name]))) for name in ours})
+
+
+def compare(case: Case, width: int, dtype: torch.dtype, elements: int) -> dict[str, Any]:
+    """A row of the result: how often each output differs, over at least `elements` codes of one width."""
+    generator = torch.Generator(device="cuda").manual_seed(width)
+    chunks = math.ceil(elements / (ROWS * width))
+    total: Counter[str] = Counter()
+    steps = 0
+    for _ in range(chunks):
+        inputs = case.producer.inputs(ROWS, width, dtype, generator)
+        ours, replaced = case.ours(inputs), case.replaced(inputs)
+        total.update(differing(ours, replaced))
+        steps = max(steps, code_steps(ours["codes"], replaced["codes"]))
+    return {
+        "op": case.op, "mode": ",".join(filter(None, [case.mode, *case.producer.words])), "form": case.form,
+        "quant_form": case.quant_form, "dtype": str(dtype).removeprefix("torch."), "H": width,
+        "elements": chunks * ROWS * width, **{f"{name}_differ": count for name, count in total.items()},
+        "largest_code_steps": steps,
+    }  # fmt: skip
+
+
+def main() -> None:
+    known = list(dict.fromkeys(case.op for case in cases()))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", nargs="*", default=known, choices=known)
+    parser.add_argument("--elements", type=lambda text: int(float(text)), default=2**30, help="a case, over all widths")
+    parser.add_argument("--fp16", action="store_true", help="fp16 instead of bf16")
+    parser.add_argument("--out", type=pathlib.Path, default=timing.RESULTS / "exactness.json")
+    args = parser.parse_args()
+    import vllm._custom_ops  # noqa: F401  registers torch.ops._C
+
+    # Every case and width compiles the same few functions anew.
+    for limit in ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit"):
+        setattr(torch._dynamo.config, limit, 4096)
+    dtype = torch.float16 if args.fp16 else torch.bfloat16
+    rows: list[dict[str, Any]] = []
+    for case in cases():
+        if case.op not in args.ops:
+            continue
+        widths = case.producer.widths
+        new = [compare(case, width, dtype, args.elements // len(widths)) for width in widths]
+        rows += new
+        summed = {key: sum(row[key] for row in new) for key in new[0] if key == "elements" or key.endswith("_differ")}
+        steps = max(row["largest_code_steps"] for row in new)
+        print(*(new[0][key] for key in ("op", "mode", "form", "quant_form")), summed, f"{steps} code steps", flush=True)
+        timing.write(args.out, rows)  # what is there by now survives a run cut short
+
+
+if __name__ == "__main__":
+    main()

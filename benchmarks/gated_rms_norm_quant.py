@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gated RMSNorm of heads + FP8 group quantiser against vLLM's separate ops and Inductor; H is heads times 128.
+
+python benchmarks/gated_rms_norm_quant.py            # the grid, to results/gated_rms_norm_quant.json
+python benchmarks/gated_rms_norm_quant.py --tune     # tiles by shape, best first
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import grid
+import torch
+import torch.nn.functional as F
+from quantisers import EPS, Group
+
+from vllm_fusion_plugin.kernels import gated_rms_norm_quant as kernels
+
+HEAD_DIM = 128
+EPSILON = 1e-6
+
+
+class GatedRMSNormGroup(grid.Workload):
+    op = "gated_rms_norm_group_fp8_quant"
+    modes = ("column", "row", "tma,ue8m0", "group64")
+
+    def __init__(self, mode: str) -> None:
+        super().__init__(mode)
+        self.quant = Group.of(mode)
+
+    def inputs(self, rows: int, width: int, dtype: torch.dtype) -> grid.Tensors:
+        x, z = torch.randn(2, rows, width // HEAD_DIM, HEAD_DIM, device="cuda", dtype=dtype)
+        weight = torch.randn(HEAD_DIM, device="cuda", dtype=dtype)
+        return x, z, weight, *self.quant.outputs(x, rows, width)
+
+    def moved_bytes(self, rows: int, width: int) -> int:
+        return 4 * rows * width + 2 * HEAD_DIM + self.quant.moved_bytes(rows, width)
+
+    def others(self) -> dict[str, grid.Launch]:
+        from vllm.third_party.flash_linear_attention.ops.layernorm_guard import rmsnorm_fn
+
+        quant = self.quant
+
+        def unfused(x, z, weight, codes, scales):
+            y = rmsnorm_fn(x, weight, None, z=z, eps=EPSILON, norm_before_gate=True, activation="silu")
+            quant.custom_op(y.view(codes.shape), codes, scales)
+
+        def gated_rms_norm(x, z, weight):
+            y, z = x.float(), z.float()
+            y = y * torch.rsqrt(y.pow(2).mean(dim=-1, keepdim=True) + EPSILON) * weight.float() * F.silu(z)
+            return y.to(x.dtype).view(x.shape[0], -1)
+
+        norm = grid.compiled(gated_rms_norm)
+
+        def inductor_norm(x, z, weight, codes, scales):
+            quant.custom_op(norm(x, z, weight), codes, scales)
+
+        native = grid.compiled(lambda x, z, weight: quant.plain(gated_rms_norm(x, z, weight)))
+
+        def inductor(x, z, weight, codes, scales):
+            native(x, z, weight)
+
+        return {"unfused": unfused, "inductor_norm": inductor_norm, "inductor": inductor}
+
+    def tiles(self, rows, width):
+        for heads, tile_rows in itertools.product((2, 4, 8, 16, 32), (1, 2, 4, 8)):
+            if heads * HEAD_DIM < 2 * width and tile_rows <= rows:
+                yield kernels.Tile(tile_rows, heads)
+
+    def tile(self, rows, width):
+        return kernels.head_tile(rows, width // HEAD_DIM, HEAD_DIM)
+
+    def ours(self, tile, x, z, weight, codes, scales):
+        kernels.gated_rms_norm_group_fp8_quant(
+            x,
+            z,
+            weight,
+            codes,
+            scales,
+            EPSILON,
+            x.shape[1],
+            True,
+            "silu",
+            self.quant.group_size,
+            self.quant.ue8m0,
+            EPS,
+            "native",
+            "custom_op",
+            tile,
+        )
+
+
+if __name__ == "__main__":
+    grid.main(__doc__, [GatedRMSNormGroup], widths=tuple(heads * HEAD_DIM for heads in (32, 16, 8)))

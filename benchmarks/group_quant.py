@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The FP8 group quantiser by itself against vLLM's op and Inductor.
+
+python benchmarks/group_quant.py                     # the grid, to results/group_quant.json
+python benchmarks/group_quant.py --tune              # tiles by shape, best first
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import grid
+import torch
+from quantisers import EPS, Group
+
+from vllm_fusion_plugin.kernels import group_quant as kernels
+
+
+class GroupQuant(grid.Workload):
+    op = "group_fp8_quant"
+    modes = ("column", "row", "tma,ue8m0", "group64")
+
+    def __init__(self, mode: str) -> None:
+        super().__init__(mode)
+        self.quant = Group.of(mode)
+        self.forms = (self.quant.group_size, self.quant.ue8m0, EPS, "custom_op")
+
+    def inputs(self, rows: int, width: int, dtype: torch.dtype) -> grid.Tensors:
+        x = torch.randn(rows, width, device="cuda", dtype=dtype)
+        return x, *self.quant.outputs(x, rows, width)
+
+    def moved_bytes(self, rows: int, width: int) -> int:
+        return 2 * rows * width + self.quant.moved_bytes(rows, width)
+
+    def ours(self, tile, x, codes, scales):
+        kernels.group_fp8_quant(x, codes, scales, *self.forms, tile)
+
+    def others(self) -> dict[str, grid.Launch]:
+        native = grid.compiled(self.quant.plain)
+
+        def inductor(x, codes, scales):
+            native(x)
+
+        return {"unfused": self.quant.custom_op, "inductor": inductor}
+
+    def tiles(self, rows, width):
+        size = self.quant.group_size
+        for tile_groups, tile_rows, warps in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 4, 8, 16)):
+            per_thread = tile_groups * tile_rows * size / (32 * warps)
+            if 4 <= per_thread <= 64 and tile_groups * 2 <= 3 * (width // size) and tile_rows <= rows:
+                yield kernels.Tile(tile_rows, tile_groups, warps)
+
+    def tile(self, rows, width):
+        return kernels.group_tile(rows, width // self.quant.group_size, self.quant.group_size)
+
+
+if __name__ == "__main__":
+    grid.main(__doc__, [GroupQuant])

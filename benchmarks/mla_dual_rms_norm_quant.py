@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MLA's two RMSNorms + q's FP8 quantiser against vLLM's fused and unfused ops and Inductor; H is q's width, kv has 512.
+
+python benchmarks/mla_dual_rms_norm_quant.py         # the grid, to results/mla_dual_rms_norm_quant.json
+python benchmarks/mla_dual_rms_norm_quant.py --tune  # tiles by shape, best first
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import grid
+import torch
+from quantisers import EPS, Group
+from rms_norm_quant import EPSILON, rms_norm
+
+from vllm_fusion_plugin.kernels import mla_dual_rms_norm_quant as kernels
+from vllm_fusion_plugin.kernels.rms_norm_quant import Tile, row_tile
+
+WIDTHS = (1536,)  # DeepSeek-V3's; larger models of its kind have the same
+KV, ROPE = 512, 64
+
+
+class MLADualRMSNorm(grid.Workload):
+    op = "mla_dual_rms_norm_group_fp8_quant"
+    modes = ("column,native", "column", "row", "tma,ue8m0,native", "tma,ue8m0", "group64")
+
+    def __init__(self, mode: str) -> None:
+        super().__init__(mode)
+        self.quant = Group.of(mode)
+        forms = ("native" if "native" in self.words else "custom_op", "custom_op")
+        self.forms = (EPSILON, EPSILON, self.quant.group_size, self.quant.ue8m0, EPS, *forms)
+
+    def inputs(self, rows: int, width: int, dtype: torch.dtype) -> grid.Tensors:
+        # One projection gives q, kv and the part of k with a rotary embedding, side by side.
+        q, kv, _ = torch.randn(rows, width + KV + ROPE, device="cuda", dtype=dtype).split((width, KV, ROPE), dim=1)
+        weights = (torch.randn(n, device="cuda", dtype=dtype) for n in (width, KV))
+        outputs = (q.new_empty(rows, width), q.new_empty(rows, KV))
+        return q, kv, *weights, *outputs, *self.quant.outputs(q, rows, width)
+
+    def moved_bytes(self, rows: int, width: int) -> int:
+        return 2 * (rows * width + width) + 2 * (2 * rows * KV + KV) + self.quant.moved_bytes(rows, width)
+
+    def ours(self, tile, q, kv, q_weight, kv_weight, y, kv_normed, codes, scales):
+        outputs = (codes, scales, kv_normed)
+        kernels.mla_dual_rms_norm_group_fp8_quant(q, kv, q_weight, kv_weight, *outputs, *self.forms, tile)
+
+    def others(self) -> dict[str, grid.Launch]:
+        quant, c = self.quant, torch.ops._C
+
+        def unfused(q, kv, q_weight, kv_weight, y, kv_normed, codes, scales):
+            c.rms_norm(y, q, q_weight, EPSILON)
+            c.rms_norm(kv_normed, kv, kv_weight, EPSILON)
+            quant.custom_op(y, codes, scales)
+
+        def stock_fused(q, kv, q_weight, kv_weight, y, kv_normed, codes, scales):
+            group = (quant.group_size, quant.column_major)
+            c.rms_norm_per_block_quant(codes, q, q_weight, scales, EPSILON, None, None, *group)
+            c.rms_norm(kv_normed, kv, kv_weight, EPSILON)
+
+        def norms(q, kv, q_weight, kv_weight):
+            return rms_norm(q, None, q_weight, False)[0], rms_norm(kv, None, kv_weight, False)[0]
+
+        native_norms = grid.compiled(norms)
+
+        def inductor_norm(q, kv, q_weight, kv_weight, y, kv_normed, codes, scales):
+            quant.custom_op(native_norms(q, kv, q_weight, kv_weight)[0], codes, scales)
+
+        def norms_quant(*inputs):
+            y, kv_normed = norms(*inputs)
+            return quant.plain(y), kv_normed
+
+        native = grid.compiled(norms_quant)
+
+        def inductor(q, kv, q_weight, kv_weight, y, kv_normed, codes, scales):
+            native(q, kv, q_weight, kv_weight)
+
+        impls = {"unfused": unfused, "inductor_norm": inductor_norm, "inductor": inductor}
+        if not quant.ue8m0:  # stock's op knows no UE8M0: it would write other scales
+            impls["stock_fused"] = stock_fused
+        return impls
+
+    def tiles(self, rows, width):
+        chunks = (2**i for i in range(8, 12) if 2**i < 2 * width)
+        for chunk, tile_rows, warps in itertools.product(chunks, (1, 2, 4), (1, 2, 4, 8, 16)):
+            if 4 <= chunk * tile_rows / (32 * warps) <= 32 and tile_rows <= rows:
+                yield Tile(tile_rows, chunk, warps)
+
+    def tile(self, rows, width):
+        return row_tile(width, native_quant=False)
+
+
+if __name__ == "__main__":
+    grid.main(__doc__, [MLADualRMSNorm], widths=WIDTHS)

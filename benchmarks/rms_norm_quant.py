@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RMSNorm, with and without a residual added first, + FP8 quantiser against vLLM's fused and unfused ops and Inductor.
+
+python benchmarks/rms_norm_quant.py                  # the grid, to results/rms_norm_quant.json
+python benchmarks/rms_norm_quant.py --tune           # tiles by shape, best first
+
+Words of a mode, besides the quantiser's: `native` (what Inductor makes of vLLM's norm; without it vLLM's op), `gemma` (fp32
+weight, to which 1 is added), `keep_norm` (the normed rows are an output too), `add` (residual; the group op has it by name).
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, ClassVar
+
+import grid
+import torch
+from quantisers import EPS, Group, Static, Token
+
+from vllm_fusion_plugin.kernels import rms_norm_quant as kernels
+
+EPSILON = 1e-6
+# vLLM's ops add to the residual in place, replay after replay. With x and weight so much smaller than the residual, that has
+# not doubled by the end of a measurement.
+SMALL = 2.0**-6
+
+
+def rms_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, gemma: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Normed rows and x + residual, as vLLM's native form computes them."""
+    s = x.float() if residual is None else x.float() + residual.float()
+    y = s * torch.rsqrt(s.pow(2).mean(dim=-1, keepdim=True) + EPSILON)
+    if gemma:
+        weight = weight.float() + 1.0
+    return (y.to(weight.dtype) * weight).to(x.dtype), None if residual is None else s.to(x.dtype)
+
+
+class RMSNorm(grid.Workload):
+    """Common to all: a norm, then one of the quantisers."""
+
+    quantiser: ClassVar[Any]
+
+    def __init__(self, mode: str) -> None:
+        super().__init__(mode)
+        self.quant = self.quantiser.of(mode)
+        self.add = self.op.startswith("add_") or "add" in self.words
+        self.gemma = "gemma" in self.words
+        self.keep_norm = "keep_norm" in self.words
+        self.forms = (EPSILON, self.gemma, "native" if "native" in self.words else "custom_op", "custom_op")
+
+    def inputs(self, rows: int, width: int, dtype: torch.dtype) -> grid.Tensors:
+        residual = torch.randn(rows, width, device="cuda", dtype=dtype)
+        x = torch.randn_like(residual) * SMALL
+        weight = torch.randn(width, device="cuda", dtype=torch.float32 if self.gemma else dtype) * SMALL
+        buffers = (torch.empty_like(x), torch.empty_like(x) if self.add else None)
+        return x, residual if self.add else None, weight, *buffers, *self.quant.outputs(x, rows, width)
+
+    def moved_bytes(self, rows: int, width: int) -> int:
+        # x, the residual read and written, the normed rows; the weight
+        each = 2 + (4 if self.add else 0) + (2 if self.keep_norm else 0)
+        return each * rows * width + (4 if self.gemma else 2) * width + self.quant.moved_bytes(rows, width)
+
+    def ours(self, tile, x, residual, weight, y, residual_out, codes, scales):
+        more = {"normed": y if self.keep_norm else None, "residual_out": residual_out, "tile": tile}
+        self.launch(x, residual, weight, codes, scales, more)
+
+    def launch(self, x, residual, weight, codes, scales, more: dict[str, Any]) -> None:
+        """Our kernel; `more` goes to it as it is."""
+        raise NotImplementedError
+
+    def stock_fused(self, x, residual, weight, y, residual_out, codes, scales):
+        """vLLM's fused op."""
+        raise NotImplementedError
+
+    def others(self) -> dict[str, grid.Launch]:
+        quant, gemma, keep_norm, c = self.quant, self.gemma, self.keep_norm, torch.ops._C
+
+        def unfused(x, residual, weight, y, residual_out, codes, scales):
+            if residual is None:
+                c.rms_norm(y, x, weight, EPSILON)
+                quant.custom_op(y, codes, scales)
+            else:  # in place: x becomes the normed rows
+                c.fused_add_rms_norm(x, residual, weight, EPSILON)
+                quant.custom_op(x, codes, scales)
+
+        norm = grid.compiled(lambda x, residual, weight: rms_norm(x, residual, weight, gemma))
+
+        def inductor_norm(x, residual, weight, y, residual_out, codes, scales):
+            quant.custom_op(norm(x, residual, weight)[0], codes, scales)
+
+        def norm_quant(x, residual, weight, scales):
+            y, s = rms_norm(x, residual, weight, gemma)
+            return quant.plain(y, scales), s, y if keep_norm else None
+
+        native = grid.compiled(norm_quant)
+
+        def inductor(x, residual, weight, y, residual_out, codes, scales):
+            native(x, residual, weight, scales if self.quantiser is Static else None)
+
+        impls = {"inductor_norm": inductor_norm, "inductor": inductor}
+        if not gemma:  # vLLM's ops take a weight of x's dtype only
+            impls["unfused"] = unfused
+            # nor do its fused ones keep the normed rows, or know UE8M0
+            if not keep_norm and "ue8m0" not in self.words:
+                impls["stock_fused"] = self.stock_fused
+        return impls
+
+    def tiles(self, rows, width):
+        chunks = (2**i for i in range(8, 16) if 2**i < 2 * width)
+        for chunk, tile_rows, warps in itertools.product(chunks, (1, 2, 4), (1, 2, 4, 8, 16, 32)):
+            if 4 <= chunk * tile_rows / (32 * warps) <= 32 and tile_rows <= rows:
+                yield kernels.Tile(tile_rows, chunk, warps)
+
+    def tile(self, rows, width):
+        return kernels.row_tile(width, native_quant=False)
+
+
+class RMSNormGroup(RMSNorm):
+    op = "rms_norm_group_fp8_quant"
+    modes = (
+        "column,native",
+        "column",
+        "row",
+        "tma,ue8m0,native",
+        "tma,ue8m0",
+        "group64",
+        "column,native,gemma",
+        "column,native,keep_norm",
+        "column,native,gemma,keep_norm",
+    )
+    quantiser = Group
+
+    def launch(self, x, residual, weight, codes, scales, more):
+        epsilon, gemma, *forms = self.forms
+        group = (self.quant.group_size, self.quant.ue8m0, EPS)
+        kernels.rms_norm_group_fp8_quant(x, weight, residual, codes, scales, epsilon, gemma, *group, *forms, **more)
+
+    def stock_fused(self, x, residual, weight, y, residual_out, codes, scales):
+        group = (self.quant.group_size, self.quant.column_major)
+        torch.ops._C.rms_norm_per_block_quant(codes, x, weight, scales, EPSILON, None, residual, *group)
+
+
+class AddRMSNormGroup(RMSNormGroup):
+    op = "add_rms_norm_group_fp8_quant"
+
+
+class RMSNormToken(RMSNorm):
+    op = "rms_norm_token_fp8_quant"
+    modes = ("add,native", "native", "add,custom_op", "custom_op")
+    quantiser = Token
+
+    def launch(self, x, residual, weight, codes, scales, more):
+        kernels.rms_norm_token_fp8_quant(x, weight, residual, None, codes, scales, *self.forms, **more)
+
+    def stock_fused(self, x, residual, weight, y, residual_out, codes, scales):
+        torch.ops._C.rms_norm_dynamic_per_token_quant(codes, x, weight, scales, EPSILON, None, residual)
+
+
+class RMSNormStatic(RMSNorm):
+    op = "rms_norm_static_fp8_quant"
+    modes = ("add,native", "native", "add,custom_op", "custom_op")
+    quantiser = Static
+
+    def launch(self, x, residual, weight, codes, scale, more):
+        kernels.rms_norm_static_fp8_quant(x, weight, residual, scale, codes, *self.forms, **more)
+
+    def stock_fused(self, x, residual, weight, y, residual_out, codes, scale):
+        if residual is None:
+            torch.ops._C.rms_norm_static_fp8_quant(codes, x, weight, scale, EPSILON)
+        else:
+            torch.ops._C.fused_add_rms_norm_static_fp8_quant(codes, x, residual, weight, scale, EPSILON)
+
+
+if __name__ == "__main__":
+    grid.main(__doc__, [AddRMSNormGroup, RMSNormGroup, RMSNormToken, RMSNormStatic])

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums between norms, which Inductor would not have rounded, reach our ops as addends: fake CUDA tensors."""
+
+from __future__ import annotations
+
+import fake_gpu
+import pytest
+
+if reason := fake_gpu.unavailable():
+    pytest.skip(reason, allow_module_level=True)
+fake_gpu.install()
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from trace_module import check_graphs, make_config, our_ops, trace_branches  # noqa: E402
+from vllm.model_executor.layers.layernorm import RMSNorm  # noqa: E402
+from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8  # noqa: E402
+from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape  # noqa: E402
+
+from vllm_fusion_plugin import compat, plugin, report  # noqa: E402
+
+WIDTH = 256
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.ops.vllm_ir, "fused_add_rms_norm"), reason="this vLLM has no IR op for add + norm"
+)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    plugin.register()
+    monkeypatch.setattr(report.RECORDER, "report", report.RankReport())
+
+
+def trace(module, tensors=3, inductor=None):
+    config = make_config(["none", "+quant_fp8"], fuse_norm_quant=True, fuse_act_quant=False)
+    config.compilation_config.inductor_compile_config |= inductor or {}
+    recording = trace_branches([module], [(64, WIDTH)] * tensors, config)
+    check_graphs(recording)
+    (subgraph,) = recording.subgraphs
+    return subgraph.after, [arguments for name, arguments in our_ops(recording) if name.startswith("rms_norm")]
+
+
+class Norms(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = RMSNorm(WIDTH), RMSNorm(WIDTH)
+        self.quant = QuantFP8(
+            False, group_shape=GroupShape(1, 128), column_major_scales=True, **compat.uncompiled_layer(QuantFP8)
+        )
+
+
+class Layer(Norms):
+    """Two norms in a row, as around an MLP."""
+
+    def forward(self, x, residual, x2):
+        y, residual = self.first(x, residual)
+        codes, scales = self.quant(y)
+        y, residual = self.second(x2, residual)
+        return codes, scales, *self.quant(y), residual
+
+
+def placeholders(graph):
+    """The activations, in the order of the module's inputs; tokens, a symbol, and weights are left out."""
+    values = ((node, node.meta["val"]) for node in graph.nodes if node.op == "placeholder")
+    return [node for node, value in values if isinstance(value, torch.Tensor) and value.dim() == 2]
+
+
+def test_the_second_norm_adds_up_what_the_first_one_did():
+    graph, (first, second) = trace(Layer)
+    x, residual, x2 = placeholders(graph)
+    assert (first["x"], first["residual"], first["residual_addend"], first["keep_sum"]) == (x, residual, None, False)
+    assert (second["x"], second["residual"], second["residual_addend"]) == (x2, x, residual)
+    assert second["keep_sum"]
+
+
+def test_rounded_sums_stay_where_sums_are_rounded():
+    graph, (first, second) = trace(Layer, inductor={"emulate_precision_casts": True})
+    assert first["keep_sum"] and first["norm_form"] == "eager"
+    assert second["residual_addend"] is None and second["residual"] not in placeholders(graph)
+
+
+class SumUsedTwice(Layer):
+    def forward(self, x, residual, x2):
+        _, total = self.first(x, residual)
+        return *super().forward(x, residual, x2), total
+
+
+class ThreeNorms(Layer):
+    def forward(self, x, residual, x2):
+        *results, residual = super().forward(x, residual, x2)
+        y, residual = self.first(x2, residual)
+        return *results, *self.quant(y), residual
+
+
+def test_a_sum_that_leaves_the_graph_is_stored_and_read():
+    _, (first, second) = trace(SumUsedTwice)
+    assert first["keep_sum"] and second["residual_addend"] is None
+
+
+def test_a_sum_of_three_is_stored():
+    _, (first, second, third) = trace(ThreeNorms)
+    assert not first["keep_sum"] and second["keep_sum"] and third["keep_sum"]
+    assert second["residual_addend"] is not None and third["residual_addend"] is None
+
+
+class LastNormUnquantised(Layer):
+    """As behind a model's last layer."""
+
+    def forward(self, x, residual, x2):
+        y, residual = self.first(x, residual)
+        codes, scales = self.quant(y)
+        return codes, scales, self.second(x2, residual)[0]
+
+
+def test_inductor_gets_back_the_sum_of_a_norm_of_its_own():
+    graph, (first,) = trace(LastNormUnquantised)
+    assert not first["keep_sum"]
+    x, residual, _ = placeholders(graph)
+    added = [set(node.args) for node in graph.nodes if node.target is torch.ops.aten.add.Tensor]
+    assert {x, residual} in added
+
+
+class FirstNormUnquantised(Norms):
+    """As in front of a MoE layer, whose two results are added before the next norm."""
+
+    scale = 1.0
+
+    def forward(self, x, residual, shared, routed):
+        y, residual = self.first(x, residual)
+        y2, residual = self.second(shared + routed * self.scale if self.scale != 1.0 else shared + routed, residual)
+        return y, *self.quant(y2), residual
+
+
+class Scaled(FirstNormUnquantised):
+    scale = 2.5
+
+
+class ScaledFirst(FirstNormUnquantised):
+    def forward(self, x, residual, shared, routed):
+        y, residual = self.first(x, residual)
+        y2, residual = self.second(routed * 2.5 + shared, residual)
+        return y, *self.quant(y2), residual
+
+
+@pytest.mark.parametrize(("module", "scale"), [(FirstNormUnquantised, 1.0), (Scaled, 2.5), (ScaledFirst, 2.5)])
+def test_experts_are_added_up_inside(module, scale):
+    graph, (norm,) = trace(module, tensors=4)
+    x, residual, shared, routed = placeholders(graph)
+    told = (norm["x"], norm["x_addend"], norm["x_addend_scale"], norm["residual"], norm["residual_addend"])
+    assert told in [(shared, routed, scale, x, residual), (routed, shared, scale, x, residual)][: 1 + (scale == 1.0)]
+
+
+class ComputedAddend(Norms):
+    """What is added is computed by code that Inductor generates: an op of ours reads it rounded in any case."""
+
+    def forward(self, x, residual, shared, routed):
+        y, residual = self.second(torch.relu(shared) + routed, residual)
+        return *self.quant(y), residual
+
+
+def test_what_inductor_computes_is_left_to_it():
+    _, (norm,) = trace(ComputedAddend, tensors=4)
+    assert norm["x_addend"] is None

@@ -1,0 +1,519 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RMSNormQuantFusionPass on small modules: vLLM's own layers and op schemas, vLLM's own compiler, fake CUDA tensors.
+
+A trace takes seconds, so one holds many norms side by side.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import fake_gpu
+import pytest
+
+if reason := fake_gpu.unavailable():
+    pytest.skip(reason, allow_module_level=True)
+fake_gpu.install()
+
+import torch  # noqa: E402
+from recorder import count_ops  # noqa: E402
+from torch import nn  # noqa: E402
+from trace_module import check_graphs, make_config, our_ops, reasons, trace_branches  # noqa: E402
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm, RMSNormGated  # noqa: E402
+from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8  # noqa: E402
+from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape  # noqa: E402
+
+from vllm_fusion_plugin import compat, plugin, report  # noqa: E402
+
+PASS = "rmsnorm_quant_fusion_pass"
+DUAL = "mla_dual_rms_norm_fusion_pass"
+WIDTH = 512
+EPSILON = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    plugin.register()
+    monkeypatch.setattr(report.RECORDER, "report", report.RankReport())
+
+
+def trace(*makers, shapes=((64, WIDTH),), dtype=torch.bfloat16, inductor=None):
+    config = make_config(["none", "+quant_fp8"], dtype=dtype, fuse_norm_quant=True, fuse_act_quant=False)
+    config.additional_config = {"fusion_plugin": {"lone_group_quant": False}}
+    config.compilation_config.inductor_compile_config |= inductor or {}
+    recording = trace_branches(makers, shapes, config)
+    check_graphs(recording)
+    return recording
+
+
+# ---- quantisers ------------------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "row": {},
+    "column": {"column_major_scales": True},
+    "tma": {"column_major_scales": True, "tma_aligned_scales": True},
+}
+
+
+class Quant(nn.Module):
+    """vLLM's quantiser: a custom op, or plain torch code if `native`."""
+
+    def __init__(self, native=False, static=False, bounded=False, **arguments):
+        super().__init__()
+        self.layer = QuantFP8(static, **arguments, **compat.uncompiled_layer(QuantFP8))
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float32), requires_grad=False)
+        self.static, self.bounded, self.native = static, bounded, native
+
+    def forward(self, y):
+        call = self.layer.forward_native if self.native else self.layer
+        results = call(y, self.scale if self.static else None, scale_ub=self.scale if self.bounded else None)
+        return results[:1] if self.static else results
+
+
+def group(size=128, layout="column", ue8m0=False, native=False):
+    return functools.partial(Quant, native, group_shape=GroupShape(1, size), use_ue8m0=ue8m0, **LAYOUTS[layout])
+
+
+def token(bounded=False, native=False):
+    return functools.partial(Quant, native, bounded=bounded, group_shape=GroupShape.PER_TOKEN)
+
+
+def static(native=False):
+    return functools.partial(Quant, native, static=True, group_shape=GroupShape.PER_TENSOR)
+
+
+def quantisers(native):
+    """Every quantiser, with what the op that fuses it is told."""
+    form = "native" if native else "custom_op"
+    for size, layout, ue8m0 in itertools.product((64, 128), LAYOUTS, (False, True)):
+        if native and layout == "tma":  # forward_native knows no TMA alignment; it makes the column-major graph
+            continue
+        told = dict(group_size=size, column_major_scales=layout != "row", tma_aligned_scales=layout == "tma")
+        yield group(size, layout, ue8m0, native), told | dict(use_ue8m0=ue8m0, eps=1e-10, quant_form=form)
+    for bounded in (False, True):
+        yield token(bounded, native), dict(quant_form=form)
+    yield static(native), dict(quant_form=form)
+
+
+# ---- norms -----------------------------------------------------------------------------------------------------------
+
+
+class Norm(nn.Module):
+    """x (+ residual) -> norm -> quantiser, and what `returns` names of the norm's result and the sum."""
+
+    def __init__(self, quant, gemma=False, add=False, returns=(), epsilon=EPSILON, **norm):
+        super().__init__()
+        self.norm = GemmaRMSNorm(WIDTH, epsilon) if gemma else RMSNorm(WIDTH, epsilon, **norm)
+        self.quant = quant()
+        self.add, self.returns = add, returns
+
+    def forward(self, x):
+        normed, total = self.norm(x, torch.relu(x)) if self.add else (self.norm(x), None)
+        results = {"norm": normed, "sum": total}
+        return *self.quant(normed), *(results[name] for name in self.returns)
+
+
+NORMS = [
+    dict(gemma=gemma, add=add, returns=returns)
+    for gemma in (False, True)
+    for add, returns in ((False, ()), (True, ("sum",)), (True, ()))
+]
+
+
+def told(norm, norm_form="native"):
+    """What the op is told of the norm."""
+    keep_norm = "norm" in norm.get("returns", ())
+    return dict(gemma_weight=norm.get("gemma", False), keep_norm=keep_norm, norm_form=norm_form)
+
+
+def holds(arguments, expected):
+    return {name: arguments[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_every_quantiser_is_fused(native):
+    cases = list(zip(quantisers(native), itertools.cycle(NORMS), strict=False))
+    recording = trace(*(functools.partial(Norm, quant, **norm) for (quant, _), norm in cases))
+    assert recording.matches_by_graph()[PASS] == len(cases)
+    for (op, arguments), ((_, expected), norm) in zip(our_ops(recording), cases, strict=True):
+        kind = "group" if "group_size" in expected else "static" if "scale" in arguments else "token"
+        assert op == f"rms_norm_{kind}_fp8_quant"
+        assert holds(arguments, expected | told(norm)), norm
+        assert (arguments["residual"] is not None) == norm["add"]
+    (subgraph,) = recording.subgraphs
+    left = {op.partition(".default")[0] for op in count_ops(subgraph.after)}
+    assert not {op for op in left if op.startswith(("_C.", "vllm_ir.", "aten.abs"))}
+    assert not {"prims.convert_element_type", "aten.add.Tensor"} & left  # Gemma's weight + 1 is in the op
+
+
+def test_every_norm_is_fused_whatever_else_uses_it():
+    quants = itertools.cycle((group(), token(), static()))
+    norms = [norm | {"returns": ("norm", *norm["returns"])} for norm in NORMS] + NORMS
+    recording = trace(*(functools.partial(Norm, quant, **norm) for norm, quant in zip(norms, quants, strict=False)))
+    assert recording.matches_by_graph()[PASS] == len(norms)
+    for (_, arguments), norm in zip(our_ops(recording), norms, strict=True):
+        assert holds(arguments, told(norm)), norm
+    patterns = [f.pattern for s in report.RECORDER.report.subgraphs for f in s.found]
+    assert len(set(patterns)) == len(norms)
+
+
+def test_epsilon_is_any_number():
+    epsilons = (1e-5, 1e-6, 1e-12, 0.0123, 2.0)
+    recording = trace(*(functools.partial(Norm, group(), epsilon=epsilon) for epsilon in epsilons))
+    assert [arguments["epsilon"] for _, arguments in our_ops(recording)] == list(epsilons)
+
+
+class Fp32Weight(Norm):
+    def __init__(self, quant, **norm):
+        super().__init__(quant, **norm)
+        self.norm.weight = nn.Parameter(torch.ones(WIDTH, dtype=torch.float32))
+
+
+def test_weight_in_float32_or_none():
+    recording = trace(
+        functools.partial(Fp32Weight, group()),
+        functools.partial(Fp32Weight, group(), gemma=True),  # nothing to convert: the op takes weight + 1 as it is
+        functools.partial(Norm, group(), has_weight=False),
+    )
+    weights = [arguments["weight"] for _, arguments in our_ops(recording)]
+    assert [weight and weight.meta["val"].dtype for weight in weights] == [torch.float32, torch.float32, None]
+    assert [arguments["gemma_weight"] for _, arguments in our_ops(recording)] == [False, False, False]
+
+
+def test_fp16_model():
+    recording = trace(*(functools.partial(Norm, group(), **norm) for norm in NORMS), dtype=torch.float16)
+    assert recording.matches_by_graph()[PASS] == len(NORMS)
+
+
+def test_precision_casts_round_as_eager_does():
+    norms = NORMS[:4] if hasattr(torch.ops.vllm_ir, "fused_add_rms_norm") else NORMS[:3]
+    recording = trace(
+        *(functools.partial(Norm, group(), **norm) for norm in norms), inductor={"emulate_precision_casts": True}
+    )
+    assert {arguments["norm_form"] for _, arguments in our_ops(recording)} == {"eager"}
+    assert len(our_ops(recording)) == len(norms)
+
+
+def test_norm_form_follows_the_kernel_that_vllm_would_run(monkeypatch):
+    from vllm.ir.op import IrOp
+
+    for op in IrOp.registry.values():
+        if "vllm_c" in op.impls:
+            monkeypatch.setattr(op, "_priority_impls", [op.impls["vllm_c"], op.impls["native"]])
+    norms = [dict(), dict(add=True, returns=("sum",)), dict(gemma=True)]
+    recording = trace(*(functools.partial(Norm, group(), **norm) for norm in norms))
+    adds = ["custom_op" if hasattr(torch.ops.vllm_ir, "fused_add_rms_norm") else "native"]
+    # vLLM's kernel takes weights of x's dtype only, so Gemma's runs in torch code
+    assert [arguments["norm_form"] for _, arguments in our_ops(recording)] == ["custom_op", *adds, "native"]
+
+
+def test_an_unknown_kernel_is_left_alone(monkeypatch):
+    monkeypatch.setattr(compat, "ir_provider", lambda op, arguments: "oink")
+    recording = trace(functools.partial(Norm, group()))
+    assert not our_ops(recording)
+    assert any("kernel of oink" in r for r in reasons()), reasons()
+
+
+# ---- several users ---------------------------------------------------------------------------------------------------
+
+
+class Several(nn.Module):
+    """One norm, several quantisers."""
+
+    def __init__(self, *quants):
+        super().__init__()
+        self.norm = RMSNorm(WIDTH, EPSILON)
+        self.quants = nn.ModuleList(quant() for quant in quants)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return [quant(y) for quant in self.quants]
+
+
+def test_equal_quantisers_are_computed_once():
+    recording = trace(functools.partial(Several, group(), group(), group()))
+    ((_, arguments),) = our_ops(recording)
+    assert not arguments["keep_norm"]
+    (note,) = report.RECORDER.report.notes
+    assert "computed once" in note
+
+
+def test_of_unlike_quantisers_one_is_fused():
+    recording = trace(functools.partial(Several, group(), token()))
+    ((_, arguments),) = our_ops(recording)
+    assert arguments["keep_norm"]
+    (reason,) = reasons()
+    assert "fused with one quantiser already" in reason
+
+
+# ---- what must not match ---------------------------------------------------------------------------------------------
+
+
+class Direct(nn.Module):
+    """vLLM's op called as no layer of vLLM calls it, with row-major scales."""
+
+    def __init__(self, codes=torch.float8_e4m3fn, limit=448.0, told_column_major=False, size=128):
+        super().__init__()
+        self.norm = RMSNorm(WIDTH, EPSILON)
+        self.codes, self.limit, self.told_column_major, self.size = codes, limit, told_column_major, size
+
+    def forward(self, x):
+        y = self.norm(x)
+        codes = torch.empty(y.shape, dtype=self.codes)
+        scales = torch.empty(*y.shape[:-1], y.shape[-1] // self.size, dtype=torch.float32)
+        torch.ops._C.per_token_group_fp8_quant(
+            y, codes, scales, self.size, 1e-10, -self.limit, self.limit, False, self.told_column_major, False
+        )
+        return codes, scales
+
+
+class ThreeDimensions(Direct):
+    def forward(self, x):
+        return super().forward(x.unsqueeze(0))
+
+
+class ThreeDimensionsStatic(Norm):
+    def __init__(self):
+        super().__init__(static(native=True))
+
+    def forward(self, x):
+        return super().forward(x.unsqueeze(0))
+
+
+class PerTensor(Norm):
+    """Dynamic, with one scale a tensor."""
+
+    def __init__(self):
+        super().__init__(functools.partial(Quant, group_shape=GroupShape.PER_TENSOR))
+
+
+class ScaleFromTheNorm(Norm):
+    """The scale cannot be known before the norm, and a fused op would need it."""
+
+    def __init__(self):
+        super().__init__(static())
+
+    def forward(self, x):
+        y = self.norm(x)
+        return self.quant.layer(y, y.abs().amax().float().reshape(1))[0]
+
+
+LEFT_ALONE = {
+    functools.partial(Direct, told_column_major=True): "strides",
+    functools.partial(Direct, codes=torch.int8): "torch.int8",
+    functools.partial(Direct, limit=240.0): "'fp8_max': 240.0",
+    functools.partial(Direct, size=32): "'group_size': 32",
+    ThreeDimensions: "3 dimensions",
+    ThreeDimensionsStatic: "3 dimensions",
+    PerTensor: "_C.dynamic_scaled_fp8_quant",
+    ScaleFromTheNorm: "made from its output",
+    functools.partial(Norm, group(native=True), returns=("norm",)): "has other users",
+    functools.partial(Norm, group(), var_hidden_size=256): "no pattern fits",
+}
+
+
+def test_is_left_alone_and_explained():
+    recording = trace(*LEFT_ALONE)
+    assert recording.matches_by_graph()[PASS] == 0
+    assert not our_ops(recording)
+    said = reasons()
+    for reason in LEFT_ALONE.values():
+        assert sum(reason in r for r in said) >= list(LEFT_ALONE.values()).count(reason), (reason, said)
+    assert len(said) == len(LEFT_ALONE), said
+
+
+def test_unquantised_norms_are_nobodys_business():
+    class Unquantised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = RMSNorm(WIDTH, EPSILON)
+
+        def forward(self, x):
+            return torch.relu(self.norm(x))
+
+    trace(Unquantised)
+    assert not reasons()
+
+
+# ---- the two norms of latent attention -------------------------------------------------------------------------------
+
+Q, KV, ROPE = 256, 128, 128
+FUSED = (Q + KV + ROPE,)
+
+
+class Latents(nn.Module):
+    """What DeepSeek's attention does with its first GEMM's output; slices are cut where they are used."""
+
+    def __init__(self, quant=None, kv_first=False, other=None):
+        super().__init__()
+        self.q_norm, self.kv_norm = RMSNorm(Q, 1e-5), RMSNorm(KV, 1e-6)
+        self.quant = (quant or group())()
+        self.kv_first = kv_first
+
+    def q(self, fused):
+        return self.quant(self.q_norm(fused.split([Q, KV + ROPE], dim=-1)[0]))
+
+    def kv(self, fused):
+        return self.kv_norm(fused.split([Q, KV + ROPE], dim=-1)[1].split([KV, ROPE], dim=-1)[0])
+
+    def forward(self, fused):
+        if self.kv_first:
+            normed = self.kv(fused)
+            return *self.q(fused), normed, torch.relu(normed)
+        codes, scales = self.q(fused)
+        return codes, scales, torch.relu(self.kv(fused)), codes.float()
+
+
+class GemmaLatent(Latents):
+    def __init__(self):
+        super().__init__()
+        self.kv_norm = GemmaRMSNorm(KV, 1e-6)
+
+
+class ThreeLatents(Latents):
+    def forward(self, fused):
+        return *super().forward(fused), self.kv_norm(fused[:, :KV])
+
+
+class LateWeight(Latents):
+    """The second norm's weight is made from the first one's result."""
+
+    def forward(self, fused):
+        codes, scales = self.q(fused)
+        weight = self.kv_norm.weight * scales.sum().bfloat16()
+        return codes, scales, torch.ops.vllm_ir.rms_norm.default(fused[:, Q : Q + KV], weight, EPSILON)
+
+
+class NoSlice(Latents):
+    """Both norms read all of one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_norm, self.kv_norm = RMSNorm(*FUSED), RMSNorm(*FUSED)
+
+    def forward(self, fused):
+        return *self.quant(self.q_norm(fused)), torch.relu(self.kv_norm(fused))
+
+
+def latents(*makers):
+    return trace(*makers, shapes=((64, *FUSED),))
+
+
+def test_both_norms_of_latent_attention_are_one_op():
+    layouts = [group(128, layout, ue8m0) for layout in LAYOUTS for ue8m0 in (False, True)]
+    makers = [functools.partial(Latents, quant, kv_first=i % 2 == 1) for i, quant in enumerate(layouts)]
+    recording = latents(*makers)
+    found = our_ops(recording)
+    assert [op for op, _ in found] == ["mla_dual_rms_norm_group_fp8_quant"] * len(makers)
+    for (_, arguments), (layout, ue8m0) in zip(found, itertools.product(LAYOUTS, (False, True)), strict=True):
+        expected = dict(q_epsilon=1e-5, kv_epsilon=1e-6, group_size=128, use_ue8m0=ue8m0, eps=1e-10)
+        expected |= dict(column_major_scales=layout != "row", tma_aligned_scales=layout == "tma")
+        assert holds(arguments, expected | dict(norm_form="native", quant_form="custom_op"))
+        assert [arguments[name].meta["val"].shape[1] for name in ("q", "kv")] == [Q, KV]
+    (subgraph,) = recording.subgraphs
+    assert not {"vllm_ir.rms_norm.default", "aten.pow.Tensor_Scalar"} & count_ops(subgraph.after).keys()
+    patterns = [f.pattern for s in report.RECORDER.report.subgraphs for f in s.found if f.pass_name == DUAL]
+    assert patterns.count("mla_dual_rms_norm+group128[custom_op,column]") == 1 and len(patterns) == len(makers)
+    assert report.RECORDER.report.match_table()[PASS] == len(makers)
+
+
+def test_pairs_of_norms_that_are_left_are_explained():
+    recording = latents(GemmaLatent, ThreeLatents, LateWeight, NoSlice)
+    assert {op for op, _ in our_ops(recording)} == {"rms_norm_group_fp8_quant"}
+    said = reasons()
+    for reason in ("second norm's weight is Gemma's", "2 more norms read", "made between the two"):
+        assert sum(reason in r for r in said) == 1, said
+    assert len(said) == 3, said
+
+
+# ---- gated norms -----------------------------------------------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    """RMSNormGated head by head, then quantised side by side: what follows linear attention."""
+
+    def __init__(self, quant=None, flattens=False, head=128, dtype=None, **norm):
+        super().__init__()
+        self.norm = RMSNormGated(head, eps=EPSILON, **{"norm_before_gate": True} | norm, dtype=dtype)
+        self.quant = (quant or group())()
+        self.flattens, self.head = flattens, head
+
+    def forward(self, x, z):
+        shape = x.shape
+        x, z = (t.reshape(shape[0], -1, self.head) for t in (x, z))
+        heads = x.shape
+        if self.flattens:
+            x, z = (t.reshape(-1, self.head) for t in (x, z))
+        return self.quant(self.norm(x, z).reshape(heads).flatten(-2))
+
+
+def gated(*makers, inductor=None):
+    return trace(*makers, shapes=((64, 4, 128), (64, 4, 128)), inductor=inductor)
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_gated_norms_are_fused(native):
+    kinds = [
+        dict(flattens=flattens, activation=activation, norm_before_gate=norm_before_gate, head=head, dtype=dtype)
+        for activation, norm_before_gate, dtype in (
+            ("swish", True, None),
+            ("sigmoid", True, torch.float32),
+            ("silu", False, None),
+        )
+        for flattens, head in ((False, 128), (False, 256), (True, 128), (True, 256))
+        if activation == "swish" or flattens == (head == 256)  # a trace takes a second a kind
+    ]
+    recording = gated(*(functools.partial(Gated, group(128, native=native), **kind) for kind in kinds))
+    assert recording.matches_by_graph()[PASS] == len(kinds)
+    (subgraph,) = recording.subgraphs
+    assert not {"aten.rsqrt.default", "aten.exp.default", "aten.sigmoid.default"} & count_ops(subgraph.after).keys()
+    for (op, arguments), kind in zip(our_ops(recording), kinds, strict=True):
+        assert op == "gated_rms_norm_group_fp8_quant"
+        head = kind["head"]
+        expected = dict(
+            epsilon=EPSILON,
+            num_heads=512 // head,
+            norm_before_gate=kind["norm_before_gate"],
+            activation="sigmoid" if kind["activation"] == "sigmoid" else "silu",
+            norm_form="native",
+            quant_form="native" if native else "custom_op",
+            column_major_scales=True,
+        )
+        assert holds(arguments, expected), kind
+        assert [arguments[name].meta["val"].shape[-1] for name in ("x", "z", "weight")] == [head] * 3
+
+
+def test_gated_norms_with_every_layout():
+    quants = [group(size, layout, ue8m0) for size in (64, 128) for layout in LAYOUTS for ue8m0 in (False, True)]
+    recording = gated(
+        *(functools.partial(Gated, quant) for quant in quants), inductor={"emulate_precision_casts": True}
+    )
+    told = [
+        (a["group_size"], a["column_major_scales"], a["tma_aligned_scales"], a["use_ue8m0"])
+        for _, a in our_ops(recording)
+    ]
+    assert told == [
+        (size, layout != "row", layout == "tma", ue8m0)
+        for size in (64, 128)
+        for layout in LAYOUTS
+        for ue8m0 in (False, True)
+    ]
+    assert {arguments["norm_form"] for _, arguments in our_ops(recording)} == {"eager"}
+
+
+class Ungated(Gated):
+    def forward(self, x, z):
+        return super().forward(x, None) if z is None else self.quant(self.norm(x).flatten(-2))
+
+
+def test_gated_norms_that_are_left_are_explained():
+    recording = gated(
+        functools.partial(Gated, head=64),  # heads are no whole groups
+        functools.partial(Gated, token()),
+        Ungated,
+    )
+    assert not our_ops(recording)
+    said = reasons()
+    for reason in ("heads of 64", "_C.dynamic_per_token_scaled_fp8_quant"):
+        assert sum(reason in r for r in said) == 1, said

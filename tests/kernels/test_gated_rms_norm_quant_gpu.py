@@ -1,0 +1,468 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gated RMSNorm + FP8 on a GPU: the bytes of Inductor's kernels for vLLM's layer, followed by vLLM's quantiser.
+
+Inductor times several tiles and keeps one, and with the tile changes the order in which a head's squares are added. Here its
+kernels are therefore written out, with the tile whose order the op has; one test compiles vLLM's layer and takes what comes.
+
+VFP_EXHAUSTIVE_ELEMENTS sets how many elements each mode gets at random (default 2**30). The tests with `sanitizer` in their
+names are few small launches, for
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python -m pytest tests/kernels -k sanitizer
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from vllm_fusion_plugin.kernels import gated_rms_norm_quant as kernels
+from vllm_fusion_plugin.ops.gated_rms_norm_quant import gated_rms_norm_group_fp8_quant
+from vllm_fusion_plugin.ops.quant import (
+    FP8_DTYPE,
+    FP8_MAX,
+    empty_group_scales,
+    group_fp8_quant_reference,
+    padded_rows,
+)
+
+from .cases import DTYPES, all_values, random_input, short
+from .checks import as_bits, assert_same_bytes, code_steps, count_differing, one_nan
+from .test_gated_rms_norm_quant import (
+    EPS,
+    EPSILON,
+    LAYOUTS,
+    QWEN3_NEXT,
+    Input,
+    Mode,
+    exact_input,
+    heads_input,
+    norm,
+    norm_modes,
+    quant_modes,
+    views,
+)
+from .test_numerics import run
+
+pytestmark = pytest.mark.gpu
+
+ELEMENTS = int(os.environ.get("VFP_EXHAUSTIVE_ELEMENTS", 2**30))
+HEADS, HEAD_DIM = 32, 128  # Qwen3-Next's
+ROWS = 8192
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _inductor_gate(z, SIGMOID: tl.constexpr):
+    if SIGMOID:
+        return tl.sigmoid(z)
+    return z / (libdevice.exp(-z) + 1.0)
+
+
+@triton.jit
+def _inductor_gate_kernel(z_ptr, out_ptr, SIGMOID: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, _inductor_gate(tl.load(z_ptr + at).to(tl.float32), SIGMOID))
+
+
+@triton.jit
+def _gate_kernel(z_ptr, out_ptr, SIGMOID: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, kernels.gate(kernels.widen(tl.load(z_ptr + at)), SIGMOID))
+
+
+@triton.jit
+def _widen_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, kernels.widen(tl.load(x_ptr + at)))
+
+
+@triton.jit
+def _round_to_bf16_kernel(y_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, kernels.round_to(tl.load(y_ptr + at), tl.bfloat16))
+
+
+@triton.jit
+def _exp_kernel(x_ptr, out_ptr, OURS: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at)
+    tl.store(out_ptr + at, kernels.exp_of_negative(x) if OURS else libdevice.exp(-x))
+
+
+@pytest.mark.parametrize("sigmoid", [False, True], ids=["silu", "sigmoid"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_gate_has_inductors_bits(dtype: torch.dtype, sigmoid: bool, device: torch.device) -> None:
+    z = all_values(dtype, device)
+    actual, expected = run(_gate_kernel, z, SIGMOID=sigmoid), run(_inductor_gate_kernel, z, SIGMOID=sigmoid)
+    assert_same_bytes(one_nan(actual), one_nan(expected), "gate in fp32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_widen(dtype: torch.dtype, device: torch.device) -> None:
+    x = all_values(dtype, device)
+    assert_same_bytes(one_nan(run(_widen_kernel, x)), one_nan(x.float()), "x in fp32")
+
+
+def test_rounding_and_exp_over_all_floats(device: torch.device) -> None:
+    chunk = 2**27
+    for start in range(-(2**31), 2**31, chunk):
+        x = torch.arange(start, start + chunk, device=device).to(torch.int32).view(torch.float32)
+        rounded = run(_round_to_bf16_kernel, x)
+        assert_same_bytes(one_nan(rounded), one_nan(x.to(torch.bfloat16).float()), f"bf16 of floats from {start}")
+        ours, cuda = run(_exp_kernel, x, OURS=True), run(_exp_kernel, x, OURS=False)
+        assert_same_bytes(one_nan(ours), one_nan(cuda), f"exp of floats from {start}")
+
+
+# ---- what Inductor and vLLM compute ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _inductor_sums_kernel(
+    x_ptr,
+    z_ptr,
+    out_ptr,
+    rows,
+    HEAD_DIM: tl.constexpr,
+    XBLOCK: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    SIGMOID: tl.constexpr,
+):
+    row = tl.program_id(0) * XBLOCK + tl.arange(0, XBLOCK)[:, None]
+    column = tl.arange(0, HEAD_DIM)[None, :]
+    y = tl.load(x_ptr + column + HEAD_DIM * row, row < rows, other=0.0).to(tl.float32)
+    if GATE_FIRST:
+        y = y * _inductor_gate(tl.load(z_ptr + column + HEAD_DIM * row, row < rows, other=0.0).to(tl.float32), SIGMOID)
+    squares = tl.where(row < rows, tl.broadcast_to(y * y, [XBLOCK, HEAD_DIM]), 0)
+    tl.store(out_ptr + row, tl.sum(squares, 1)[:, None], row < rows)
+
+
+@triton.jit
+def _inductor_norm_kernel(
+    x_ptr,
+    z_ptr,
+    weight_ptr,
+    sums_ptr,
+    out_ptr,
+    epsilon,
+    HEAD_DIM: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.load(x_ptr + at).to(tl.float32)
+    gate = _inductor_gate(tl.load(z_ptr + at).to(tl.float32), SIGMOID)
+    if GATE_FIRST:
+        y = y * gate
+    y = y * libdevice.rsqrt(tl.load(sums_ptr + at // HEAD_DIM) / HEAD_DIM + epsilon)
+    y = y * tl.load(weight_ptr + at % HEAD_DIM).to(tl.float32)
+    if not GATE_FIRST:
+        y = y * gate
+    tl.store(out_ptr + at, y)
+
+
+def inductors_norm(data: Input, mode: Mode) -> torch.Tensor:
+    """y [rows, heads * head size] of a power of two up to 256, in x's dtype or, before a native quantiser, in fp32."""
+    x, z, weight = data
+    rows, heads, head_dim = x.shape
+    forms = {"GATE_FIRST": not mode.norm_before_gate, "SIGMOID": mode.activation == "sigmoid"}
+    # As Inductor launches them: for heads of 256 one warp, with 4 elements of 16 bytes each.
+    xblock, warps = (8, 2) if head_dim < 256 else (4, 1)
+    sums = torch.empty(rows * heads, dtype=torch.float32, device=x.device)
+    _inductor_sums_kernel[triton.cdiv(rows * heads, xblock),](
+        x, z, sums, rows * heads, HEAD_DIM=head_dim, XBLOCK=xblock, **forms, num_warps=warps, enable_fp_fusion=True
+    )
+    y = torch.empty((rows, heads * head_dim), dtype=x.dtype if mode.rounded else torch.float32, device=x.device)
+    block = 1024 if y.numel() % 1024 == 0 else head_dim
+    _inductor_norm_kernel[y.numel() // block,](
+        x, z, weight, sums, y, EPSILON, HEAD_DIM=head_dim, BLOCK=block, **forms, enable_fp_fusion=True
+    )
+    return y
+
+
+class Unfused:
+    """Inductor's kernels for the norm, then vLLM's quantiser: its own op, or Inductor's kernel for the native one."""
+
+    def __init__(self) -> None:
+        import vllm._custom_ops  # noqa: F401  (loads the extension that defines torch.ops._C)
+
+        self.native: dict[tuple, Callable] = {}
+
+    def native_quantiser(self, mode: Mode) -> Callable:
+        from vllm.config import VllmConfig, set_current_vllm_config
+        from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+        from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+
+        key = (mode.group_size, mode.use_ue8m0)
+        if key not in self.native:
+            with set_current_vllm_config(VllmConfig()):
+                quantiser = QuantFP8(static=False, group_shape=GroupShape(1, key[0]), use_ue8m0=key[1])
+            self.native[key] = torch.compile(quantiser.forward_native, dynamic=True)
+        return self.native[key]
+
+    def quantise(self, y: torch.Tensor, mode: Mode) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, width = y.shape
+        layout = (mode.column_major_scales, mode.tma_aligned_scales)
+        scales = empty_group_scales(y, rows, width // mode.group_size, *layout)
+        if mode.quant_form == "native":
+            # dtypes, and one row or more: beyond the limit it would run eagerly, which divides exactly
+            with torch._dynamo.config.patch(recompile_limit=64):
+                codes, found = self.native_quantiser(mode)(y)
+            return codes, scales.copy_(found)
+        codes = torch.empty_like(y, dtype=FP8_DTYPE)
+        torch.ops._C.per_token_group_fp8_quant(
+            y, codes, scales, mode.group_size, EPS, -FP8_MAX, FP8_MAX, mode.use_ue8m0, *layout
+        )
+        return codes, scales
+
+    def __call__(self, data: Input, mode: Mode) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.quantise(inductors_norm(data, mode), mode)
+
+
+@pytest.fixture(scope="module")
+def unfused() -> Unfused:
+    pytest.importorskip("vllm")
+    return Unfused()
+
+
+def op(data: Input, mode: Mode) -> tuple[torch.Tensor, torch.Tensor]:
+    return gated_rms_norm_group_fp8_quant(*data, EPSILON, data.heads, **mode.arguments())
+
+
+def check(data: Input, mode: Mode, unfused: Unfused, what: str) -> None:
+    codes, scales = op(data, mode)
+    expected_codes, expected_scales = unfused(data, mode)
+    assert scales.stride() == expected_scales.stride()
+    assert_same_bytes(one_nan(codes), one_nan(expected_codes), f"{what}: codes")
+    assert_same_bytes(one_nan(scales), one_nan(expected_scales), f"{what}: scales")
+
+
+# ---- all gates, and many random inputs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", norm_modes(), ids=str)
+def test_all_gates(mode: Mode, unfused: Unfused, device: torch.device) -> None:
+    """Every z, in three arrangements, since a group's codes tell little next to one huge element: in the order of the bit
+    patterns a group has one exponent, every 512th pattern has all exponents, and shuffled it has anything."""
+    values = all_values(mode.dtype, device)
+    for seed in range(8):
+        generator = torch.Generator(device=device).manual_seed(seed)
+        shuffled = values[torch.randperm(65536, generator=generator, device=device)]
+        z = torch.cat([values, values.view(128, 512).t().reshape(-1), shuffled]).view(-1, HEADS, HEAD_DIM)
+        data = heads_input(len(z), HEADS, HEAD_DIM, mode.dtype, device, seed=seed, kind="special" if seed else "normal")
+        check(data._replace(z=z), mode, unfused, f"seed {seed}")
+
+
+@pytest.mark.parametrize("mode", [*norm_modes(), *quant_modes()], ids=str)
+def test_random(mode: Mode, unfused: Unfused, device: torch.device) -> None:
+    done, number = 0, 0
+    while done < ELEMENTS:
+        kind = "bits" if number % 8 == 7 else "special" if number % 8 == 3 else "normal"
+        data = heads_input(ROWS, HEADS, HEAD_DIM, mode.dtype, device, seed=number, kind=kind)
+        check(data, mode, unfused, f"chunk {number}")
+        done, number = done + data.x.numel(), number + 1
+
+
+# Qwen3-Next's heads, whole and sharded by 2, 4 and 8, and heads that no tile divides.
+@pytest.mark.parametrize("heads", [32, 16, 8, 4, 1, 3, 5, 31])
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 64, 127, 1000, 8192])
+def test_model_shapes(rows: int, heads: int, unfused: Unfused, device: torch.device) -> None:
+    data = heads_input(rows, heads, HEAD_DIM, torch.bfloat16, device, seed=rows)
+    check(data, QWEN3_NEXT, unfused, "tma")
+    check(data, QWEN3_NEXT._replace(tma_aligned_scales=False, group_size=64), unfused, "column, groups of 64")
+    codes, scales = op(data, QWEN3_NEXT)
+    for layout in LAYOUTS:
+        strided = op(data._replace(x=views(data.x, layout), z=views(data.z, layout)), QWEN3_NEXT)
+        assert_same_bytes(strided[0], codes, f"{layout}: codes")
+        assert_same_bytes(strided[1], scales, f"{layout}: scales")
+
+
+@pytest.mark.parametrize("head_dim, group_size", [(64, 64), (128, 64), (256, 128), (256, 64)])
+@pytest.mark.parametrize("rows", [1, 33, 2000])
+def test_head_sizes(rows: int, head_dim: int, group_size: int, unfused: Unfused, device: torch.device) -> None:
+    for mode in norm_modes():
+        mode = mode._replace(group_size=group_size)
+        data = heads_input(rows, 16, head_dim, mode.dtype, device, seed=rows)
+        check(data, mode, unfused, str(mode))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256, 512, 1024, 8192])
+@pytest.mark.parametrize("heads", [1, 4, 32])
+def test_rows_do_not_depend_on_their_batch(heads: int, head_dim: int, device: torch.device) -> None:
+    mode = QWEN3_NEXT._replace(group_size=64, tma_aligned_scales=False, column_major_scales=False)
+    data = heads_input(2048, heads, head_dim, mode.dtype, device, seed=1)
+    codes, scales = op(data, mode)
+    for rows in (1, 3, 16, 100, 700):
+        for first in (0, 1111):
+            part = slice(first, first + rows)
+            some = op(data._replace(x=data.x[part], z=data.z[part]), mode)
+            assert_same_bytes(some[0], codes[part], f"{rows} rows from {first}: codes")
+            assert_same_bytes(some[1], scales[part], f"{rows} rows from {first}: scales")
+
+
+@pytest.mark.parametrize("deterministic", [True, False], ids=["deterministic", "as it comes"])
+@pytest.mark.parametrize("norm_before_gate", [True, False], ids=["norm first", "gate first"])
+@pytest.mark.parametrize("activation", ["silu", "sigmoid"])
+def test_against_the_compiled_layer(
+    activation: str,
+    norm_before_gate: bool,
+    deterministic: bool,
+    unfused: Unfused,
+    record_property: Callable,
+    device: torch.device,
+) -> None:
+    """vLLM's layer as Inductor compiles it here: with the tile that it finds fastest, or with the one that it takes when it
+    may not go by time, whose order is the op's."""
+    from vllm.model_executor.layers.layernorm import RMSNormGated
+
+    if not hasattr(RMSNormGated, "forward_static"):
+        pytest.skip("this vLLM has no RMSNormGated.forward_static")
+
+    @torch.compile(dynamic=True, fullgraph=True, options={"deterministic": deterministic})
+    def layer(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        y = RMSNormGated.forward_static(
+            x.reshape(-1, HEAD_DIM),
+            z.reshape(-1, HEAD_DIM),
+            weight,
+            EPSILON,
+            x.dtype,
+            norm_before_gate=norm_before_gate,
+            activation=activation,
+        )
+        return y.reshape(x.shape[0], -1)
+
+    mode = QWEN3_NEXT._replace(norm_before_gate=norm_before_gate, activation=activation)
+    for rows in (ROWS, 16):  # Inductor chooses its tile at the first call
+        data = heads_input(rows, HEADS, HEAD_DIM, mode.dtype, device, seed=rows)
+        codes, scales = op(data, mode)
+        expected_codes, expected_scales = unfused.quantise(layer(*data), mode)
+        if deterministic:
+            assert_same_bytes(codes, expected_codes, f"{rows} rows: codes")
+            assert_same_bytes(scales, expected_scales, f"{rows} rows: scales")
+            continue
+        differing = count_differing(codes, expected_codes)
+        record_property(f"codes that differ at {rows} rows", f"{differing} of {codes.numel()}")
+        torch.testing.assert_close(scales, expected_scales, rtol=torch.finfo(mode.dtype).eps, atol=0)
+        assert int(code_steps(codes, expected_codes).max()) <= 1
+        assert differing <= codes.numel() * 1e-4
+
+
+# ---- sizes, streams and graphs ---------------------------------------------------------------------------------------
+
+
+def test_more_than_two_to_the_31_elements(unfused: Unfused, device: torch.device) -> None:
+    """More than 2**31 codes, so every 32-bit index overflows somewhere; 11 GB, twice of it head by head."""
+    width, edge = HEADS * HEAD_DIM, 300
+    rows = 2**31 // width + edge
+    x, z = (torch.zeros(rows, HEADS, HEAD_DIM, dtype=torch.bfloat16, device=device) for _ in range(2))
+    ends = (slice(None, edge), slice(-edge, None))
+    for seed, end in enumerate(ends):
+        some = heads_input(edge, HEADS, HEAD_DIM, x.dtype, device, seed=seed)
+        x[end], z[end] = some.x, some.z
+    for mode in (QWEN3_NEXT, QWEN3_NEXT._replace(column_major_scales=False, tma_aligned_scales=False)):
+        for layout in (x, views(x, "head by head")):
+            codes, scales = op(Input(layout, z, some.weight), mode)
+            assert codes.numel() > 2**31
+            for end in ends:
+                expected_codes, expected_scales = unfused(Input(x[end], z[end], some.weight), mode)
+                assert_same_bytes(codes[end], expected_codes, f"codes of {end}")
+                assert_same_bytes(scales[end].contiguous(), expected_scales.contiguous(), f"scales of {end}")
+            assert int(torch.count_nonzero(as_bits(codes[edge:-edge]) & 0x7F)) == 0  # -0 where weight is negative
+            del codes, scales
+
+
+def test_more_rows_than_a_grid_has_in_its_second_axis(unfused: Unfused, device: torch.device) -> None:
+    data = heads_input(140_000, 1, HEAD_DIM, torch.bfloat16, device, seed=2)
+    check(data, QWEN3_NEXT, unfused, "140000 rows")
+
+
+def test_chain_in_a_cuda_graph(device: torch.device) -> None:
+    """Kernels that read what the one before has just written. A PDL launch that did not wait would read old bytes.
+
+    FP8 codes, two by two, are the next kernel's bf16 input: bit patterns, not activations, which is as good here.
+    """
+    x = torch.empty(512, HEADS, HEAD_DIM, dtype=torch.bfloat16, device=device)
+    source = torch.empty_like(x)
+    weight = torch.randn(HEAD_DIM, dtype=torch.bfloat16, device=device)
+
+    def fill(seed: int) -> None:
+        source.copy_(heads_input(512, HEADS, HEAD_DIM, x.dtype, device, seed=seed).x)
+
+    def chain(wait: Callable[[], None]) -> list[torch.Tensor]:
+        outputs = []
+        x.copy_(source)
+        wait()
+        current = x
+        for _ in range(4):
+            codes, scales = op(Input(current, current, weight), QWEN3_NEXT)
+            wait()
+            outputs += [codes, scales]
+            current = codes.view(torch.bfloat16).view(512, -1, HEAD_DIM)
+        return outputs
+
+    fill(3)
+    chain(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(lambda: None)
+    for seed in range(4, 24):
+        fill(seed)
+        graph.replay()
+        torch.cuda.synchronize()
+        for actual, expected in zip(captured, chain(torch.cuda.synchronize), strict=True):
+            assert_same_bytes(actual, expected, f"seed {seed}")
+
+
+def test_pdl_switch_changes_no_byte(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    from vllm_fusion_plugin.kernels import launch
+
+    data = heads_input(33, HEADS, HEAD_DIM, torch.bfloat16, device, seed=24)
+    monkeypatch.setenv(launch.ENV, "1")
+    with_pdl = op(data, QWEN3_NEXT)
+    monkeypatch.setenv(launch.ENV, "0")
+    assert not launch.pdl_supported(data.x.device)
+    without = op(data, QWEN3_NEXT)
+    assert_same_bytes(with_pdl[0], without[0], "codes")
+    assert_same_bytes(with_pdl[1], without[1], "scales")
+
+
+# ---- compute-sanitizer -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [QWEN3_NEXT, QWEN3_NEXT._replace(tma_aligned_scales=False, group_size=64)], ids=str)
+@pytest.mark.parametrize("head_dim", [128, 192])
+@pytest.mark.parametrize("rows", [1, 5, 33])
+def test_sanitizer_op(rows: int, head_dim: int, mode: Mode, device: torch.device) -> None:
+    """The op's own allocations, unlike the guarded ones of the other tests: an access past their end is out of bounds."""
+    mode = mode._replace(group_size=64) if head_dim == 192 else mode
+    data = exact_input(rows, 3, head_dim, mode, device, seed=25)
+    codes, scales = op(data, mode)
+    # all of the storage, so that initcheck sees padding that was never written
+    column = padded_rows(rows) if mode.tma_aligned_scales else rows
+    storage = torch.empty(0, device=device).set_(scales.untyped_storage()).view(-1, column).cpu()
+    layout = (mode.group_size, mode.column_major_scales, mode.tma_aligned_scales)
+    expected_codes, expected_scales = group_fp8_quant_reference(
+        norm(data, mode), *layout, mode.use_ue8m0, EPS, mode.quant_form
+    )
+    assert_same_bytes(codes.cpu(), expected_codes.cpu(), "codes")
+    assert_same_bytes(storage[:, :rows].contiguous(), expected_scales.t().cpu().contiguous(), "scales")
+    assert not storage[:, rows:].any()
+
+
+def test_sanitizer_strided(device: torch.device) -> None:
+    """Heads that end with their storage, so that reading on is out of bounds."""
+    data = exact_input(5, 3, 128, QWEN3_NEXT, device, seed=26)
+    wide = random_input(5, 3 * 128, torch.bfloat16, device, seed=27).view(5, 3, 256)
+    x = wide[:, :, 128:]
+    x.copy_(data.x)
+    expected = op(data, QWEN3_NEXT)
+    actual = op(data._replace(x=x), QWEN3_NEXT)
+    assert_same_bytes(actual[0], expected[0], "codes")
+    assert_same_bytes(actual[1], expected[1], "scales")

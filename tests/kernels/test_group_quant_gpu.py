@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The FP8 group quantiser on a GPU: the bytes of vLLM's own op, for every maximum and over many random inputs.
+
+VFP_EXHAUSTIVE_ELEMENTS sets how many elements each mode gets at random (default 2**30). The tests with `sanitizer` in their
+names are few small launches, for
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python -m pytest tests/kernels -k sanitizer
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from vllm_fusion_plugin.kernels import group_quant as kernels
+from vllm_fusion_plugin.ops.group_quant import group_fp8_quant
+from vllm_fusion_plugin.ops.quant import (
+    FP8_DTYPE,
+    FP8_MAX,
+    empty_group_scales,
+    group_fp8_quant_reference,
+    padded_rows,
+)
+
+from .cases import DTYPES, all_values, from_bits, short, strided
+from .checks import as_bits, assert_same_bytes, code_steps, count_differing
+from .test_group_quant import DEEPSEEK, EPS, Mode, activations, modes
+
+pytestmark = pytest.mark.gpu
+
+ELEMENTS = int(os.environ.get("VFP_EXHAUSTIVE_ELEMENTS", 2**30))
+CHUNK = (8192, 12288)
+MODES = modes(quant_forms=("custom_op",))
+
+
+@pytest.fixture(scope="module")
+def stock() -> Callable[[torch.Tensor, Mode], tuple[torch.Tensor, torch.Tensor]]:
+    """vLLM's op, which takes contiguous rows only."""
+    pytest.importorskip("vllm._custom_ops")  # loads the extension that defines torch.ops._C
+
+    def quantise(x: torch.Tensor, mode: Mode) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, width = x.shape
+        layout = (mode.column_major_scales, mode.tma_aligned_scales)
+        codes = torch.empty((rows, width), dtype=FP8_DTYPE, device=x.device)
+        scales = empty_group_scales(x, rows, width // mode.group_size, *layout)
+        torch.ops._C.per_token_group_fp8_quant(
+            x.contiguous(), codes, scales, mode.group_size, EPS, -FP8_MAX, FP8_MAX, mode.use_ue8m0, *layout
+        )
+        return codes, scales
+
+    return quantise
+
+
+def check(x: torch.Tensor, mode: Mode, stock: Callable, what: str) -> None:
+    codes, scales = group_fp8_quant(x, **mode.arguments())
+    expected_codes, expected_scales = stock(x, mode)
+    assert scales.stride() == expected_scales.stride()
+    assert_same_bytes(codes, expected_codes, f"{what}: codes")
+    assert_same_bytes(scales, expected_scales, f"{what}: scales")
+
+
+# ---- all inputs ------------------------------------------------------------------------------------------------------
+
+
+def all_maxima(dtype: torch.dtype, device: torch.device, seed: int) -> torch.Tensor:
+    """65536 groups of 128, one for each number as the first of its group, the others no larger and of any sign.
+
+    NaN as the first has the others of any size: it does not count for the maximum.
+    """
+    generator = torch.Generator(device=device).manual_seed(seed)
+    first = torch.arange(65536, device=device)[:, None]
+    size, sign = torch.randint(2**31, (2, 65536, 127), generator=generator, device=device)
+    others = size % ((first & 0x7FFF) + 1) | (sign & 1) << 15
+    return from_bits(torch.cat([first, others], dim=1), dtype).view(1024, 64 * 128)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_all_maxima(dtype: torch.dtype, stock: Callable, device: torch.device) -> None:
+    for seed in range(8):
+        x = all_maxima(dtype, device, seed)
+        for mode in MODES:
+            if mode.dtype == dtype:
+                check(x, mode, stock, f"seed {seed}, {mode}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_all_values(dtype: torch.dtype, stock: Callable, device: torch.device) -> None:
+    """In their order (a group is then of one exponent), and every 512th (all exponents in a group)."""
+    values = all_values(dtype, device)
+    x = torch.cat([values, values.view(128, 512).t().reshape(-1)]).view(32, 4096)
+    for mode in MODES:
+        if mode.dtype == dtype:
+            check(x, mode, stock, str(mode))
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_random(mode: Mode, stock: Callable, device: torch.device) -> None:
+    done, number = 0, 0
+    while done < ELEMENTS:
+        kind = "bits" if number % 4 == 3 else "normal"
+        x = activations(*CHUNK, mode.dtype, device, seed=1000 * MODES.index(mode) + number, kind=kind)
+        check(x, mode, stock, f"chunk {number}")
+        done, number = done + x.numel(), number + 1
+
+
+# Decode and prefill sizes, and widths of models: hidden sizes, attention outputs and latents, whole and sharded.
+@pytest.mark.parametrize("width", [128, 512, 1536, 2048, 4096, 7168, 12288, 18432])
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 17, 64, 127, 1000])
+def test_model_shapes(rows: int, width: int, stock: Callable, device: torch.device) -> None:
+    x = activations(rows, width, torch.bfloat16, device, seed=rows)
+    for mode in (DEEPSEEK, DEEPSEEK._replace(group_size=64, tma_aligned_scales=False)):
+        check(x, mode, stock, str(mode))
+        check(strided(x), mode, stock, f"strided, {mode}")
+
+
+# ---- the native quantiser --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mode",
+    # a compilation by Inductor each; its layouts are views, and its arithmetic has no group size
+    [mode for mode in modes(quant_forms=("native",)) if not mode.column_major_scales and mode.group_size == 128],
+    ids=str,
+)
+def test_native(mode: Mode, device: torch.device) -> None:
+    pytest.importorskip("vllm")
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+    from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+
+    with set_current_vllm_config(VllmConfig()):
+        quantiser = QuantFP8(static=False, group_shape=GroupShape(1, mode.group_size), use_ue8m0=mode.use_ue8m0)
+    compiled = torch.compile(quantiser.forward_native)
+    for kind in ("normal", "special"):
+        x = activations(1024, 4096, mode.dtype, device, seed=10, kind=kind)
+        codes, scales = group_fp8_quant(x, **mode.arguments())
+        expected_codes, expected_scales = compiled(x)
+        assert_same_bytes(scales, expected_scales.contiguous(), f"{kind}: scales")
+        # Inductor's division and the kernel's are the same instruction; an Inductor set to divide exactly
+        # (TORCHINDUCTOR_EMULATE_DIVISION_ROUNDING) may be a code away.
+        if count_differing(codes, expected_codes):
+            assert int(code_steps(codes, expected_codes).max()) <= 1
+            assert count_differing(codes, expected_codes) <= codes.numel() * 1e-3
+
+
+# ---- sizes, streams and graphs ---------------------------------------------------------------------------------------
+
+
+def test_more_than_two_to_the_31_elements(stock: Callable, device: torch.device) -> None:
+    """More than 2**31 codes, so every 32-bit index overflows somewhere; 7 GB, and 13 GB in strided rows."""
+    width, edge = 12288, 300
+    rows = 2**31 // width + edge
+    for row_stride in (width, 2 * width):
+        x = torch.zeros(rows, row_stride, dtype=torch.bfloat16, device=device)[:, :width]
+        x[:edge] = activations(edge, width, x.dtype, device, seed=11)
+        x[-edge:] = activations(edge, width, x.dtype, device, seed=12)
+        for mode in (DEEPSEEK, DEEPSEEK._replace(column_major_scales=False, tma_aligned_scales=False)):
+            codes, scales = group_fp8_quant(x, **mode.arguments())
+            assert codes.numel() > 2**31
+            for end in (slice(None, edge), slice(-edge, None)):
+                expected_codes, expected_scales = stock(x[end], mode)
+                assert_same_bytes(codes[end], expected_codes, f"codes of {end}")
+                assert_same_bytes(scales[end].contiguous(), expected_scales.contiguous(), f"scales of {end}")
+            assert int(torch.count_nonzero(as_bits(codes[edge:-edge]))) == 0
+            del codes, scales
+        del x
+
+
+def test_more_rows_than_a_grid_has_in_its_second_axis(stock: Callable, device: torch.device) -> None:
+    x = activations(70_000 * 8, 128, torch.bfloat16, device, seed=13)
+    check(x, DEEPSEEK, stock, "560000 rows")
+
+
+def test_chain_in_a_cuda_graph(device: torch.device) -> None:
+    """Kernels that read what the one before has just written. A PDL launch that did not wait would read old bytes.
+
+    FP8 codes, two by two, are the next kernel's bf16 input: bit patterns, not activations, which is as good here.
+    """
+    x = torch.empty(512, 8192, dtype=torch.bfloat16, device=device)
+    source = torch.empty_like(x)
+
+    def chain(wait: Callable[[], None]) -> list[torch.Tensor]:
+        outputs = []
+        x.copy_(source)
+        wait()
+        current = x
+        for _ in range(4):
+            codes, scales = group_fp8_quant(current, **DEEPSEEK.arguments())
+            wait()
+            outputs += [codes, scales]
+            current = codes.view(torch.bfloat16)
+        return outputs
+
+    source.copy_(activations(512, 8192, x.dtype, device, seed=14))
+    chain(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(lambda: None)
+    for seed in range(15, 35):
+        source.copy_(activations(512, 8192, x.dtype, device, seed=seed))
+        graph.replay()
+        torch.cuda.synchronize()
+        for actual, expected in zip(captured, chain(torch.cuda.synchronize), strict=True):
+            assert_same_bytes(actual, expected, f"seed {seed}")
+
+
+def test_pdl_switch_changes_no_byte(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    from vllm_fusion_plugin.kernels import launch
+
+    x = activations(33, 1536, torch.bfloat16, device, seed=35)
+    monkeypatch.setenv(launch.ENV, "1")
+    with_pdl = group_fp8_quant(x, **DEEPSEEK.arguments())
+    monkeypatch.setenv(launch.ENV, "0")
+    assert not launch.pdl_supported(x.device)
+    without = group_fp8_quant(x, **DEEPSEEK.arguments())
+    assert_same_bytes(with_pdl[0], without[0], "codes")
+    assert_same_bytes(with_pdl[1], without[1], "scales")
+
+
+# ---- compute-sanitizer -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [DEEPSEEK, DEEPSEEK._replace(tma_aligned_scales=False, group_size=64)], ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 33])
+def test_sanitizer_op(rows: int, mode: Mode, device: torch.device) -> None:
+    """The op's own allocations, unlike the guarded ones of the other tests: an access past their end is out of bounds."""
+    x = strided(activations(rows, 3 * 128, mode.dtype, device, seed=36))
+    codes, scales = group_fp8_quant(x, **mode.arguments())
+    # all of the storage, so that initcheck sees padding that was never written
+    column = padded_rows(rows) if mode.tma_aligned_scales else rows
+    storage = torch.empty(0, device=device).set_(scales.untyped_storage()).view(-1, column).cpu()
+    *layout, quant_form = mode[1:]
+    expected_codes, expected_scales = group_fp8_quant_reference(x, *layout, EPS, quant_form)
+    assert_same_bytes(codes.cpu(), expected_codes.cpu(), "codes")
+    assert_same_bytes(storage[:, :rows].contiguous(), expected_scales.t().cpu().contiguous(), "scales")
+    assert not storage[:, rows:].any()
+
+
+def test_sanitizer_tiles(device: torch.device) -> None:
+    """Tiles that rows and groups do not fill, each tile shape forced rather than chosen."""
+    x = activations(5, 3 * 128, torch.bfloat16, device, seed=37)
+    expected_codes, expected_scales = group_fp8_quant_reference(x, 128, True, True, False, EPS, "custom_op")
+    for tile in (kernels.Tile(1, 4, 1), kernels.Tile(2, 2, 2), kernels.Tile(8, 1, 4), kernels.Tile(2, 8, 2)):
+        codes = torch.empty_like(expected_codes)
+        scales = empty_group_scales(x, 5, 3, True, True)
+        kernels.group_fp8_quant(x, codes, scales, 128, False, EPS, "custom_op", tile=tile)
+        assert_same_bytes(codes, expected_codes, f"{tile}: codes")
+        assert_same_bytes(scales, expected_scales, f"{tile}: scales")

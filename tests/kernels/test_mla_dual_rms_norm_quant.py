@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MLA's two norms in one kernel: q against the kernel that does q alone, kv against the pure-torch reference, byte for byte.
+
+On a GPU, or in Triton's interpreter. Inputs have squares whose sum is exact in any order, see test_rms_norm_quant.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from vllm_fusion_plugin.kernels import mla_dual_rms_norm_quant as kernels
+from vllm_fusion_plugin.kernels.rms_norm_quant import Tile
+from vllm_fusion_plugin.ops import quant
+from vllm_fusion_plugin.ops.mla_dual_rms_norm_quant import (
+    mla_dual_rms_norm_group_fp8_quant,
+    mla_dual_rms_norm_group_fp8_quant_reference,
+)
+from vllm_fusion_plugin.ops.rms_norm_quant import rms_norm_reference
+
+from .cases import DTYPES, FORMS, random_input, special_values
+from .checks import Guarded, as_bits, assert_same_bytes, one_nan
+from .test_rms_norm_quant import BF16, DEEPSEEK, EPS, Layout, Norm, exact_input, layouts, run_group, zeros
+
+Q_EPSILON, KV_EPSILON = 1e-6, 1e-5
+OP = torch.ops.vllm_fusion_plugin.mla_dual_rms_norm_group_fp8_quant.default
+
+
+def projection(
+    rows: int, q_width: int, kv_width: int, mode: Norm, device: torch.device, seed: int
+) -> list[torch.Tensor]:
+    """q and kv as the first projection gives them: views of its rows, with NaN for k's rotary part behind them."""
+    parts = [exact_input(rows, width, mode, device, seed + i)[0] for i, width in enumerate((q_width, kv_width))]
+    rotary = torch.full((rows, 64), float("nan"), dtype=mode.dtype, device=device)
+    return list(torch.cat([*parts, rotary], dim=1).split([q_width, kv_width, 64], dim=1)[:2])
+
+
+def weights(q: torch.Tensor, kv: torch.Tensor, mode: Norm) -> list[torch.Tensor]:
+    return [mode.make_weight(t.shape[1], t.device, seed) for seed, t in enumerate((q, kv))]
+
+
+def run(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    q_weight: torch.Tensor,
+    kv_weight: torch.Tensor,
+    mode: Norm,
+    layout: Layout = DEEPSEEK,
+    tile: Tile | None = None,
+) -> tuple[Guarded, Guarded, Guarded]:
+    rows, width = q.shape
+    codes = Guarded(q.new_empty((rows, width), dtype=quant.FP8_DTYPE))
+    scales = Guarded(quant.empty_group_scales(q, rows, width // layout.group_size, *layout[1:3]))
+    normed = Guarded(kv.new_empty(kv.shape))
+    kernels.mla_dual_rms_norm_group_fp8_quant(
+        q, kv, q_weight, kv_weight, codes.tensor, scales.tensor, normed.tensor, Q_EPSILON, KV_EPSILON,
+        layout.group_size, layout.use_ue8m0, EPS, mode.norm_form, mode.quant_form, tile,
+    )  # fmt: skip
+    for out in (codes, scales, normed):
+        out.check()
+    return codes, scales, normed
+
+
+def check(q: torch.Tensor, kv: torch.Tensor, mode: Norm, layout: Layout = DEEPSEEK, tile: Tile | None = None) -> None:
+    q_weight, kv_weight = weights(q, kv, mode)
+    codes, scales, normed = run(q, kv, q_weight, kv_weight, mode, layout, tile)
+    alone_codes, alone_scales, _ = run_group(q, None, q_weight, mode, layout, tile, Q_EPSILON)
+    assert_same_bytes(codes.tensor, alone_codes.tensor, "q's codes")
+    assert_same_bytes(scales.storage(), alone_scales.storage(), "q's scales and padding")
+    expected, _ = rms_norm_reference(kv, kv_weight, KV_EPSILON, norm_form=mode.norm_form)
+    assert_same_bytes(one_nan(normed.tensor), one_nan(expected), "kv")
+
+
+MODES = [
+    *itertools.starmap(Norm, itertools.product(DTYPES, ("same", "fp32"), (False,), ("native", "eager"), FORMS)),
+    *itertools.starmap(Norm, itertools.product(DTYPES, ("same",), (False,), ("custom_op",), FORMS)),
+]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_modes(mode: Norm, device: torch.device) -> None:
+    check(*projection(3, 384, 512, mode, device, seed=1), mode)
+
+
+@pytest.mark.parametrize("layout", layouts(), ids=str)
+def test_layouts(layout: Layout, device: torch.device) -> None:
+    mode = BF16._replace(residual=False)
+    check(*projection(5, 3 * layout.group_size, 256, mode, device, seed=2), mode, layout)
+
+
+@pytest.mark.parametrize("tile", [Tile(2, 128, 1), Tile(4, 512, 4), Tile(8, 1024, 8)], ids=str)
+def test_tiles(tile: Tile, device: torch.device) -> None:
+    mode = BF16._replace(residual=False)
+    check(*projection(5, 640, 256, mode, device, seed=3), mode, tile=tile)
+
+
+# custom_op, whose division is exact for widths that are no powers of two as well; q's width decides how many warps there are
+@pytest.mark.parametrize("kv_width", [1, 200, 512, 576, 2048])
+@pytest.mark.parametrize("q_width", [128, 1536, 2176])
+def test_shapes(q_width: int, kv_width: int, device: torch.device) -> None:
+    mode = BF16._replace(residual=False, norm_form="custom_op")
+    for rows in (0, 1, 3):
+        check(*projection(rows, q_width, kv_width, mode, device, seed=rows), mode)
+
+
+def test_special_values(device: torch.device) -> None:
+    """What NaN, an infinity or an overflowing square does to its row of kv, and to no other row, nor to q."""
+    for dtype in DTYPES:
+        mode = Norm(dtype, residual=False)
+        values = special_values(dtype).to(device)
+        q, kv = projection(len(values) + 1, 1536, 512, mode, device, seed=3)
+        kv[:-1, 300] = values
+        check(q, kv, mode, tile=Tile(32, 2048, 8))
+
+
+def test_random_kv(device: torch.device) -> None:
+    """Sums that are not exact: the other order of additions may show in the last bit."""
+    mode = BF16._replace(residual=False)
+    q, _ = projection(9, 1536, 512, mode, device, seed=4)
+    kv = random_input(9, 256, mode.dtype, device, seed=4)
+    q_weight, kv_weight = weights(q, kv, mode)
+    actual = run(q, kv, q_weight, kv_weight, mode)[2].tensor
+    expected, _ = rms_norm_reference(kv, kv_weight, KV_EPSILON)
+    steps = (as_bits(actual).int() - as_bits(expected).int()).abs()
+    assert int(steps.max()) <= 1
+    assert int(steps.count_nonzero()) <= steps.numel() // 500
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_op_is_its_kernel(rows: int, device: torch.device) -> None:
+    mode = BF16._replace(residual=False)
+    q, kv = projection(rows, 1536, 512, mode, device, seed=5)
+    q_weight, kv_weight = weights(q, kv, mode)
+    outputs = mla_dual_rms_norm_group_fp8_quant(
+        q, kv, q_weight, kv_weight, Q_EPSILON, KV_EPSILON, column_major_scales=True, tma_aligned_scales=True
+    )
+    for actual, expected in zip(outputs, run(q, kv, q_weight, kv_weight, mode), strict=True):
+        assert actual.stride() == expected.tensor.stride()
+        assert_same_bytes(actual, expected.tensor, "output")
+
+
+@pytest.mark.parametrize("quant_form", FORMS)
+def test_opcheck(quant_form: str, device: torch.device) -> None:
+    q, kv = projection(5, 256, 512, BF16, device, seed=6)
+    arguments = (Q_EPSILON, KV_EPSILON, 128, True, True, False, EPS, "native", quant_form)
+    torch.library.opcheck(OP, (q, kv, *weights(q, kv, BF16), *arguments))
+
+
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_compiled_op_with_dynamic_tokens(device: torch.device) -> None:
+    @torch.compile(fullgraph=True, dynamic=True)
+    def compiled(x: torch.Tensor, q_weight: torch.Tensor, kv_weight: torch.Tensor):
+        q, kv, _ = x.split([256, 512, 64], dim=1)
+        arguments = (Q_EPSILON, KV_EPSILON, 128, True, True, False, EPS, "native", "custom_op")
+        return OP(q, kv, q_weight, kv_weight, *arguments)
+
+    for rows in (5, 2, 33):
+        x = torch.cat([*projection(rows, 256, 512, BF16, device, seed=rows), zeros(device, rows, 64)], dim=1)
+        q, kv, _ = x.split([256, 512, 64], dim=1)
+        q_weight, kv_weight = weights(q, kv, BF16)
+        expected = mla_dual_rms_norm_group_fp8_quant(
+            q, kv, q_weight, kv_weight, Q_EPSILON, KV_EPSILON, column_major_scales=True, tma_aligned_scales=True
+        )
+        for actual, want in zip(compiled(x, q_weight, kv_weight), expected, strict=True):
+            assert actual.stride() == want.stride()
+            assert_same_bytes(actual, want, "output")
+
+
+BAD = {
+    "q fp32": ({"q": torch.zeros(2, 256)}, r"q has dtype torch\.float32; allowed: torch\.bfloat16, torch\.float16"),
+    "q columns": ({"q": zeros(torch.device("cpu"), 2, 512)[:, ::2]}, r"q has stride 2 along its columns; allowed: 1"),
+    "kv 1-D": ({"kv": zeros(torch.device("cpu"), 512)}, r"kv has 1 dimensions"),
+    "kv rows": ({"kv": zeros(torch.device("cpu"), 3, 512)}, r"kv has 3 rows; allowed: as many as q, 2"),
+    "kv wide": ({"kv": zeros(torch.device("cpu"), 2, 2049)}, r"kv has 2049 columns; allowed: 1 to 2048"),
+    "kv fp16": ({"kv": zeros(torch.device("cpu"), 2, 512).half()}, r"kv has dtype torch\.float16; allowed: q's dtype"),
+    "q_weight": ({"q_weight": zeros(torch.device("cpu"), 512)}, r"q_weight has shape \(512,\); allowed: \(256,\)"),
+    "kv_weight": ({"kv_weight": zeros(torch.device("cpu"), 256)}, r"kv_weight has shape \(256,\); allowed: \(512,\)"),
+    "custom_op": (
+        {"kv_weight": torch.zeros(512), "norm_form": "custom_op"},
+        r"kv_weight has dtype torch\.float32; allowed with norm_form='custom_op': the input's, torch\.bfloat16",
+    ),
+    "norm_form": ({"norm_form": "exact"}, r"norm_form='exact' .*allowed: native, eager, custom_op"),
+    "quant_form": ({"quant_form": "eager"}, r"quant_form='eager' .*allowed: custom_op, native"),
+    "group_size": ({"group_size": 32}, r"group_size=32 .*allowed: 64, 128"),
+    "tma": ({"tma_aligned_scales": True}, r"tma_aligned_scales=True needs column_major_scales=True"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_argument_is_refused(bad: str) -> None:
+    changed, message = BAD[bad]
+    cpu = torch.device("cpu")
+    arguments = {
+        "q": zeros(cpu, 2, 256),
+        "kv": zeros(cpu, 2, 512),
+        "q_weight": zeros(cpu, 256),
+        "kv_weight": zeros(cpu, 512),
+    }
+    for call in (mla_dual_rms_norm_group_fp8_quant, mla_dual_rms_norm_group_fp8_quant_reference):
+        with pytest.raises(ValueError, match=message):
+            call(**{**arguments, **changed})

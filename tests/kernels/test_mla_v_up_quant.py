@@ -1,0 +1,483 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MLA's value up-projection + FP8 quantiser against its pure-torch reference; here on a GPU, or in Triton's interpreter.
+
+Byte for byte, which a GEMM allows where no sum is ever rounded: numbers that are small integers times powers of two. The
+comparison with vLLM's own ops, on numbers of every kind, is in test_mla_v_up_quant_gpu.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_fusion_plugin.kernels import mla_v_up_quant as kernels
+from vllm_fusion_plugin.ops.mla_v_up_quant import (
+    mla_v_up_group_fp8_quant,
+    mla_v_up_group_fp8_quant_reference,
+    scale_padding,
+)
+from vllm_fusion_plugin.ops.quant import FP8_DTYPE, empty_group_scales
+
+from .cases import DTYPES, GROUP_SIZES, short
+from .checks import POISON, Guarded, as_bits, assert_same_bytes, code_steps
+from .conftest import INTERPRETED
+
+EPS = 1e-10
+OP = torch.ops.vllm_fusion_plugin.mla_v_up_group_fp8_quant
+
+
+@pytest.fixture(autouse=True)
+def _bf16_dot(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The interpreter keeps bf16 as its bits, which its dot would multiply as they are."""
+    if INTERPRETED:
+        import triton.language as tl
+        import triton.runtime.interpreter as interpreter
+
+        def numbers(t) -> np.ndarray:
+            if t.dtype.scalar != tl.bfloat16:
+                return t.data.astype(np.float32)
+            return (t.data.astype(np.uint32) << 16).view(np.float32)
+
+        def create_dot(builder, a, b, acc, input_precision, max_num_imprecise_acc):
+            return interpreter.TensorHandle(np.matmul(numbers(a), numbers(b)) + acc.data, acc.dtype.scalar)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+    yield
+
+
+class Mode(NamedTuple):
+    dtype: torch.dtype = torch.bfloat16
+    group_size: int = 128
+    column_major_scales: bool = True
+    tma_aligned_scales: bool = True
+    use_ue8m0: bool = False
+
+    def __str__(self) -> str:
+        layout = "tma" if self.tma_aligned_scales else "column" if self.column_major_scales else "row"
+        return f"{short(self.dtype)}-{self.group_size}-{layout}-{'ue8m0' if self.use_ue8m0 else 'fp32'}"
+
+
+MODES = [
+    Mode(*mode)
+    for mode in itertools.product(DTYPES, GROUP_SIZES, *[(False, True)] * 3)
+    if mode[2] or not mode[3]  # TMA-aligned scales are column-major
+]
+
+
+# ---- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def exact_inputs(
+    tokens: int, heads: int, depth: int, width: int, dtype: torch.dtype, device: torch.device, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """attn_out [M, N, L] and w_uv [N, L, V] whose products fp32 adds up without rounding, in whatever order.
+
+    Integers up to 8 in size; each token of a head, and each column, has a power of two as a factor of its own, so that y is
+    of many sizes and is rounded in each of them.
+    """
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def integers(low: int, high: int, shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.randint(low, high + 1, shape, generator=generator, device=device).float()
+
+    x = integers(-8, 8, (tokens, heads, depth)) * torch.exp2(integers(-6, 0, (tokens, heads, 1)))
+    w = integers(-8, 8, (heads, depth, width)) * torch.exp2(integers(-4, 2, (heads, 1, width)))
+    return x.to(dtype), w.to(dtype)
+
+
+def _strided(t: torch.Tensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> torch.Tensor:
+    """t's numbers in storage of NaN, laid out so."""
+    size = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1
+    storage = torch.full((size,), float("nan"), dtype=t.dtype, device=t.device)
+    result = storage.as_strided(shape, stride, offset)
+    return result[tuple(slice(n) for n in t.shape)].copy_(t)
+
+
+def laid_out_attn(t: torch.Tensor, layout: str) -> torch.Tensor:
+    m, n, d = t.shape
+    return {
+        "token-major": lambda: t,
+        "head-major": lambda: _strided(t, (m, n, d), (d, m * d, 1)),
+        "padded heads": lambda: _strided(t, (m, n + 2, d), ((n + 2) * d, d, 1)),
+        "unaligned": lambda: _strided(t, (m, n, d), (n * d + 1, d, 1), 3),
+        "every other number": lambda: _strided(t, (m, n, d), (2 * n * d, 2 * d, 2)),
+    }[layout]()
+
+
+def laid_out_weights(t: torch.Tensor, layout: str) -> torch.Tensor:
+    """As vLLM lays them out: views of the heads' keys and values, dequantised to [N * (P + V), L] or to [L, N * (P + V)]."""
+    n, d, v = t.shape
+    both = 32 + v
+    return {
+        "contiguous": lambda: t,
+        "output first": lambda: _strided(t, (n, d, v), (both * d, 1, d), 32 * d),
+        "input first": lambda: _strided(t, (n, d, v), (both, n * both, 1), 32),
+        "unaligned": lambda: _strided(t, (n, d, v), (d * v + 1, v, 1), 1),
+        "every other number": lambda: _strided(t, (n, d, v), (2 * d * v, 2 * v, 2)),
+    }[layout]()
+
+
+ATTN_LAYOUTS = ("token-major", "head-major", "padded heads", "unaligned", "every other number")
+WEIGHT_LAYOUTS = ("contiguous", "output first", "input first", "unaligned", "every other number")
+
+
+# ---- what is expected ------------------------------------------------------------------------------------------------
+
+
+def outputs(x: torch.Tensor, w: torch.Tensor, mode: Mode) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = x.shape[0], w.shape[0] * w.shape[2]
+    layout = (mode.column_major_scales, mode.tma_aligned_scales)
+    return x.new_empty((rows, columns), dtype=FP8_DTYPE), empty_group_scales(
+        x, rows, columns // mode.group_size, *layout
+    )
+
+
+def run(x: torch.Tensor, w: torch.Tensor, mode: Mode, tile: kernels.Tile | None) -> tuple[Guarded, Guarded]:
+    likes = outputs(x, w, mode)
+    codes, scales = map(Guarded, likes)
+    arguments = (scale_padding(likes[1]), mode.group_size, mode.use_ue8m0, EPS)
+    kernels.mla_v_up_group_fp8_quant(x, w, codes.tensor, scales.tensor, *arguments, tile=tile)
+    codes.check()
+    scales.check()
+    return codes, scales
+
+
+def check(x: torch.Tensor, w: torch.Tensor, mode: Mode, tile: kernels.Tile | None = None) -> None:
+    codes, scales = run(x, w, mode, tile)
+    expected_codes, expected_scales = outputs(x, w, mode)
+    storage = torch.empty(0, device=x.device).set_(expected_scales.untyped_storage())
+    mla_v_up_group_fp8_quant_reference(x, w, expected_codes, expected_scales, mode.group_size, mode.use_ue8m0, EPS)
+    assert_same_bytes(codes.tensor, expected_codes, "codes")
+    # Storage and not tensor: TMA-aligned scales have padding, which must be zero. The buffer was poisoned.
+    assert_same_bytes(scales.storage().view(torch.float32), storage, "scales and padding")
+
+
+# ---- kernel ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_modes(mode: Mode, device: torch.device) -> None:
+    """Every mode. 5 tokens: one short of TMA's alignment by 3; 3 heads: no power of two."""
+    check(*exact_inputs(5, 3, 96, 128, mode.dtype, device, seed=1), mode)
+
+
+@pytest.mark.parametrize("weights", WEIGHT_LAYOUTS)
+@pytest.mark.parametrize("attn", ATTN_LAYOUTS)
+def test_layouts(attn: str, weights: str, device: torch.device) -> None:
+    x, w = exact_inputs(5, 3, 64, 128, torch.bfloat16, device, seed=2)
+    check(laid_out_attn(x, attn), laid_out_weights(w, weights), Mode())
+
+
+@pytest.mark.parametrize("depth, width", [(16, 64), (48, 192), (80, 64), (128, 256), (512, 128)])
+@pytest.mark.parametrize("tokens", [0, 1, 16, 17, 33])
+def test_shapes(tokens: int, depth: int, width: int, device: torch.device) -> None:
+    x, w = exact_inputs(tokens, 2, depth, width, torch.bfloat16, device, seed=tokens)
+    check(x, w, Mode(group_size=64))
+    if width % 128 == 0:
+        check(x, w, Mode())
+
+
+TILES = [
+    kernels.Tile(tokens, columns, 32, 3, 4, swap=swap, tma=tma, prefetch=not persistent, persistent=persistent)
+    for tokens, columns in ((16, 64), (64, 128))
+    for swap, tma, persistent in itertools.product((False, True), repeat=3)
+]
+
+
+def name(tile: kernels.Tile) -> str:
+    ways = [way for way in ("swap", "tma", "prefetch", "persistent") if getattr(tile, way)]
+    return "-".join([f"{tile.tokens}x{tile.columns}", *ways])
+
+
+@pytest.mark.parametrize("weights", ["output first", "input first"])
+@pytest.mark.parametrize("tile", TILES, ids=name)
+def test_tiles(tile: kernels.Tile, weights: str, device: torch.device) -> None:
+    """Every way through the kernel, with more tiles than programs, the last of a head ragged or full."""
+    for tokens in (tile.tokens + 3, 2 * tile.tokens):
+        x, w = exact_inputs(tokens, 2, 64, 128, torch.float16, device, seed=tokens)
+        check(x, laid_out_weights(w, weights), Mode(torch.float16, 64), tile)
+
+
+def test_special_values(device: torch.device) -> None:
+    """NaN, infinities and -0 in attention's output and in weights, and sums beyond fp16's range."""
+    for dtype in DTYPES:
+        x, w = exact_inputs(6, 2, 64, 128, dtype, device, seed=3)
+        x[0, 0, 5], x[1, 1, 7], x[2, 0, 0] = float("nan"), float("inf"), -float("inf")
+        w[1, 3, 9], w[1, 3, 70] = float("nan"), float("inf")
+        x[3, 1], x[4, 0] = -0.0, 0.0
+        x[5, 0] *= 2.0**12
+        for group_size in GROUP_SIZES:
+            check(x, w, Mode(dtype, group_size))
+        assert bool((run(x, w, Mode(dtype), None)[1].tensor[3:5] > 0).all())  # the floor of all-zero groups
+
+
+def test_rounded_before_it_is_quantised(device: torch.device) -> None:
+    """The scale is that of y in attn_out's dtype: 257 becomes 256 in bf16."""
+    x = torch.zeros(1, 1, 16, dtype=torch.bfloat16, device=device)
+    w = torch.ones(1, 16, 128, dtype=torch.bfloat16, device=device)
+    x[0, 0, 0], x[0, 0, 1] = 256.0, 1.0
+    codes, scales = run(x, w, Mode(), None)
+    assert scales.tensor.item() == torch.tensor(256.0).div(torch.tensor(448.0)).item()
+    assert bool((codes.tensor.float() == 448.0).all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_sums_that_round(dtype: torch.dtype, device: torch.device) -> None:
+    """Normally distributed numbers: sums are rounded, in another order than the reference's, and codes are at most one step
+    off. Of 2^14 codes here, less than 1 in 200 is."""
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(16, 8, 512, generator=generator).to(device, dtype)
+    w = (torch.randn(8, 512, 128, generator=generator) / 512**0.5).to(device, dtype)
+    codes, scales = run(x, w, Mode(dtype), None)
+    expected_codes, expected_scales = outputs(x, w, Mode(dtype))
+    mla_v_up_group_fp8_quant_reference(x, w, expected_codes, expected_scales)
+    steps = code_steps(codes.tensor, expected_codes)
+    assert int(steps.max()) <= 1
+    assert int(steps.count_nonzero()) <= steps.numel() // 200
+    torch.testing.assert_close(scales.tensor, expected_scales, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """What the kernel would have been launched with."""
+    options: dict[str, object] = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **more: options.update(more, grid=grid)
+
+    monkeypatch.setattr(kernels, "_group_kernel", Kernel())
+    return options
+
+
+def test_stages_fit_the_device(
+    launched: dict[str, object], monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """Fewer stages where a program has less shared memory."""
+    x, w = exact_inputs(300, 2, 512, 128, torch.bfloat16, device, seed=5)
+    codes, scales = outputs(x, w, Mode())
+    for shared, tile, stages in (
+        (232448, kernels.Tile(256, 128, 64, 4, 8, persistent=True), 4),
+        (232448, kernels.Tile(128, 128, 64, 7, 8), 7),
+        (232448, kernels.Tile(128, 128, 64, 7, 8, persistent=True), 6),
+        (101376, kernels.Tile(128, 128, 64, 6, 8), 3),
+        (101376, kernels.Tile(256, 128, 64, 4, 8), 2),
+    ):
+        monkeypatch.setattr(kernels, "_gpu", lambda _, shared=shared: kernels._Device(132, shared, True))
+        kernels.mla_v_up_group_fp8_quant(x, w, codes, scales, scale_padding(scales), 128, False, EPS, tile=tile)
+        assert launched["STAGES"] == stages, (shared, tile)
+
+
+@pytest.mark.parametrize("weights", WEIGHT_LAYOUTS)
+@pytest.mark.parametrize("attn", ATTN_LAYOUTS)
+def test_vllms_layouts_go_the_fast_way(
+    attn: str, weights: str, launched: dict[str, object], monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """Descriptors and prefetching, and not for layouts that have none or on GPUs that do not gain by them."""
+    x, w = exact_inputs(5, 3, 64, 128, torch.bfloat16, device, seed=5)
+    codes, scales = outputs(x, w, Mode())
+    x, w = laid_out_attn(x, attn), laid_out_weights(w, weights)
+    for has_tma in (True, False):
+        monkeypatch.setattr(kernels, "_gpu", lambda _, has_tma=has_tma: kernels._Device(132, 232448, has_tma))
+        kernels.mla_v_up_group_fp8_quant(
+            x,
+            w,
+            codes,
+            scales,
+            scale_padding(scales),
+            128,
+            False,
+            EPS,
+            kernels.Tile(16, 128, 64, 3, 4, prefetch=True),
+            pdl=True,
+        )
+        fit = weights in WEIGHT_LAYOUTS[:3]
+        assert launched["TMA"] == (has_tma and fit and attn in ATTN_LAYOUTS[:3])
+        assert launched["PREFETCH"] == fit
+        assert launched["W_WHOLE"] == (weights == "output first")
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("heads", [1, 8, 16, 128])
+def test_tile_choice(heads: int, group_size: int) -> None:
+    """Whatever the shape: a tile holds whole groups, and a pipeline that a multiprocessor has room for."""
+    for tokens, width in itertools.product((1, 7, 16, 17, 64, 100, 128, 129, 500, 512, 4096), (64, 128, 192, 512)):
+        if width % group_size == 0:
+            tile = kernels.group_tile(tokens, heads, width, group_size)
+            assert width % tile.columns == 0
+            assert tile.columns % group_size == 0
+            assert 2 * tile.depth * (tile.tokens + tile.columns) * tile.stages <= 232448 - 1024
+            assert tile.tokens < 2 * max(tokens, 16)
+
+
+# ---- the op itself ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_op_is_its_kernel(tokens: int, device: torch.device) -> None:
+    x, w = exact_inputs(tokens, 3, 64, 128, torch.bfloat16, device, seed=6)
+    before = as_bits(x).clone(), as_bits(w).clone()
+    codes, scales = outputs(x, w, Mode())
+    assert mla_v_up_group_fp8_quant(x, w, codes, scales) is None
+    expected_codes, expected_scales = run(x, w, Mode(), None)
+    assert_same_bytes(codes, expected_codes.tensor, "codes")
+    assert_same_bytes(scales, expected_scales.tensor, "scales")
+    assert torch.equal(as_bits(x), before[0])
+    assert torch.equal(as_bits(w), before[1])
+
+
+def test_op_writes_into_rows_of_larger_buffers(device: torch.device) -> None:
+    """The first tokens of a batch, as when others are prefilled: nothing else is touched."""
+    x, w = exact_inputs(5, 2, 64, 128, torch.bfloat16, device, seed=7)
+    expected_codes, expected_scales = outputs(x, w, Mode())
+    mla_v_up_group_fp8_quant(x, w, expected_codes, expected_scales)
+    codes = torch.full((12, 300), POISON, dtype=torch.uint8, device=device)
+    for scales in (torch.full((12, 2), 7.0, device=device), torch.full((2, 12), 7.0, device=device).t()):
+        mla_v_up_group_fp8_quant(x, w, codes.view(FP8_DTYPE)[:5, :256], scales[:5])
+        assert_same_bytes(codes.view(FP8_DTYPE)[:5, :256], expected_codes, "codes")
+        assert_same_bytes(scales[:5].contiguous(), expected_scales.contiguous(), "scales")
+        assert bool((scales[5:] == 7.0).all())
+        assert bool((codes[:, 256:] == POISON).all())
+        assert bool((codes[5:] == POISON).all())
+
+
+def test_padding_ends_with_the_storage() -> None:
+    """What is zeroed of TMA-aligned scales: all columns' padding in our allocation, all but the last one's in vLLM's, which
+    ends there; nothing in other layouts."""
+    x = torch.empty(0)
+    assert scale_padding(empty_group_scales(x, 5, 3, True, True)) == (8, 3)
+    assert scale_padding(torch.empty_strided((5, 3), (1, 8))) == (8, 2)
+    assert scale_padding(torch.empty_strided((5, 1), (1, 8))) == (8, 0)
+    assert scale_padding(torch.empty_strided((8, 3), (1, 8))) == (8, 0)
+    assert scale_padding(torch.empty_strided((5, 3), (1, 12))) == (5, 0)
+    assert scale_padding(torch.empty(5, 3)) == (5, 0)
+    assert scale_padding(torch.empty(5, 8)) == (5, 0)
+    assert scale_padding(torch.empty(5, 1)) == (5, 0)
+    assert scale_padding(torch.empty(25).as_strided((5, 3), (1, 8), 4)) == (8, 2)
+
+
+@pytest.mark.parametrize("op", [mla_v_up_group_fp8_quant, mla_v_up_group_fp8_quant_reference])
+def test_padding_of_an_allocation_like_vllms(op, device: torch.device) -> None:
+    x, w = exact_inputs(5, 3, 64, 128, torch.bfloat16, device, seed=8)
+    storage = torch.full((2 * 8 + 5,), 7.0, device=device)
+    op(x, w, outputs(x, w, Mode())[0], storage.as_strided((5, 3), (1, 8)))
+    assert bool((storage[5:8] == 0).all() and (storage[13:16] == 0).all())
+    assert bool((storage[16:] != 7.0).all())
+
+
+@pytest.mark.parametrize("arguments", [(128, False, EPS), (64, True, EPS)], ids=["128", "64-ue8m0"])
+def test_opcheck(arguments: tuple, device: torch.device) -> None:
+    x, w = exact_inputs(5, 2, 32, 128, torch.bfloat16, device, seed=9)
+    codes, scales = (t.zero_() for t in outputs(x, w, Mode(group_size=arguments[0], tma_aligned_scales=False)))
+    # Not test_schema: it compares what was written by arithmetic that torch has not for FP8. The tests here do that.
+    tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(OP.default, (x, w, codes, scales, *arguments), test_utils=tests)
+
+
+@torch._dynamo.config.patch(error_on_recompile=True)
+def test_compiled_with_dynamic_tokens(device: torch.device) -> None:
+    """The compiler sees what is written: codes that are read before and after the op are not confused."""
+
+    @torch.compile(fullgraph=True, dynamic=True)
+    def compiled(x: torch.Tensor, w: torch.Tensor):
+        codes = torch.zeros(x.shape[0], 256, dtype=FP8_DTYPE, device=x.device)
+        scales = torch.zeros(x.shape[0], 2, device=x.device)
+        before = scales + 1.0
+        OP(x, w, codes, scales, 128, False, EPS)
+        return before, codes, scales
+
+    for tokens in (5, 2, 33):
+        x, w = exact_inputs(tokens, 2, 64, 128, torch.bfloat16, device, seed=tokens)
+        before, codes, scales = compiled(x, w)
+        expected_codes, expected_scales = outputs(x, w, Mode(column_major_scales=False, tma_aligned_scales=False))
+        mla_v_up_group_fp8_quant(x, w, expected_codes, expected_scales)
+        assert bool((before == 1.0).all())
+        assert_same_bytes(codes, expected_codes, "codes")
+        assert_same_bytes(scales, expected_scales, "scales")
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+def arguments(**changed: object) -> dict[str, object]:
+    good = {
+        "attn_out": torch.zeros(2, 4, 32, dtype=torch.bfloat16),
+        "w_uv": torch.zeros(4, 32, 128, dtype=torch.bfloat16),
+        "codes": torch.zeros(2, 512, dtype=FP8_DTYPE),
+        "scales": torch.zeros(2, 4),
+        "group_size": 128,
+    }
+    return good | changed
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+FP8 = FP8_DTYPE
+BAD = {
+    "fp32": ({"attn_out": zeros(2, 4, 32, dtype=torch.float32)}, r"attn_out has dtype torch\.float32; allowed: torch\.bf"),
+    "weights fp16": ({"w_uv": zeros(4, 32, 128, dtype=torch.float16)}, r"w_uv has dtype torch\.float16; allowed: attn_out"),
+    "2-D": ({"attn_out": zeros(2, 128)}, r"attn_out has 2 dimensions, shape \(2, 128\); allowed: 3, \[tokens, heads, L\]"),
+    "2-D weights": ({"w_uv": zeros(32, 128)}, r"w_uv has shape \(32, 128\); allowed: \[heads, L, V\] with .* \[4, 32\]"),
+    "other heads": ({"w_uv": zeros(5, 32, 128)}, r"w_uv has shape \(5, 32, 128\); allowed: .* \[4, 32\]"),
+    "other depth": ({"w_uv": zeros(4, 48, 128)}, r"w_uv has shape \(4, 48, 128\); allowed: .* \[4, 32\]"),
+    "no heads": (
+        {"attn_out": zeros(2, 0, 32), "w_uv": zeros(0, 32, 128), "codes": zeros(2, 0, dtype=FP8)},
+        r"attn_out has 0 heads; allowed: 1 or more",
+    ),
+    "odd depth": ({"attn_out": zeros(2, 4, 24), "w_uv": zeros(4, 24, 128)}, r"w_uv has L=24; allowed: multiples of 16"),
+    "no depth": ({"attn_out": zeros(2, 4, 0), "w_uv": zeros(4, 0, 128)}, r"w_uv has L=0; allowed: multiples of 16"),
+    "odd width": ({"w_uv": zeros(4, 32, 72)}, r"w_uv has V=72; allowed: multiples of 16"),
+    "no width": ({"w_uv": zeros(4, 32, 0)}, r"w_uv has V=0; allowed: multiples of 16"),
+    "width between groups": ({"w_uv": zeros(4, 32, 192)}, r"w_uv has V=192; allowed: multiples of group_size=128"),
+    "group size": ({"group_size": 32}, r"group_size=32 is not supported; allowed: 64, 128"),
+    "codes int8": ({"codes": zeros(2, 512, dtype=torch.int8)}, r"codes has dtype torch\.int8; allowed: torch\.float8"),
+    "codes of a head": ({"codes": zeros(2, 128, dtype=FP8)}, r"codes has shape \(2, 128\); allowed: \(2, 512\)"),
+    "codes of more tokens": ({"codes": zeros(3, 512, dtype=FP8)}, r"codes has shape \(3, 512\); allowed: \(2, 512\)"),
+    "codes 3-D": ({"codes": zeros(2, 4, 128, dtype=FP8)}, r"codes has shape \(2, 4, 128\); allowed: \(2, 512\)"),
+    "codes strided": ({"codes": zeros(2, 1024, dtype=FP8)[:, ::2]}, r"codes has stride 2 along its columns; allowed: 1"),
+    "scales bf16": ({"scales": zeros(2, 4)}, r"scales has dtype torch\.bfloat16; allowed: torch\.float32"),
+    "scales of groups of 64": (
+        {"scales": zeros(2, 8, dtype=torch.float32)},
+        r"scales has shape \(2, 8\); allowed: \(2, 4\)",
+    ),
+    "scales of more tokens": (
+        {"scales": zeros(4, 4, dtype=torch.float32)},
+        r"scales has shape \(4, 4\); allowed: \(2, 4\)",
+    ),
+    "elsewhere": (
+        {"scales": torch.zeros(2, 4, device="meta")},
+        r"scales is on meta; allowed: attn_out's device, (cpu|cuda)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_input_is_refused(bad: str, device: torch.device) -> None:
+    changed, message = BAD[bad]
+    on_device = {
+        name: value.to(device) if isinstance(value, torch.Tensor) and not value.is_meta else value
+        for name, value in arguments(**changed).items()
+    }
+    if bad == "codes strided":  # a copy to another device would make it contiguous
+        on_device["codes"] = torch.zeros(2, 1024, dtype=FP8, device=device)[:, ::2]
+    for call in (mla_v_up_group_fp8_quant, mla_v_up_group_fp8_quant_reference):
+        with pytest.raises(ValueError, match=message):
+            call(**on_device)
+
+
+def test_bad_arguments_are_refused_while_compiling(device: torch.device) -> None:
+    good = {name: t.to(device) if isinstance(t, torch.Tensor) else t for name, t in arguments().items()}
+
+    @torch.compile(fullgraph=True)
+    def compiled(attn_out, w_uv, codes, scales, group_size):
+        OP(attn_out, w_uv, codes, scales, 96, False, EPS)
+
+    with pytest.raises(Exception, match=r"group_size=96 .*allowed: 64, 128"):
+        compiled(**good)

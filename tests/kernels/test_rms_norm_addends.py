@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RMSNorm + quantiser whose inputs are sums: added up in fp32, as Inductor does, and not rounded in between."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_fusion_plugin.kernels import rms_norm_quant as kernels
+from vllm_fusion_plugin.ops import rms_norm_quant as ops
+from vllm_fusion_plugin.ops.quant import empty_group_scales
+
+from .checks import assert_same_bytes
+
+EPSILON, GROUP = 1e-6, 128
+ROWS = 3
+
+
+def integers(
+    seed: int, width: int, device: torch.device, top: int = 30, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    """Numbers of which sums, and sums of squares, are exact whatever their order."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-top, top + 1, (ROWS, width), generator=generator).to(dtype).to(device)
+
+
+def random(seed: int, width: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(ROWS, width, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
+
+
+def launch(kind: str, x: torch.Tensor, residual: torch.Tensor | None, **more) -> list[torch.Tensor]:
+    """Codes, scales if there are any, normed, residual_out."""
+    weight = random(9, x.shape[1], x.device)[0]
+    codes, normed, total = (torch.empty_like(x, dtype=d) for d in (torch.float8_e4m3fn, x.dtype, x.dtype))
+    keep = {"normed": normed, "residual_out": None if residual is None else total}
+    if kind == "group":
+        scales = empty_group_scales(x, ROWS, x.shape[1] // GROUP, False, False)
+        kernels.rms_norm_group_fp8_quant(
+            x,
+            weight,
+            residual,
+            codes,
+            scales,
+            EPSILON,
+            False,
+            GROUP,
+            False,
+            1e-10,
+            "native",
+            "custom_op",
+            **keep,
+            **more,
+        )
+    elif kind == "token":
+        scales = x.new_empty((ROWS, 1), dtype=torch.float32)
+        kernels.rms_norm_token_fp8_quant(
+            x, weight, residual, None, codes, scales, EPSILON, False, "native", "custom_op", **keep, **more
+        )
+    else:
+        scales = x.new_full((1,), 0.01, dtype=torch.float32)
+        kernels.rms_norm_static_fp8_quant(
+            x, weight, residual, scales, codes, EPSILON, False, "native", "custom_op", **keep, **more
+        )
+    return [codes, scales, normed, *([] if residual is None else [total])]
+
+
+@pytest.mark.parametrize("kind", ["group", "token", "static"])
+@pytest.mark.parametrize("width", [256, 1536, 4096])  # a warp, a chunk with columns to spare, several chunks
+def test_exact_sums_have_the_bytes_of_their_sum(kind: str, width: int, device: torch.device) -> None:
+    x, addend, residual, more = (integers(seed, width, device) for seed in range(4))
+    tile = kernels.row_tile(width, False, True)
+    together = launch(kind, x + 2.5 * addend, residual + more, tile=tile)
+    apart = launch(kind, x, residual, x_addend=addend, x_addend_scale=2.5, residual_addend=more)
+    for name, got, want in zip(("codes", "scales", "normed", "sum"), apart, together, strict=True):
+        assert_same_bytes(got, want, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", ["x_addend", "residual_addend", "both"])
+def test_sums_are_rounded_once(given: str, dtype: torch.dtype, device: torch.device) -> None:
+    width = 512
+    x, addend, residual, more = (random(seed, width, device, dtype) for seed in range(4))
+    addends = {} if given == "residual_addend" else {"x_addend": addend, "x_addend_scale": 2.5}
+    addends |= {} if given == "x_addend" else {"residual_addend": more}
+    *_, normed, total = launch("group", x, residual, **addends)
+    want = x.double() + (2.5 * addend.double() if given != "residual_addend" else 0.0)
+    # each sum in fp32: the first is one multiply-add
+    want = want.float() + (residual.float() + (more.float() if given != "x_addend" else 0.0))
+    assert_same_bytes(total, want.to(dtype), "sum")
+    # ... which is not what comes of rounded sums
+    rounded = (
+        x + 2.5 * addend if given != "residual_addend" else x,
+        residual + more if given != "x_addend" else residual,
+    )
+    assert not torch.equal(launch("group", *rounded)[-1], total)
+    assert not torch.equal(launch("group", *rounded)[-2], normed)
+
+
+def test_sum_is_not_stored_unless_wanted(device: torch.device) -> None:
+    x, residual = (random(seed, 256, device) for seed in (0, 1))
+    weight = random(9, 256, device)[0]
+    with_sum = ops.rms_norm_group_fp8_quant(x, weight, residual=residual)
+    without = ops.rms_norm_group_fp8_quant(x, weight, residual=residual, keep_sum=False)
+    assert len(with_sum) == 3 and len(without) == 2
+    for got, want in zip(without, with_sum[:2], strict=True):
+        assert_same_bytes(got, want, "output")
+
+
+@pytest.mark.parametrize("kind", ["group", "token", "static"])
+def test_op_is_its_reference_with_addends(kind: str, device: torch.device) -> None:
+    x, addend, residual, more = (integers(seed, 256, device) for seed in range(4))
+    weight = random(9, 256, device)[0]
+    rest = {
+        "group": (GROUP, False, False, False, 1e-10),
+        "token": (None,),
+        "static": (torch.full((1,), 0.01, device=device),),
+    }[kind]
+    arguments = (x, weight, EPSILON, residual, False, True, *rest, "native", "custom_op", addend, 0.5, more, True)
+    op = getattr(torch.ops.vllm_fusion_plugin, f"rms_norm_{kind}_fp8_quant").default
+    got = op(*arguments)
+    want = getattr(ops, f"rms_norm_{kind}_fp8_quant_reference")(*arguments)
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert_same_bytes(a, b, "output")
+    torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x_addend": "x", "norm_form": "eager"}, "x_addend is given with norm_form='eager'"),
+        (
+            {"residual": "x", "residual_addend": "x", "norm_form": "custom_op"},
+            "residual_addend is given with norm_form=",
+        ),
+        ({"residual_addend": "x"}, "residual_addend is given without a residual"),
+        ({"x_addend_scale": 2.5}, "x_addend_scale=2.5 without x_addend"),
+        ({"x_addend": "wide"}, r"x_addend has shape \(3, 512\); allowed: x's shape"),
+        ({"x_addend": "half"}, "x_addend has dtype torch.float16; allowed: x's dtype"),
+    ],
+    ids=str,
+)
+def test_bad_addends_are_refused(arguments: dict, message: str, device: torch.device) -> None:
+    tensors = {
+        "x": random(0, 256, device),
+        "wide": random(0, 512, device),
+        "half": random(0, 256, device, torch.float16),
+    }
+    given = {name: tensors.get(value, value) for name, value in arguments.items()}
+    with pytest.raises(ValueError, match=message):
+        ops.rms_norm_group_fp8_quant(tensors["x"], random(9, 256, device)[0], **given)

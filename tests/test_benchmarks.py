@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmarks conclude from their measurements; the measuring itself needs a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+# ---- timing.py -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "left_out"), [(6, 0), (8, 0), (9, 1), (12, 2), (20, 5)])
+def test_interval_of_the_median_leaves_out_what_tables_of_the_sign_test_say(n, left_out):
+    from timing import median_interval
+
+    values = random.Random(n).sample(range(100), n)
+    assert median_interval(values) == (sorted(values)[left_out], sorted(values)[-1 - left_out])
+
+
+def test_interval_holds_the_median_as_often_as_it_says():
+    from timing import median_interval
+
+    draw = random.Random(0)
+    inside = 0
+    for _ in range(2000):
+        low, high = median_interval([draw.expovariate(1.0) for _ in range(12)])
+        inside += low <= 0.6931 <= high
+    assert inside >= 0.95 * 2000
+
+
+def test_too_few_values_for_an_interval_are_refused():
+    from timing import median_interval
+
+    with pytest.raises(ValueError, match="5 values hold no median with 95% confidence"):
+        median_interval([1.0, 2.0, 3.0, 4.0, 5.0])
+
+
+# ---- grid.py ---------------------------------------------------------------------------------------------------------
+
+
+def test_shapes_where_ours_is_slower_are_told(capsys):
+    from grid import verdict
+
+    at = {"op": "some_op", "mode": "column", "dtype": "bfloat16", "floor_us": 1.0}
+    verdict([
+        at | {"M": 4, "H": 512, "impl": "ours", "us": 2.0},
+        at | {"M": 4, "H": 512, "impl": "unfused", "us": 1.5},
+        at | {"M": 4, "H": 512, "impl": "inductor", "us": 2.5},
+        at | {"M": 8, "H": 512, "impl": "ours", "us": 2.0},
+        at | {"M": 8, "H": 512, "impl": "unfused", "us": 2.1},
+    ])  # fmt: skip
+    assert capsys.readouterr().out == "SLOWER some_op column bfloat16 M=4 H=512: ours 2.00, {'unfused': 1.5}\n"
+
+
+@pytest.mark.parametrize(
+    # script, width, numbers a row of the buffer for what is quantised, which only vLLM's unfused ops write to
+    ("script", "width", "buffer"),
+    [
+        ("silu_mul_quant", 512, 512),
+        ("rms_norm_quant", 512, 512),
+        ("gated_rms_norm_quant", 512, 0),
+        ("group_quant", 512, 0),
+        ("mla_dual_rms_norm_quant", 512, 512),
+        ("mla_v_up_quant", 4, 512),
+    ],
+)
+def test_least_traffic_is_the_bytes_of_inputs_and_outputs(script, width, buffer, monkeypatch):
+    import grid
+
+    module = importlib.import_module(script)
+    kinds = [
+        k for k in vars(module).values() if isinstance(k, type) and issubclass(k, grid.Workload) and hasattr(k, "op")
+    ]
+    assert kinds
+    for factory in ("randn", "randn_like", "empty_like"):
+        original = getattr(torch, factory)
+        monkeypatch.setattr(torch, factory, lambda *a, _f=original, **k: _f(*a, **{**k, "device": "cpu"}))
+    rows = 4  # TMA-aligned scales need no padding
+    for workload in (kind(mode) for kind in kinds for mode in kind.modes):
+        total = sum(t.nbytes for t in workload.inputs(rows, width, torch.bfloat16) if t is not None)
+        unused = 0 if "keep_norm" in workload.words else 2 * rows * buffer
+        assert workload.moved_bytes(rows, width) == total - unused, (workload.op, workload.mode)
+
+
+def test_a_width_that_is_not_whole_groups_is_refused():
+    from quantisers import Group
+
+    with pytest.raises(ValueError, match="output width 320 is not a multiple of group_size=128"):
+        Group.of("column").outputs(torch.empty(2, 320), 2, 320)
+
+
+# ---- exactness.py ----------------------------------------------------------------------------------------------------
+
+
+def test_differences_are_counted_bit_by_bit_and_in_codes():
+    from exactness import code_steps, differing
+
+    codes = torch.tensor([1.0, -1.0, 0.0, -0.0, 448.0]).to(torch.float8_e4m3fn)
+    other = torch.tensor([1.125, -1.25, -0.0, -0.0, 448.0]).to(torch.float8_e4m3fn)
+    scales = torch.tensor([[1.0, 2.0]])
+    assert code_steps(codes, other) == 2
+    assert code_steps(torch.tensor([2**-9]).to(codes.dtype), torch.tensor([-(2**-9)]).to(codes.dtype)) == 2
+    assert differing({"codes": codes, "scales": scales}, {"codes": other, "scales": scales}) == {
+        "codes": 3,
+        "scales": 0,
+    }
+    with pytest.raises(ValueError, match="ours has the outputs"):
+        differing({"codes": codes}, {"codes": other, "scales": scales})
+
+
+def test_every_case_of_every_op_is_another():
+    from exactness import cases
+
+    listed = [(c.op, c.mode, c.form, c.quant_form, c.producer.words) for c in cases()]
+    assert len(set(listed)) == len(listed)
+    # graphs that are compiled already are found by their quantiser
+    assert len({c.quant for c in cases()}) == len({(c.kind, c.mode) for c in cases()})
+
+
+# ---- end_to_end.py ---------------------------------------------------------------------------------------------------
+
+
+def test_differences_of_configurations_are_taken_round_by_round():
+    import end_to_end
+
+    drift = [1.0, 1.2, 1.5, 1.1, 1.4, 1.3, 1.0]
+    times = {
+        ("decode", 8, "gpu_ms"): {
+            "stock_unfused": drift,
+            "ours": [t - d for t, d in zip(drift, (0.1, 0.2, 0.1, 0.1, 0.1, 0.0, 0.1), strict=True)],
+        }
+    }
+    (row,) = end_to_end.paired(times)
+    assert (row["pair"], row["clock"], row["batch"]) == ("ours - stock_unfused", "gpu_ms", 8)
+    assert (row["median_ms"], row["low_ms"], row["high_ms"]) == (-0.1, -0.2, 0.0)
+    assert row["percent"] == pytest.approx(-100 * 0.1 / 1.2, abs=0.01)
+    assert end_to_end.summaries("m", times) == [
+        {"model": "m", "phase": "decode", "batch": 8, "config": "stock_unfused", "gpu_ms": 1.2},
+        {"model": "m", "phase": "decode", "batch": 8, "config": "ours", "gpu_ms": 1.0},
+    ]
+
+
+class FakeEngine:
+    def __init__(self, name: str, asked: list) -> None:
+        self.name, self.asked = name, asked
+
+    def ask(self, do: str, **arguments):
+        self.asked.append((self.name, do, arguments.get("batch", 1)))
+        return {"ms": 1.0} if do == "prefill" else {"ms": 2.0, "gpu_ms": None}
+
+
+def test_every_round_asks_each_engine_for_each_case_and_begins_with_another():
+    import end_to_end
+
+    asked: list = []
+    engines = {name: FakeEngine(name, asked) for name in ("stock_unfused", "ours")}
+    args = SimpleNamespace(rounds=6, batches=[1, 8])
+    times = end_to_end.take_turns(engines, args)
+    assert times == {
+        ("prefill", 1, "ms"): dict.fromkeys(engines, [1.0] * 6),
+        ("decode", 1, "ms"): dict.fromkeys(engines, [2.0] * 6),
+        ("decode", 8, "ms"): dict.fromkeys(engines, [2.0] * 6),
+    }
+    one, two = "stock_unfused", "ours"
+    assert asked[:6] == [(n, d, b) for d, b in (("prefill", 1), ("decode", 1), ("decode", 8)) for n in (one, two)]
+    assert asked[6:8] == [(two, "prefill", 1), (one, "prefill", 1)]
+
+
+def test_agreement_of_tokens_and_logprobs():
+    import end_to_end
+
+    a = [[[5, 6], [{"5": -0.1}, {"6": -0.2}]]]
+    b = [[[5, 7], [{"5": -0.1}, {"7": -0.2}]]]
+    assert end_to_end.compare({"ours": a, "stock_unfused": b, "control": b}) == {
+        "ours and stock_unfused": {"tokens": 2, "equal_tokens": 1, "equal_logprobs": False},
+        "control and stock_unfused": {"tokens": 2, "equal_tokens": 2, "equal_logprobs": True},
+    }
+
+
+def parsed(monkeypatch, model: Path, *arguments: str):
+    import end_to_end
+
+    monkeypatch.setattr(sys, "argv", ["end_to_end.py", "--model", str(model), *arguments])
+    return end_to_end.parse()
+
+
+@pytest.mark.parametrize("model", sorted((ROOT / "tests" / "models").iterdir()), ids=lambda path: path.name)
+def test_models_bring_what_they_need(model, monkeypatch):
+    args = parsed(monkeypatch, model)
+    assert set(args.batches) <= set(args.capture)
+    assert {"stock_unfused", "ours"} <= set(args.configs)
+    assert ("gdn_prefill_backend" in args.engine) == model.name.startswith("qwen3-next")
+
+
+def test_the_command_line_wins_over_what_a_model_needs(monkeypatch):
+    model = ROOT / "tests" / "models" / "qwen3-next-8layers"
+    args = parsed(monkeypatch, model, "--batches", "4", "--engine", '{"seed": 1}')
+    assert args.batches == [4]
+    assert args.engine == {"gdn_prefill_backend": "triton", "seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--rounds", "5"], "--rounds 5: no interval of fewer than 6"), (["--engine", "{"], "argument --engine")],
+)
+def test_bad_arguments_are_refused(arguments, words, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        parsed(monkeypatch, ROOT / "tests" / "models" / "qwen3-8b-8layers", *arguments)
+    assert words in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_refused(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        parsed(monkeypatch, tmp_path)
+    assert "allowed: a folder with a config.json" in capsys.readouterr().err
+
+
+# ---- engine_worker.py ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def engine_worker(monkeypatch):
+    # All that it asks of vLLM when it is imported, which takes 15 s.
+    platforms = SimpleNamespace(current_platform=SimpleNamespace(is_cuda_alike=lambda: False))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(platforms=platforms))
+    monkeypatch.setitem(sys.modules, "vllm.platforms", platforms)
+    return importlib.import_module("engine_worker")
+
+
+class Graph:
+    replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+def test_a_step_of_several_graphs_has_no_graph_time(engine_worker, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(Graph, "replay", Graph.replay)  # put back afterwards
+    worker = engine_worker.EngineWorker()
+    worker.watch_graphs()
+    first, second = Graph(), Graph()
+    assert worker.decode_graph_ms([1], 3) is None
+    for graph in (first, second, first, second):
+        graph.replay()
+    assert worker.decode_graph_ms([1], 3) is None
+    assert (first.replays, second.replays) == (2, 2)
+
+
+def test_the_last_graph_is_timed_on_the_tokens_given(engine_worker, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(Graph, "replay", Graph.replay)
+    graph = Graph()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+
+        def record(self) -> None:
+            self.at = float(graph.replays) ** 2
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, other) -> float:
+            return other.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    worker = engine_worker.EngineWorker()
+    ids = torch.zeros(8, dtype=torch.int32)
+    worker.model_runner = SimpleNamespace(input_ids=SimpleNamespace(gpu=ids))
+    worker.watch_graphs()
+    graph.replay()
+    graph.replay()
+    # 2 replays before, 5 to warm up, then 3 that take 8² - 7², 9² - 8² and 10² - 9²
+    assert worker.decode_graph_ms([4, 5, 6], 3) == 17.0
+    assert ids.tolist() == [4, 5, 6, 0, 0, 0, 0, 0]

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gated RMSNorm + FP8 quantiser: one pass over x and z, one program a tile of whole heads.
+
+For 5 bytes an element there is much to compute, and instructions are nearly as scarce as bandwidth. Hence the inline PTX
+below, which has the bits of what it stands for: 596 instructions for a thread's 16 elements instead of 654 (sm_90, two rows
+a tile), and no conversions one number at a time, for which the hardware has few units.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from . import numerics, quant
+from .launch import on_device, pdl_supported, wait_for_producer
+
+
+@triton.jit
+def widen(x):
+    """x in fp32; two bf16 numbers in two instructions."""
+    if numerics.HAS_PTX and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
+        )
+    return x.to(tl.float32)
+
+
+@triton.jit
+def round_to(y, dtype: tl.constexpr):
+    """fp32 y rounded to dtype, in fp32; two bf16 numbers at once."""
+    if numerics.HAS_PTX and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 pair;
+            cvt.rn.bf16x2.f32 pair, $3, $2;
+            shl.b32 $0, pair, 16;
+            and.b32 $1, pair, 0xffff0000;
+            }""",
+            "=r,=r,r,r",
+            [y],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    return y.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def exp_of_negative(x):
+    """expf(-x) of CUDA's library: its own instructions, with the sign in the constants and the clamp in the first fma."""
+    if numerics.HAS_PTX:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 exponent, shifted, fraction;
+            .reg .b32 power;
+            fma.rn.ftz.sat.f32 exponent, $1, 0fBBBB989D, 0f3F000000;
+            fma.rm.ftz.f32 shifted, exponent, 0f437C0000, 0f4B400001;
+            add.f32 exponent, shifted, 0fCB40007F;
+            neg.f32 exponent, exponent;
+            fma.rn.ftz.f32 fraction, $1, 0fBFB8AA3B, exponent;
+            fma.rn.ftz.f32 fraction, $1, 0fB2A57060, fraction;
+            mov.b32 power, shifted;
+            shl.b32 power, power, 23;
+            mov.b32 shifted, power;
+            ex2.approx.ftz.f32 fraction, fraction;
+            mul.f32 $0, fraction, shifted;
+            }""",
+            "=r,r",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return numerics.exp(-x)
+
+
+@triton.jit
+def gate(z, SIGMOID: tl.constexpr):
+    """sigmoid(z) or silu(z) with the bits of Inductor's kernel, for fp32 values of bf16 or fp16 numbers."""
+    if SIGMOID:
+        return tl.sigmoid(z)  # what Inductor calls; its exp is Triton's own
+    # as numerics.silu, which says why the denominator is a quarter of itself
+    quarter = tl.fma(exp_of_negative(z), 0.25, 0.25)
+    return (z * 0.25) * numerics.reciprocal(quarter)
+
+
+@triton.jit
+def rsqrt(x):
+    if numerics.HAS_LIBDEVICE:
+        return libdevice.rsqrt(x)
+    return tl.rsqrt(x)
+
+
+# What changes with the number of tokens is not specialised on: a server would meet a new specialisation, and half a second
+# of compilation, in the middle of a request.
+@triton.jit(do_not_specialize=["rows", "padded_rows", "scale_group_stride"])
+def _group_kernel(
+    x_ptr,
+    z_ptr,
+    weight_ptr,
+    codes_ptr,
+    scales_ptr,
+    rows,
+    heads,
+    padded_rows,
+    x_row_stride,
+    x_head_stride,
+    z_row_stride,
+    z_head_stride,
+    scale_row_stride,
+    scale_group_stride,
+    epsilon,
+    eps,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_HEADS: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
+    EVEN_HEADS: tl.constexpr,
+    PADDED: tl.constexpr,
+    UE8M0: tl.constexpr,
+    GATE_FIRST: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    KEEP_FP32: tl.constexpr,
+    NATIVE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    first_row = tl.program_id(0 if ROWS_FIRST else 1) * TILE_ROWS
+    first_head = tl.program_id(1 if ROWS_FIRST else 0) * TILE_HEADS
+    row = first_row + tl.arange(0, TILE_ROWS)
+    head = (first_head + tl.arange(0, TILE_HEADS))[None, :, None]
+    column = tl.arange(0, BLOCK)[None, None, :]
+    row64, head64 = row.to(tl.int64)[:, None, None], head.to(tl.int64)
+    x_ptrs = x_ptr + row64 * x_row_stride + head64 * x_head_stride + column
+    z_ptrs = z_ptr + row64 * z_row_stride + head64 * z_head_stride + column
+    # One row of the tile, and not [1, 1, BLOCK]: Triton would spread that one's layout to all that meets it.
+    weight_ptrs = weight_ptr + tl.broadcast_to(column, (1, TILE_HEADS, BLOCK))
+    wait_for_producer(PDL)
+    mask = (row < rows)[:, None, None]
+    if not EVEN_HEADS:
+        mask = mask & (head < heads)
+    if HEAD_DIM != BLOCK:
+        mask = mask & (column < HEAD_DIM)
+    x = tl.load(x_ptrs, mask=mask, other=0.0)
+    z = tl.load(z_ptrs, mask=mask, other=0.0)
+    weight = tl.load(weight_ptrs, mask=column < HEAD_DIM, other=0.0)
+
+    gates = gate(widen(z), SIGMOID)
+    y = widen(x)
+    if GATE_FIRST:
+        y = y * gates
+    mean = tl.sum(y * y, axis=2, keep_dims=True) / HEAD_DIM
+    y = y * rsqrt(mean + epsilon) * widen(weight)
+    if not GATE_FIRST:
+        y = y * gates
+    if not KEEP_FP32:
+        y = round_to(y, x.dtype)
+
+    BLOCK_GROUPS: tl.constexpr = BLOCK // GROUP_SIZE
+    HEAD_GROUPS: tl.constexpr = HEAD_DIM // GROUP_SIZE
+    y = tl.reshape(y, (TILE_ROWS, TILE_HEADS * BLOCK_GROUPS, GROUP_SIZE))
+    scale = quant.group_scale(y, eps, NATIVE, UE8M0)
+    codes = tl.reshape(quant.group_codes(y, scale, NATIVE, UE8M0), (TILE_ROWS, TILE_HEADS, BLOCK))
+    codes_ptrs = codes_ptr + row64 * (heads * HEAD_DIM) + head * HEAD_DIM + column
+    # See `Tile`: 16 codes would be one store, and Triton would then give 16 elements to a thread everywhere.
+    tl.store(tl.max_contiguous(codes_ptrs, (1, 1, 8)), codes, mask=mask)
+
+    in_tile = tl.arange(0, TILE_HEADS * BLOCK_GROUPS)
+    group_head, in_head = first_head + in_tile // BLOCK_GROUPS, in_tile % BLOCK_GROUPS
+    group_mask = (group_head < heads) & (in_head < HEAD_GROUPS)
+    group = (group_head * HEAD_GROUPS + in_head).to(tl.int64)
+    scale_columns = scales_ptr + group[None, :] * scale_group_stride
+    quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride)
+    if PADDED and first_row + TILE_ROWS >= rows:
+        quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride)
+
+
+# From so many elements on memory is busy throughout, and starting early only makes two kernels share it.
+LARGE = 2**23
+# What a warp has of a row: a 16-byte load of 8 elements a thread.
+WARP = 256
+
+
+class Tile(NamedTuple):
+    """Rows and heads of a program. A row of the tile is one load a thread, the rows of the tile come one after the other.
+
+    So a thread has 8 neighbouring elements of a head in every tile, and a head's sum of squares is made in one order: 8 by
+    8, then by halves across the threads. It is also the order of Inductor's kernel (see ops/gated_rms_norm_quant.py).
+    """
+
+    rows: int
+    heads: int
+
+
+def head_tile(rows: int, heads: int, head_dim: int) -> Tile:
+    """Tile for `rows` rows of `heads` heads. Not tuned yet."""
+    least = max(WARP // triton.next_power_of_2(head_dim), 1)
+    if rows * heads * head_dim < LARGE // 8:
+        return Tile(1, least)
+    return Tile(2, max(min(4 * least, triton.next_power_of_2(heads)), least))
+
+
+def _strides(x: torch.Tensor, heads: int) -> tuple[int, int]:
+    """Strides of rows and heads, x being [rows * heads, D] or [rows, heads, D]."""
+    return (x.stride(0), x.stride(1)) if x.dim() == 3 else (heads * x.stride(0), x.stride(0))
+
+
+def gated_rms_norm_group_fp8_quant(
+    x: torch.Tensor,
+    z: torch.Tensor,
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    epsilon: float,
+    num_heads: int,
+    norm_before_gate: bool,
+    activation: str,
+    group_size: int,
+    use_ue8m0: bool,
+    eps: float,
+    norm_form: str,
+    quant_form: str,
+    tile: Tile | None = None,
+    rows_first: bool | None = None,
+    pdl: bool | None = None,
+) -> None:
+    """Write codes [N, num_heads * D] and scales [N, num_heads * D / group_size]; arguments as the op checked them."""
+    rows, head_dim = codes.shape[0], x.shape[-1]
+    if rows == 0:
+        return
+    block = triton.next_power_of_2(head_dim)
+    tile = tile or head_tile(rows, num_heads, head_dim)
+    # TMA-aligned scales have longer columns than there are rows
+    padded_rows = scales.stride(1) if scales.stride(0) == 1 else rows
+    pdl = pdl_supported(x.device) and codes.numel() < LARGE if pdl is None else pdl
+    row_tiles, head_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(num_heads, tile.heads)
+    rows_first = row_tiles > 65535 if rows_first is None else rows_first  # axis 0 alone may exceed 65535
+    with on_device(x.device):
+        _group_kernel[(row_tiles, head_tiles) if rows_first else (head_tiles, row_tiles)](
+            x,
+            z,
+            weight,
+            codes,
+            scales,
+            rows,
+            num_heads,
+            padded_rows,
+            *_strides(x, num_heads),
+            *_strides(z, num_heads),
+            scales.stride(0),
+            scales.stride(1),
+            epsilon,
+            eps,
+            HEAD_DIM=head_dim,
+            BLOCK=block,
+            GROUP_SIZE=group_size,
+            TILE_ROWS=tile.rows,
+            TILE_HEADS=tile.heads,
+            ROWS_FIRST=rows_first,
+            EVEN_HEADS=num_heads % tile.heads == 0,
+            PADDED=padded_rows > rows,
+            UE8M0=use_ue8m0,
+            GATE_FIRST=not norm_before_gate,
+            SIGMOID=activation == "sigmoid",
+            KEEP_FP32=(norm_form, quant_form) == ("native", "native"),
+            NATIVE=quant_form == "native",
+            PDL=pdl,
+            num_warps=tile.heads * block // WARP,
+            enable_fp_fusion=True,  # squares are added by fma, as in Inductor's kernels; Triton's default will not last
+            **({"launch_pdl": True} if pdl else {}),
+        )

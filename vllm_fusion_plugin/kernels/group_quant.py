@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The FP8 group quantiser by itself: one pass over the input, one program a tile of whole groups."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import quant
+from .launch import on_device, pdl_supported, wait_for_producer
+
+
+# What changes with the number of tokens is not specialised on: a server would meet a new specialisation, and half a second
+# of compilation, in the middle of a request.
+@triton.jit(do_not_specialize=["rows", "padded_rows", "scale_group_stride"])
+def _kernel(
+    x_ptr,
+    codes_ptr,
+    scales_ptr,
+    rows,
+    width,
+    padded_rows,
+    x_stride,
+    scale_row_stride,
+    scale_group_stride,
+    eps,
+    GROUP_SIZE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_GROUPS: tl.constexpr,
+    ROWS_FIRST: tl.constexpr,
+    EVEN_GROUPS: tl.constexpr,
+    PADDED: tl.constexpr,
+    UE8M0: tl.constexpr,
+    NATIVE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    first_row = tl.program_id(0 if ROWS_FIRST else 1) * TILE_ROWS
+    row = first_row + tl.arange(0, TILE_ROWS)
+    group = tl.program_id(1 if ROWS_FIRST else 0) * TILE_GROUPS + tl.arange(0, TILE_GROUPS)
+    column = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]
+    row64 = row.to(tl.int64)
+    wait_for_producer(PDL)
+    mask = (row < rows)[:, None, None]
+    if not EVEN_GROUPS:
+        mask = mask & (column < width)[None, :, :]
+    y = tl.load(x_ptr + row64[:, None, None] * x_stride + column[None, :, :], mask=mask, other=0.0).to(tl.float32)
+
+    scale = quant.group_scale(y, eps, NATIVE, UE8M0)
+    codes_ptrs = codes_ptr + row64[:, None, None] * width + column[None, :, :]
+    tl.store(codes_ptrs, quant.group_codes(y, scale, NATIVE, UE8M0), mask=mask)
+    group_mask = group * GROUP_SIZE < width
+    scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
+    quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride)
+    if PADDED and first_row + TILE_ROWS >= rows:
+        quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride)
+
+
+# From so many elements on memory is busy throughout, and starting early only makes two kernels share it.
+LARGE = 2**23
+
+
+class Tile(NamedTuple):
+    rows: int
+    groups: int
+    num_warps: int
+
+
+def group_tile(rows: int, groups: int, group_size: int) -> Tile:
+    """Tile for `rows` rows of `groups` groups.
+
+    By the tiles of SiLU·mul (kernels/silu_mul_quant.py), with twice the elements where there is work enough to fill the GPU,
+    since an element costs half the loads; more rows instead of groups that are not there. Not tuned for this kernel yet.
+    """
+    per_128 = 128 // group_size
+    elements = rows * groups * group_size
+    if rows == 1:
+        tile = Tile(1, per_128, 1)
+    elif rows <= 16 or elements < 80_000:
+        tile = Tile(2, 2 * per_128, 4)
+    elif elements < 440_000:
+        tile = Tile(2, 4 * per_128, 8)
+    elif elements < LARGE:
+        tile = Tile(8, per_128, 2)
+    else:
+        tile = Tile(2, 8 * per_128, 2)
+    fitting = min(tile.groups, triton.next_power_of_2(groups))
+    return Tile(tile.rows * tile.groups // fitting, fitting, tile.num_warps)
+
+
+def group_fp8_quant(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    group_size: int,
+    use_ue8m0: bool,
+    eps: float,
+    quant_form: str,
+    tile: Tile | None = None,
+    rows_first: bool | None = None,
+    pdl: bool | None = None,
+) -> None:
+    """Write codes [M, K] and scales [M, K / group_size] of x [M, K]; arguments as the op checked them."""
+    rows, width = codes.shape
+    if rows == 0:
+        return
+    groups = width // group_size
+    tile = tile or group_tile(rows, groups, group_size)
+    # TMA-aligned scales have longer columns than there are rows
+    padded_rows = scales.stride(1) if scales.stride(0) == 1 else rows
+    pdl = pdl_supported(x.device) and codes.numel() < LARGE if pdl is None else pdl
+    row_tiles, group_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(groups, tile.groups)
+    rows_first = row_tiles > 65535 if rows_first is None else rows_first  # axis 0 alone may exceed 65535
+    with on_device(x.device):
+        _kernel[(row_tiles, group_tiles) if rows_first else (group_tiles, row_tiles)](
+            x,
+            codes,
+            scales,
+            rows,
+            width,
+            padded_rows,
+            x.stride(0),
+            scales.stride(0),
+            scales.stride(1),
+            eps,
+            GROUP_SIZE=group_size,
+            TILE_ROWS=tile.rows,
+            TILE_GROUPS=tile.groups,
+            ROWS_FIRST=rows_first,
+            EVEN_GROUPS=groups % tile.groups == 0,
+            PADDED=padded_rows > rows,
+            UE8M0=use_ue8m0,
+            NATIVE=quant_form == "native",
+            PDL=pdl,
+            num_warps=tile.num_warps,
+            **({"launch_pdl": True} if pdl else {}),
+        )

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MLA's two RMSNorms in one kernel: q quantised to FP8 in groups, kv left in its dtype. One program for both."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import on_device, wait_for_producer
+from .rms_norm_quant import (
+    Tile,
+    forms,
+    inverse_rms,
+    load_weight,
+    norm_and_quantise_groups,
+    prefetch,
+    row_tile,
+    start,
+    times_weight,
+    widen,
+)
+
+
+@triton.jit(
+    do_not_specialize=["rows", "padded_rows", "scale_group_stride"], do_not_specialize_on_alignment=["codes_ptr"]
+)
+def _dual_kernel(
+    q_ptr,
+    kv_ptr,
+    q_weight_ptr,
+    kv_weight_ptr,
+    codes_ptr,
+    scales_ptr,
+    kv_normed_ptr,
+    rows,
+    padded_rows,
+    q_stride,
+    kv_stride,
+    scale_row_stride,
+    scale_group_stride,
+    q_epsilon,
+    kv_epsilon,
+    eps,
+    Q_WIDTH: tl.constexpr,
+    KV_WIDTH: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    KV_BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PADDED: tl.constexpr,
+    UE8M0: tl.constexpr,
+    CUSTOM_OP: tl.constexpr,
+    Q_ROUND_SCALED: tl.constexpr,
+    KV_ROUND_SCALED: tl.constexpr,
+    KEEP_FP32: tl.constexpr,
+    NATIVE: tl.constexpr,
+    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    first_row = tl.program_id(0) * TILE_ROWS
+    prefetch(q_weight_ptr, Q_WIDTH, PDL)
+    prefetch(kv_weight_ptr, KV_WIDTH, PDL)
+    wait_for_producer(PDL)
+    # kv is loaded before q and computed with after it, so that both are on their way at once
+    row = first_row + tl.arange(0, TILE_ROWS)
+    row64 = row.to(tl.int64)[:, None]
+    column = tl.arange(0, KV_BLOCK)[None, :]
+    mask = (row < rows)[:, None] & (column < KV_WIDTH)
+    kv = tl.load(kv_ptr + row64 * kv_stride + column, mask=mask, other=0.0)
+    weight = load_weight(kv_weight_ptr, column, KV_WIDTH, KV_WIDTH == KV_BLOCK)
+    norm_and_quantise_groups(
+        q_ptr, None, q_weight_ptr, codes_ptr, scales_ptr, None, None, first_row, rows, padded_rows, q_stride, 0,
+        scale_row_stride, scale_group_stride, q_epsilon, eps, Q_WIDTH, GROUP_SIZE, TILE_ROWS, CHUNK, ALIGNED, PADDED,
+        UE8M0, False, CUSTOM_OP, Q_ROUND_SCALED, KEEP_FP32, NATIVE, EARLY,
+    )  # fmt: skip
+    s = widen(kv)
+    inverse = inverse_rms(tl.sum(s * s, axis=1), kv_epsilon, KV_WIDTH, CUSTOM_OP)
+    y = times_weight(s * inverse[:, None], weight, kv.dtype, False, KV_ROUND_SCALED, False)
+    tl.store(kv_normed_ptr + row64 * KV_WIDTH + column, y.to(kv.dtype), mask=mask)
+
+
+def mla_dual_rms_norm_group_fp8_quant(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    q_weight: torch.Tensor,
+    kv_weight: torch.Tensor,
+    q_codes: torch.Tensor,
+    q_scales: torch.Tensor,
+    kv_normed: torch.Tensor,
+    q_epsilon: float,
+    kv_epsilon: float,
+    group_size: int,
+    use_ue8m0: bool,
+    eps: float,
+    norm_form: str,
+    quant_form: str,
+    tile: Tile | None = None,
+    pdl: bool | None = None,
+) -> None:
+    """Write q_codes [M, Hq], q_scales [M, Hq / group_size] and kv_normed [M, Hkv]; arguments as the op checked them.
+
+    q's tile gives kv its warps too, hence the order in which kv's squares are added: it is that of Inductor, which makes one
+    kernel of the two norms as well (a "combo kernel", as vLLM configures it).
+    """
+    rows, width = q.shape
+    if rows == 0:
+        return
+    tile = tile or row_tile(width, quant_form == "native")
+    # TMA-aligned scales have longer columns than there are rows
+    padded_rows = q_scales.stride(1) if q_scales.stride(0) == 1 else rows
+    q_forms = forms(q, q_weight, False, norm_form, quant_form)
+    with on_device(q.device):
+        _dual_kernel[(triton.cdiv(rows, tile.rows),)](
+            q,
+            kv,
+            q_weight,
+            kv_weight,
+            q_codes,
+            q_scales,
+            kv_normed,
+            rows,
+            padded_rows,
+            q.stride(0),
+            kv.stride(0),
+            q_scales.stride(0),
+            q_scales.stride(1),
+            q_epsilon,
+            kv_epsilon,
+            eps,
+            Q_WIDTH=width,
+            KV_WIDTH=kv.shape[1],
+            GROUP_SIZE=group_size,
+            TILE_ROWS=tile.rows,
+            CHUNK=tile.chunk,
+            KV_BLOCK=triton.next_power_of_2(kv.shape[1]),
+            ALIGNED=math.gcd(width, 8),
+            PADDED=padded_rows > rows,
+            UE8M0=use_ue8m0,
+            CUSTOM_OP=q_forms["CUSTOM_OP"],
+            Q_ROUND_SCALED=q_forms["ROUND_SCALED"],
+            KV_ROUND_SCALED=forms(kv, kv_weight, False, norm_form, quant_form)["ROUND_SCALED"],
+            KEEP_FP32=q_forms["KEEP_FP32"],
+            NATIVE=q_forms["NATIVE"],
+            **start(q, pdl),
+            num_warps=tile.num_warps,
+        )

@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MLA's value up-projection + FP8 quantiser: a batched GEMM whose tiles end in codes.
+
+A tile is one head, some tokens, and columns that make whole groups: the group's scale needs all of its columns. Three
+problems in one kernel, told apart by `Tile`:
+
+- For few tokens the weights are nearly all the traffic and each is read once. What counts is how soon all of them are
+  on their way: a program asks L2 for its weights before it waits for its producer, and its pipeline holds nearly all of
+  a head's. `swap` puts the columns, not the tokens, where the tensor core has 64 rows.
+- For some hundreds, tiles are as tall as registers allow, since each reads its head's weights again, from L2.
+- For many, programs are `persistent`: a multiprocessor has room for one such tile, and a program that goes on to the next
+  one loads while it quantises.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import quant
+from .launch import on_device, pdl_supported, wait_for_producer
+from .numerics import HAS_PTX
+
+# Both may come before the wait for the producer, whoever that is: nothing is read, and L2 is where later writes go too.
+
+
+@triton.jit
+def _prefetch_run(w_ptr, RUN: tl.constexpr, WARPS: tl.constexpr):
+    """Ask L2 for RUN 16-bit numbers in a row."""
+    # One address a warp, because the instruction takes only one: lanes with different ones would take turns.
+    warp = tl.arange(0, 32 * WARPS) // 32
+    ptrs = w_ptr + warp * (RUN // WARPS)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+        "=r,l,r",
+        [ptrs.to(tl.int64), tl.full(warp.shape, 2 * (RUN // WARPS), tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _prefetch_rows(w_ptr, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
+    """Ask L2 for ROWS rows of COLUMNS 16-bit numbers, by lines of 128 bytes: too many requests for the instruction above."""
+    row = tl.arange(0, DEPTH).to(tl.int64)
+    ptrs = w_ptr + row[:, None] * row_stride + tl.arange(0, COLUMNS // 64)[None, :] * 64
+    for k in range(0, ROWS, DEPTH):
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+            "=r,l",
+            [(ptrs + tl.cast(k, tl.int64) * row_stride).to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def _tile(
+    first_token,
+    unit,
+    x_ptr,
+    w_ptr,
+    x_desc,
+    w_desc,
+    codes_ptr,
+    scales_ptr,
+    tokens,
+    padded_tokens,
+    padded_groups,
+    x_token_stride,
+    x_head_stride,
+    x_stride,
+    w_head_stride,
+    w_row_stride,
+    w_column_stride,
+    codes_stride,
+    scale_token_stride,
+    scale_group_stride,
+    eps,
+    L: tl.constexpr,
+    V: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    SWAP: tl.constexpr,
+    TMA: tl.constexpr,
+    W_ROWS: tl.constexpr,
+    UE8M0: tl.constexpr,
+):
+    """The codes and scales of TOKENS tokens from `first_token` on, in the `unit`th COLUMNS columns."""
+    head = unit // (V // COLUMNS)
+    first_column = unit % (V // COLUMNS) * COLUMNS
+    token = tl.arange(0, TOKENS)
+    column = tl.arange(0, COLUMNS)
+    live = first_token + token < tokens
+    if not TMA:
+        depth = tl.arange(0, DEPTH).to(tl.int64)
+        x_ptr += tl.cast(head, tl.int64) * x_head_stride + tl.cast(first_token, tl.int64) * x_token_stride
+        x_ptrs = x_ptr + token.to(tl.int64)[:, None] * x_token_stride + depth[None, :] * x_stride
+        w_ptr += tl.cast(head, tl.int64) * w_head_stride + tl.cast(first_column, tl.int64) * w_column_stride
+        w_ptrs = w_ptr + depth[:, None] * w_row_stride + column.to(tl.int64)[None, :] * w_column_stride
+
+    if SWAP:
+        acc = tl.zeros((COLUMNS, TOKENS), tl.float32)
+    else:
+        acc = tl.zeros((TOKENS, COLUMNS), tl.float32)
+    for k in tl.range(0, L, DEPTH, num_stages=STAGES):
+        if TMA:
+            # rows behind the last token are zero
+            x = tl.reshape(x_desc.load([head, first_token, k]), (TOKENS, DEPTH))
+            if W_ROWS:
+                w = tl.reshape(w_desc.load([head, k, first_column]), (DEPTH, COLUMNS))
+            else:
+                w = tl.trans(tl.reshape(w_desc.load([head, first_column, k]), (COLUMNS, DEPTH)))
+        else:
+            x = tl.load(x_ptrs + tl.cast(k, tl.int64) * x_stride, mask=live[:, None], other=0.0)
+            w = tl.load(w_ptrs + tl.cast(k, tl.int64) * w_row_stride)
+        if SWAP:
+            acc = tl.dot(tl.trans(w), tl.trans(x), acc)
+        else:
+            acc = tl.dot(x, w, acc)
+    if SWAP:
+        acc = tl.trans(acc)
+
+    y = acc.to(x_ptr.dtype.element_ty).to(tl.float32)
+    y = tl.reshape(y, (TOKENS, COLUMNS // GROUP_SIZE, GROUP_SIZE))
+    scale = quant.group_scale(y, eps, False, UE8M0)
+    code = tl.reshape(quant.group_codes(y, scale, False, UE8M0), (TOKENS, COLUMNS))
+    first_out = head * V + first_column
+    row = first_token + token
+    codes_ptrs = codes_ptr + row.to(tl.int64)[:, None] * codes_stride + first_out + column[None, :]
+    tl.store(codes_ptrs, code, mask=live[:, None])
+    group = first_out // GROUP_SIZE + tl.arange(0, COLUMNS // GROUP_SIZE)
+    scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
+    all_groups = group >= 0
+    quant.store_scales(scale_columns, scale, row, tokens, all_groups, scale_token_stride)
+    # By every tile of tokens, though one would do: Triton 3.7 cannot flatten a loop with a branch in it.
+    quant.zero_scale_padding(scale_columns, tokens, padded_tokens, group < padded_groups, scale_token_stride)
+
+
+# What changes with the number of tokens is not specialised on: a server would meet a new specialisation, and a second of
+# compilation, in the middle of a request. Head-major inputs have a head stride of that kind; it stays a multiple of 16.
+@triton.jit(do_not_specialize=["heads", "tokens", "padded_tokens", "padded_groups", "scale_group_stride"])
+def _group_kernel(
+    x_ptr,
+    w_ptr,
+    x_desc,
+    w_desc,
+    codes_ptr,
+    scales_ptr,
+    heads,
+    tokens,
+    padded_tokens,
+    padded_groups,
+    x_token_stride,
+    x_head_stride,
+    x_stride,
+    w_head_stride,
+    w_row_stride,
+    w_column_stride,
+    codes_stride,
+    scale_token_stride,
+    scale_group_stride,
+    eps,
+    L: tl.constexpr,
+    V: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    STAGES: tl.constexpr,
+    WARPS: tl.constexpr,
+    SWAP: tl.constexpr,
+    TMA: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    W_ROWS: tl.constexpr,
+    W_WHOLE: tl.constexpr,
+    UE8M0: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    # once for all tiles of tokens
+    if PREFETCH and HAS_PTX and tl.program_id(0) == 0:
+        unit = tl.program_id(1)
+        w_head = w_ptr + tl.cast(unit // (V // COLUMNS), tl.int64) * w_head_stride
+        w_head += tl.cast(unit % (V // COLUMNS) * COLUMNS, tl.int64) * w_column_stride
+        if W_WHOLE:
+            _prefetch_run(w_head, L * COLUMNS, WARPS)
+        elif W_ROWS:
+            _prefetch_rows(w_head, w_row_stride, L, COLUMNS, DEPTH)
+    wait_for_producer(PDL)
+    if PERSISTENT:
+        token_tiles = tl.cdiv(tokens, TOKENS)
+        tiles = token_tiles * heads * (V // COLUMNS)
+        # a head's tiles of tokens at the same time, so that its weights are in L2
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES, flatten=True):
+            _tile(
+                tile % token_tiles * TOKENS, tile // token_tiles,
+                x_ptr, w_ptr, x_desc, w_desc, codes_ptr, scales_ptr, tokens, padded_tokens, padded_groups,
+                x_token_stride, x_head_stride, x_stride, w_head_stride, w_row_stride, w_column_stride,
+                codes_stride, scale_token_stride, scale_group_stride, eps,
+                L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, W_ROWS, UE8M0,
+            )  # fmt: skip
+    else:
+        _tile(
+            tl.program_id(0) * TOKENS, tl.program_id(1),
+            x_ptr, w_ptr, x_desc, w_desc, codes_ptr, scales_ptr, tokens, padded_tokens, padded_groups,
+            x_token_stride, x_head_stride, x_stride, w_head_stride, w_row_stride, w_column_stride,
+            codes_stride, scale_token_stride, scale_group_stride, eps,
+            L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, W_ROWS, UE8M0,
+        )  # fmt: skip
+
+
+class Tile(NamedTuple):
+    """How the work is cut. Sizes are powers of two; of columns and depth, what divides the weights' is taken."""
+
+    tokens: int
+    columns: int
+    depth: int  # of the contraction, a pipeline stage
+    stages: int
+    num_warps: int
+    swap: bool = False  # columns, not tokens, are the rows of the tensor core's tile
+    tma: bool = True  # tensor descriptors instead of pointers, if the tensors lie so that there can be any
+    prefetch: bool = False  # of weights into L2, before the producer is waited for
+    persistent: bool = False
+
+
+def group_tile(tokens: int, heads: int, width: int, group_size: int) -> Tile:
+    """Tile for `tokens` tokens of `heads` heads of `width` columns. Reasoned, and checked for what it compiles to, but not
+    tuned yet: benchmarks/mla_v_up_quant.py --tune.
+    """
+    columns = math.gcd(width, 128)
+    if group_size == 64 and tokens <= 16 and heads * (width // columns) < 64:
+        columns = 64  # more programs to load with
+    units = heads * (width // columns)
+    tall = 256 if tokens > 512 or -(-tokens // 128) % 2 == 0 else 128  # 256 unless mostly empty
+    rows = min(tall, max(16, triton.next_power_of_2(tokens)))
+    while rows > 16 and units * -(-tokens // rows) < 48:
+        rows //= 2
+    if rows == 256:
+        return Tile(256, columns, 64, 4, 8, persistent=True)
+    if rows == 128:
+        # In one go, as deep a pipeline as there is room for; otherwise two programs to a multiprocessor.
+        alone = units * -(-tokens // rows) <= 132
+        return Tile(128, columns, 64, 7 if alone else 3, 8, prefetch=alone)
+    if rows == 64:
+        return Tile(64, columns, 128, 4, 4, prefetch=True)
+    # 5 stages: all 4 of a model's 512 numbers at once. Of 64 numbers it would take 9, and longer to set them up.
+    return Tile(rows, columns, 128, 5, 4, swap=True, prefetch=True)
+
+
+class _Device(NamedTuple):
+    multiprocessors: int
+    shared_memory: int  # bytes, of a program
+    has_tma: bool  # before Hopper, Triton turns descriptors into loads that it does not pipeline
+
+
+@functools.cache
+def _gpu(device: torch.device) -> _Device:
+    if device.type != "cuda":
+        return _Device(2, 2**20, True)  # Triton's interpreter: a persistent program still has more than one tile
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the second of these
+    return _Device(properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.major >= 9)
+
+
+def _describable(t: torch.Tensor) -> bool:
+    """Whether TMA can read t [a, b, c]: contiguous along c, and everything else in steps of 16 bytes."""
+    steps = (t.data_ptr(), *(stride * t.element_size() for stride in t.stride()[:2]))
+    return t.stride(2) == 1 and all(step > 0 and step % 16 == 0 for step in steps)
+
+
+def mla_v_up_group_fp8_quant(
+    attn_out: torch.Tensor,
+    w_uv: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    padding: tuple[int, int],
+    group_size: int,
+    use_ue8m0: bool,
+    eps: float,
+    tile: Tile | None = None,
+    pdl: bool | None = None,
+) -> None:
+    """Write codes [M, N * V] and scales [M, N * V / group_size] of attn_out [M, N, L] times w_uv [N, L, V]; arguments as the
+    op checked them. padding: up to which row, and in how many columns, scales end in zeros.
+    """
+    tokens, heads, depth = attn_out.shape
+    width = w_uv.shape[2]
+    if tokens == 0:
+        return
+    tile = tile or group_tile(tokens, heads, width, group_size)
+    columns, tile_depth = math.gcd(width, max(tile.columns, group_size)), math.gcd(depth, tile.depth)
+    gpu = _gpu(attn_out.device)
+    # besides the stages: barriers, and codes on their way to another layout, unless a stage is free for them by then
+    room = gpu.shared_memory - 1024 - (tile.tokens * columns if tile.persistent else 0)
+    stages = max(2, min(tile.stages, room // (2 * tile_depth * (tile.tokens + columns))))
+    units = heads * (width // columns)
+    token_tiles = triton.cdiv(tokens, tile.tokens)
+    pdl = pdl_supported(attn_out.device) if pdl is None else pdl
+
+    # vLLM's weights are contiguous along the columns or along the contraction, by how they were dequantised.
+    w_rows = w_uv.stride(2) == 1
+    x, w = attn_out.transpose(0, 1), w_uv if w_rows else w_uv.transpose(1, 2)
+    w_describable = _describable(w)
+    tma = tile.tma and gpu.has_tma and w_describable and _describable(x)
+    descriptors: tuple[Any, Any] = (None, None)
+    if tma:
+        w_block = [1, tile_depth, columns] if w_rows else [1, columns, tile_depth]
+        descriptors = (
+            TensorDescriptor.from_tensor(x, [1, tile.tokens, tile_depth]),
+            TensorDescriptor.from_tensor(w, w_block),
+        )
+    with on_device(attn_out.device):
+        _group_kernel[(min(gpu.multiprocessors, units * token_tiles),) if tile.persistent else (token_tiles, units)](
+            attn_out,
+            w_uv,
+            *descriptors,
+            codes,
+            scales,
+            heads,
+            tokens,
+            *padding,
+            *attn_out.stride(),
+            *w_uv.stride(),
+            codes.stride(0),
+            *scales.stride(),
+            eps,
+            L=depth,
+            V=width,
+            GROUP_SIZE=group_size,
+            TOKENS=tile.tokens,
+            COLUMNS=columns,
+            DEPTH=tile_depth,
+            STAGES=stages,
+            WARPS=tile.num_warps,
+            SWAP=tile.swap,
+            TMA=tma,
+            PREFETCH=tile.prefetch and pdl and w_describable and not tile.persistent,
+            PERSISTENT=tile.persistent,
+            W_ROWS=w_rows,
+            W_WHOLE=w_uv.stride(1) == 1 and w_uv.stride(2) == depth,
+            UE8M0=use_ue8m0,
+            PDL=pdl,
+            num_warps=tile.num_warps,
+            **({"launch_pdl": True} if pdl else {}),
+        )

@@ -1,0 +1,649 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RMSNorm, maybe with a residual added first, + FP8 quantiser: one pass over the input, a row in registers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import quant
+from .launch import on_device, pdl_supported, wait_for_producer
+from .numerics import HAS_PTX
+
+# Up to here Inductor keeps a row in one warp and adds up its squares with fma; see row_tile.
+WARP_WIDTH = tl.constexpr(1024)
+
+
+@triton.jit
+def widen(x):
+    """x in fp32. Two bf16 numbers unpack in two instructions, where Triton's own conversion takes three."""
+    if HAS_PTX and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
+        )
+    return x.to(tl.float32)
+
+
+@triton.jit
+def rounded(y, dtype: tl.constexpr):
+    """fp32 y rounded to dtype, as fp32. Two at a time, as above; one at a time takes the slow conversion unit."""
+    if HAS_PTX and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 both; cvt.rn.bf16x2.f32 both, $3, $2; shl.b32 $0, both, 16; and.b32 $1, both, 0xffff0000; }",
+            "=r,=r,r,r",
+            [y],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    return y.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def prefetch(ptr, WIDTH: tl.constexpr, PDL: tl.constexpr):
+    """Bring WIDTH elements into the L2 while the kernel before still runs.
+
+    A norm's weight was last read a whole step ago and comes from memory, x from the L2 that its producer has just written.
+    A prefetch and not a load, because it is harmless even if that producer writes the weight.
+    """
+    if PDL and HAS_PTX and ptr is not None:
+        line: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth
+        first = tl.arange(0, triton.next_power_of_2((WIDTH + line - 1) // line)) * line
+        address = (ptr + tl.minimum(first, WIDTH - 1)).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def inverse_rms(total, epsilon, WIDTH: tl.constexpr, CUSTOM_OP: tl.constexpr):
+    """1 / sqrt(total / WIDTH + epsilon)."""
+    if CUSTOM_OP:
+        mean = tl.div_rn(total, WIDTH * 1.0)
+    else:
+        mean = total / WIDTH  # div.full.f32, as in Inductor's kernel
+    return tl.rsqrt(mean + epsilon)
+
+
+@triton.jit
+def chunk_mask(row, rows, FIRST: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr):
+    """Mask [rows, CHUNK] of the columns from FIRST on."""
+    mask = (row < rows)[:, None]
+    if FIRST + CHUNK > WIDTH:
+        mask = mask & (FIRST + tl.arange(0, CHUNK) < WIDTH)[None, :]
+    return mask
+
+
+@triton.jit
+def load_rows(
+    x_ptr,
+    residual_ptr,
+    residual_out_ptr,
+    row,
+    rows,
+    x_stride,
+    residual_stride,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROUND_SUM: tl.constexpr,
+    x_addend_ptr=None,
+    residual_addend_ptr=None,
+    x_addend_stride=0,
+    residual_addend_stride=0,
+    X_ADDEND_SCALE: tl.constexpr = 1.0,
+):
+    """s = x + residual of each chunk of the rows, and the sum of s squared [rows]; s is stored too, if it is asked for."""
+    row64 = row.to(tl.int64)[:, None]
+    chunks = ()
+    total = tl.zeros([row.shape[0], CHUNK], tl.float32)
+    for first in tl.static_range(0, WIDTH, CHUNK):
+        column = first + tl.arange(0, CHUNK)[None, :]
+        mask = chunk_mask(row, rows, first, CHUNK, WIDTH)
+        x = tl.load(x_ptr + row64 * x_stride + column, mask=mask, other=0.0)
+        s = widen(x)
+        if x_addend_ptr is not None:
+            addend = widen(tl.load(x_addend_ptr + row64 * x_addend_stride + column, mask=mask, other=0.0))
+            if X_ADDEND_SCALE == 1.0:
+                s += addend
+            else:
+                s = tl.fma(addend, X_ADDEND_SCALE, s)  # what the compiler makes of Inductor's product and sum
+        if residual_ptr is not None:
+            r = widen(tl.load(residual_ptr + row64 * residual_stride + column, mask=mask, other=0.0))
+            if residual_addend_ptr is not None:
+                ptrs = residual_addend_ptr + row64 * residual_addend_stride + column
+                r += widen(tl.load(ptrs, mask=mask, other=0.0))
+            s += r
+            if residual_out_ptr is not None:
+                tl.store(residual_out_ptr + row64 * WIDTH + column, s.to(x.dtype), mask=mask)
+            if ROUND_SUM:
+                s = rounded(s, x.dtype)
+        # As Inductor writes it, so that the compiler makes the same of it: fma where it makes one there.
+        if WIDTH > WARP_WIDTH:
+            total = tl.where(mask, total + s * s, total)
+        else:
+            total = tl.where(mask, s * s, 0.0)
+        chunks = chunks + (s,)  # noqa: RUF005  Triton has no unpacking
+    return chunks, tl.sum(total, axis=1)
+
+
+@triton.jit
+def load_weight(weight_ptr, column, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """Weight of the columns, in its own dtype; EVEN: all of them are under WIDTH."""
+    if weight_ptr is None:
+        weight = tl.full(column.shape, 1.0, tl.float32)
+    elif EVEN:
+        weight = tl.load(weight_ptr + column)
+    else:
+        weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0)
+    return weight
+
+
+@triton.jit
+def load_weights(weight_ptr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr):
+    """Weight of each chunk if EARLY. With few rows, its way from memory is then the same time as x's; with many, another
+    row's computation hides it, and registers count for more."""
+    weights = ()
+    if EARLY:
+        for first in tl.static_range(0, WIDTH, CHUNK):
+            column = first + tl.arange(0, CHUNK)[None, :]
+            weights = weights + (load_weight(weight_ptr, column, WIDTH, first + CHUNK <= WIDTH),)  # noqa: RUF005
+    return weights
+
+
+@triton.jit
+def times_weight(
+    y, weight, dtype: tl.constexpr, GEMMA: tl.constexpr, ROUND_SCALED: tl.constexpr, KEEP_FP32: tl.constexpr
+):
+    """y * weight in fp32, after the roundings that the form asks for; y is s * inverse_rms."""
+    if ROUND_SCALED:
+        y = rounded(rounded(y, weight.dtype) * widen(weight), weight.dtype)
+    elif GEMMA:
+        y = y * (widen(weight) + 1.0)
+    else:
+        y = y * widen(weight)
+    if not KEEP_FP32:
+        y = rounded(y, dtype)
+    return y
+
+
+@triton.jit
+def norm_and_quantise_groups(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    codes_ptr,
+    scales_ptr,
+    normed_ptr,
+    residual_out_ptr,
+    first_row,
+    rows,
+    padded_rows,
+    x_stride,
+    residual_stride,
+    scale_row_stride,
+    scale_group_stride,
+    epsilon,
+    eps,
+    WIDTH: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PADDED: tl.constexpr,
+    UE8M0: tl.constexpr,
+    GEMMA: tl.constexpr,
+    CUSTOM_OP: tl.constexpr,
+    ROUND_SCALED: tl.constexpr,
+    KEEP_FP32: tl.constexpr,
+    NATIVE: tl.constexpr,
+    EARLY: tl.constexpr,
+    x_addend_ptr=None,
+    residual_addend_ptr=None,
+    x_addend_stride=0,
+    residual_addend_stride=0,
+    X_ADDEND_SCALE: tl.constexpr = 1.0,
+):
+    row = first_row + tl.arange(0, TILE_ROWS)
+    weights = load_weights(weight_ptr, WIDTH, CHUNK, EARLY)
+    chunks, total = load_rows(
+        x_ptr, residual_ptr, residual_out_ptr, row, rows, x_stride, residual_stride, WIDTH, CHUNK, CUSTOM_OP,
+        x_addend_ptr, residual_addend_ptr, x_addend_stride, residual_addend_stride, X_ADDEND_SCALE,
+    )  # fmt: skip
+    inverse = inverse_rms(total, epsilon, WIDTH, CUSTOM_OP)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    GROUPS: tl.constexpr = CHUNK // GROUP_SIZE
+    for first in tl.static_range(0, WIDTH, CHUNK):
+        column = first + tl.arange(0, CHUNK)[None, :]
+        mask = chunk_mask(row, rows, first, CHUNK, WIDTH)
+        offset = row.to(tl.int64)[:, None] * WIDTH + column
+        if EARLY:
+            weight = weights[first // CHUNK]
+        else:
+            weight = load_weight(weight_ptr, column, WIDTH, first + CHUNK <= WIDTH)
+        y = chunks[first // CHUNK] * inverse[:, None]
+        y = times_weight(y, weight, dtype, GEMMA, ROUND_SCALED, KEEP_FP32)
+        if normed_ptr is not None:
+            tl.store(normed_ptr + offset, y.to(dtype), mask=mask)
+        y = tl.reshape(y, (TILE_ROWS, GROUPS, GROUP_SIZE))
+        scale = quant.group_scale(y, eps, NATIVE, UE8M0)
+        codes = tl.reshape(quant.group_codes(y, scale, NATIVE, UE8M0), (TILE_ROWS, CHUNK))
+        tl.store(tl.multiple_of(codes_ptr + offset, (1, ALIGNED)), codes, mask=mask)
+        group = first // GROUP_SIZE + tl.arange(0, GROUPS)
+        group_mask = group * GROUP_SIZE < WIDTH
+        scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
+        quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride)
+        if PADDED and first_row + TILE_ROWS >= rows:
+            quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride)
+
+
+# What changes with the number of tokens is not specialised on: a server would meet a new specialisation, and half a second
+# of compilation, in the middle of a request.
+#
+# codes_ptr is taken for unaligned and its use for aligned to 8: otherwise Triton would store 16 codes a thread, and for that
+# load x in twos of 16 bytes with a gap between the threads.
+@triton.jit(
+    do_not_specialize=["rows", "padded_rows", "scale_group_stride"], do_not_specialize_on_alignment=["codes_ptr"]
+)
+def _group_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    codes_ptr,
+    scales_ptr,
+    normed_ptr,
+    residual_out_ptr,
+    rows,
+    padded_rows,
+    x_stride,
+    residual_stride,
+    scale_row_stride,
+    scale_group_stride,
+    epsilon,
+    eps,
+    WIDTH: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PADDED: tl.constexpr,
+    UE8M0: tl.constexpr,
+    GEMMA: tl.constexpr,
+    CUSTOM_OP: tl.constexpr,
+    ROUND_SCALED: tl.constexpr,
+    KEEP_FP32: tl.constexpr,
+    NATIVE: tl.constexpr,
+    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
+    x_addend_ptr=None,
+    residual_addend_ptr=None,
+    x_addend_stride=0,
+    residual_addend_stride=0,
+    X_ADDEND_SCALE: tl.constexpr = 1.0,
+):
+    first_row = tl.program_id(0) * TILE_ROWS
+    prefetch(weight_ptr, WIDTH, PDL)
+    wait_for_producer(PDL)
+    norm_and_quantise_groups(
+        x_ptr, residual_ptr, weight_ptr, codes_ptr, scales_ptr, normed_ptr, residual_out_ptr, first_row, rows,
+        padded_rows, x_stride, residual_stride, scale_row_stride, scale_group_stride, epsilon, eps, WIDTH, GROUP_SIZE,
+        TILE_ROWS, CHUNK, ALIGNED, PADDED, UE8M0, GEMMA, CUSTOM_OP, ROUND_SCALED, KEEP_FP32, NATIVE, EARLY,
+        x_addend_ptr, residual_addend_ptr, x_addend_stride, residual_addend_stride, X_ADDEND_SCALE,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["codes_ptr"])
+def _token_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bound_ptr,
+    codes_ptr,
+    scales_ptr,
+    normed_ptr,
+    residual_out_ptr,
+    rows,
+    x_stride,
+    residual_stride,
+    epsilon,
+    WIDTH: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    GEMMA: tl.constexpr,
+    CUSTOM_OP: tl.constexpr,
+    ROUND_SCALED: tl.constexpr,
+    KEEP_FP32: tl.constexpr,
+    NATIVE: tl.constexpr,
+    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
+    x_addend_ptr=None,
+    residual_addend_ptr=None,
+    x_addend_stride=0,
+    residual_addend_stride=0,
+    X_ADDEND_SCALE: tl.constexpr = 1.0,
+):
+    row = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    prefetch(weight_ptr, WIDTH, PDL)
+    wait_for_producer(PDL)
+    weights = load_weights(weight_ptr, WIDTH, CHUNK, EARLY)
+    chunks, total = load_rows(
+        x_ptr, residual_ptr, residual_out_ptr, row, rows, x_stride, residual_stride, WIDTH, CHUNK, CUSTOM_OP,
+        x_addend_ptr, residual_addend_ptr, x_addend_stride, residual_addend_stride, X_ADDEND_SCALE,
+    )  # fmt: skip
+    inverse = inverse_rms(total, epsilon, WIDTH, CUSTOM_OP)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    normed = ()
+    top = tl.zeros([TILE_ROWS, CHUNK], tl.float32)
+    for first in tl.static_range(0, WIDTH, CHUNK):
+        column = first + tl.arange(0, CHUNK)[None, :]
+        mask = chunk_mask(row, rows, first, CHUNK, WIDTH)
+        if EARLY:
+            weight = weights[first // CHUNK]
+        else:
+            weight = load_weight(weight_ptr, column, WIDTH, first + CHUNK <= WIDTH)
+        y = chunks[first // CHUNK] * inverse[:, None]
+        y = times_weight(y, weight, dtype, GEMMA, ROUND_SCALED, KEEP_FP32)
+        if normed_ptr is not None:
+            tl.store(normed_ptr + row.to(tl.int64)[:, None] * WIDTH + column, y.to(dtype), mask=mask)
+        top = quant.running_max(top, tl.abs(y), NATIVE)  # beyond WIDTH y is 0, or NaN as in all of the row
+        normed = normed + (y,)  # noqa: RUF005
+    scale = quant.token_scale(top, bound_ptr, NATIVE)
+    tl.store(scales_ptr + row, scale, mask=row < rows)
+    for first in tl.static_range(0, WIDTH, CHUNK):
+        column = first + tl.arange(0, CHUNK)[None, :]
+        mask = chunk_mask(row, rows, first, CHUNK, WIDTH)
+        codes = quant.token_codes(normed[first // CHUNK], scale[:, None], bound_ptr is not None, NATIVE)
+        offset = row.to(tl.int64)[:, None] * WIDTH + column
+        tl.store(tl.multiple_of(codes_ptr + offset, (1, ALIGNED)), codes, mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["codes_ptr"])
+def _static_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    scale_ptr,
+    codes_ptr,
+    normed_ptr,
+    residual_out_ptr,
+    rows,
+    x_stride,
+    residual_stride,
+    epsilon,
+    WIDTH: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    GEMMA: tl.constexpr,
+    CUSTOM_OP: tl.constexpr,
+    ROUND_SCALED: tl.constexpr,
+    KEEP_FP32: tl.constexpr,
+    NATIVE: tl.constexpr,
+    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
+    x_addend_ptr=None,
+    residual_addend_ptr=None,
+    x_addend_stride=0,
+    residual_addend_stride=0,
+    X_ADDEND_SCALE: tl.constexpr = 1.0,
+):
+    row = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    prefetch(weight_ptr, WIDTH, PDL)
+    wait_for_producer(PDL)
+    scale_inverse = quant.static_inverse(tl.load(scale_ptr), NATIVE)
+    weights = load_weights(weight_ptr, WIDTH, CHUNK, EARLY)
+    chunks, total = load_rows(
+        x_ptr, residual_ptr, residual_out_ptr, row, rows, x_stride, residual_stride, WIDTH, CHUNK, CUSTOM_OP,
+        x_addend_ptr, residual_addend_ptr, x_addend_stride, residual_addend_stride, X_ADDEND_SCALE,
+    )  # fmt: skip
+    inverse = inverse_rms(total, epsilon, WIDTH, CUSTOM_OP)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    for first in tl.static_range(0, WIDTH, CHUNK):
+        column = first + tl.arange(0, CHUNK)[None, :]
+        mask = chunk_mask(row, rows, first, CHUNK, WIDTH)
+        offset = row.to(tl.int64)[:, None] * WIDTH + column
+        if EARLY:
+            weight = weights[first // CHUNK]
+        else:
+            weight = load_weight(weight_ptr, column, WIDTH, first + CHUNK <= WIDTH)
+        y = chunks[first // CHUNK] * inverse[:, None]
+        y = times_weight(y, weight, dtype, GEMMA, ROUND_SCALED, KEEP_FP32)
+        if normed_ptr is not None:
+            tl.store(normed_ptr + offset, y.to(dtype), mask=mask)
+        codes = quant.static_codes(y, scale_inverse, NATIVE)
+        tl.store(tl.multiple_of(codes_ptr + offset, (1, ALIGNED)), codes, mask=mask)
+
+
+class Tile(NamedTuple):
+    rows: int
+    chunk: int
+    num_warps: int
+
+
+def row_tile(width: int, native_quant: bool, crowded: bool = False) -> Tile:
+    """Tile for rows of `width`, never for a number of them: the order in which a row's squares are added, and with it the
+    row's bytes, comes from chunk and num_warps.
+
+    That order is Inductor's: 8 columns a thread, or as many as there are, chunks one onto the other, then within a thread, a
+    warp, the block. Inductor has one order up to 2048 columns and before a native group quantiser. Otherwise it times two
+    or three and takes the fastest, all with 16 warps (32 above 8192 columns): the whole row as one chunk, as here before
+    vLLM's own quantisers; 2048 columns at a time, as here before native ones and always under Inductor's `deterministic`; or
+    half a row. crowded: its kernel has 10 loads and reductions or more, and small chunks for want of registers.
+    """
+    whole = max(256, triton.next_power_of_2(width))
+    if width <= WARP_WIDTH.value:
+        return Tile(1, whole, 1)
+    if crowded:
+        return Tile(1, 1024, 4 if width <= 2048 else 8)
+    if width <= 2048:
+        return Tile(1, whole, 8)
+    if native_quant or whole > 16384:
+        return Tile(1, 2048, 16)
+    return Tile(1, whole, 16 if whole <= 8192 else 32)
+
+
+def aligned(width: int, native_quant: bool) -> int:
+    """Codes that a thread stores at once, hence columns it has side by side, if the quantiser is by token or static.
+
+    Inductor makes one kernel of a narrow row and such a quantiser if that is native, with stores of 16 codes."""
+    return math.gcd(width, 16 if native_quant and width <= WARP_WIDTH.value else 8)
+
+
+def forms(
+    x: torch.Tensor, weight: torch.Tensor | None, gemma: bool, norm_form: str, quant_form: str
+) -> dict[str, bool]:
+    return {
+        "GEMMA": gemma,
+        "CUSTOM_OP": norm_form == "custom_op",
+        "ROUND_SCALED": norm_form == "eager" and weight is not None and weight.dtype.itemsize == 2 and not gemma,
+        "KEEP_FP32": (norm_form, quant_form) == ("native", "native"),
+        "NATIVE": quant_form == "native",
+    }
+
+
+def addends(
+    x_addend: torch.Tensor | None, x_addend_scale: float, residual_addend: torch.Tensor | None
+) -> dict[str, Any]:
+    return {
+        "x_addend_ptr": x_addend,
+        "residual_addend_ptr": residual_addend,
+        "x_addend_stride": x_addend.stride(0) if x_addend is not None else 0,
+        "residual_addend_stride": residual_addend.stride(0) if residual_addend is not None else 0,
+        "X_ADDEND_SCALE": x_addend_scale,
+    }
+
+
+# From so many elements on memory is busy throughout; as in kernels/silu_mul_quant.py.
+LARGE = 2**23
+
+
+def start(x: torch.Tensor, pdl: bool | None) -> dict[str, bool]:
+    """How a kernel on x begins."""
+    early = x.numel() < LARGE
+    pdl = pdl_supported(x.device) and early if pdl is None else pdl
+    return {"EARLY": early, "PDL": pdl, **({"launch_pdl": True} if pdl else {})}
+
+
+def rms_norm_group_fp8_quant(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    epsilon: float,
+    gemma_weight: bool,
+    group_size: int,
+    use_ue8m0: bool,
+    eps: float,
+    norm_form: str,
+    quant_form: str,
+    normed: torch.Tensor | None = None,
+    residual_out: torch.Tensor | None = None,
+    x_addend: torch.Tensor | None = None,
+    x_addend_scale: float = 1.0,
+    residual_addend: torch.Tensor | None = None,
+    tile: Tile | None = None,
+    pdl: bool | None = None,
+) -> None:
+    """Write codes [M, H], scales [M, H / group_size] and, if given, normed and residual_out [M, H] of x [M, H]; arguments as
+    the op checked them."""
+    rows, width = x.shape
+    if rows == 0:
+        return
+    four_addends = x_addend is not None and residual_addend is not None
+    tile = tile or row_tile(width, quant_form == "native", four_addends and quant_form != "native")
+    # TMA-aligned scales have longer columns than there are rows
+    padded_rows = scales.stride(1) if scales.stride(0) == 1 else rows
+    with on_device(x.device):
+        _group_kernel[(triton.cdiv(rows, tile.rows),)](
+            x,
+            residual,
+            weight,
+            codes,
+            scales,
+            normed,
+            residual_out,
+            rows,
+            padded_rows,
+            x.stride(0),
+            residual.stride(0) if residual is not None else 0,
+            scales.stride(0),
+            scales.stride(1),
+            epsilon,
+            eps,
+            WIDTH=width,
+            GROUP_SIZE=group_size,
+            TILE_ROWS=tile.rows,
+            CHUNK=tile.chunk,
+            ALIGNED=math.gcd(width, 8),
+            PADDED=padded_rows > rows,
+            UE8M0=use_ue8m0,
+            **forms(x, weight, gemma_weight, norm_form, quant_form),
+            **addends(x_addend, x_addend_scale, residual_addend),
+            **start(x, pdl),
+            num_warps=tile.num_warps,
+        )
+
+
+def rms_norm_token_fp8_quant(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    scale_ub: torch.Tensor | None,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    epsilon: float,
+    gemma_weight: bool,
+    norm_form: str,
+    quant_form: str,
+    normed: torch.Tensor | None = None,
+    residual_out: torch.Tensor | None = None,
+    x_addend: torch.Tensor | None = None,
+    x_addend_scale: float = 1.0,
+    residual_addend: torch.Tensor | None = None,
+    tile: Tile | None = None,
+    pdl: bool | None = None,
+) -> None:
+    """Write codes [M, H], scales [M, 1] and, if given, normed and residual_out [M, H] of x [M, H]; arguments as the op
+    checked them."""
+    rows, width = x.shape
+    if rows == 0:
+        return
+    native = quant_form == "native"
+    crowded = residual is not None and (native or (x_addend is not None and residual_addend is not None))
+    tile = tile or row_tile(width, native, crowded)
+    with on_device(x.device):
+        _token_kernel[(triton.cdiv(rows, tile.rows),)](
+            x,
+            residual,
+            weight,
+            scale_ub,
+            codes,
+            scales,
+            normed,
+            residual_out,
+            rows,
+            x.stride(0),
+            residual.stride(0) if residual is not None else 0,
+            epsilon,
+            WIDTH=width,
+            TILE_ROWS=tile.rows,
+            CHUNK=tile.chunk,
+            ALIGNED=aligned(width, quant_form == "native"),
+            **forms(x, weight, gemma_weight, norm_form, quant_form),
+            **addends(x_addend, x_addend_scale, residual_addend),
+            **start(x, pdl),
+            num_warps=tile.num_warps,
+        )
+
+
+def rms_norm_static_fp8_quant(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    scale: torch.Tensor,
+    codes: torch.Tensor,
+    epsilon: float,
+    gemma_weight: bool,
+    norm_form: str,
+    quant_form: str,
+    normed: torch.Tensor | None = None,
+    residual_out: torch.Tensor | None = None,
+    x_addend: torch.Tensor | None = None,
+    x_addend_scale: float = 1.0,
+    residual_addend: torch.Tensor | None = None,
+    tile: Tile | None = None,
+    pdl: bool | None = None,
+) -> None:
+    """Write codes [M, H] and, if given, normed and residual_out [M, H] of x [M, H]; arguments as the op checked them."""
+    rows, width = x.shape
+    if rows == 0:
+        return
+    four_addends = x_addend is not None and residual_addend is not None
+    tile = tile or row_tile(width, quant_form == "native", four_addends and quant_form != "native")
+    with on_device(x.device):
+        _static_kernel[(triton.cdiv(rows, tile.rows),)](
+            x,
+            residual,
+            weight,
+            scale,
+            codes,
+            normed,
+            residual_out,
+            rows,
+            x.stride(0),
+            residual.stride(0) if residual is not None else 0,
+            epsilon,
+            WIDTH=width,
+            TILE_ROWS=tile.rows,
+            CHUNK=tile.chunk,
+            ALIGNED=aligned(width, quant_form == "native"),
+            **forms(x, weight, gemma_weight, norm_form, quant_form),
+            **addends(x_addend, x_addend_scale, residual_addend),
+            **start(x, pdl),
+            num_warps=tile.num_warps,
+        )

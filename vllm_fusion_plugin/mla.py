@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MLA layers whose output is FP8 in groups write it straight from the V up-projection.
+
+What: two methods of vLLM's MLAAttention are wrapped. While `forward_impl` computes such an output, `_v_up_proj`, its last
+step for decode rows, writes codes and scales itself (ops/mla_v_up_quant.py) instead of rows in the model's dtype.
+
+Why: MLAAttention has all rows in a temporary buffer in the model's dtype, and quantises that with a kernel of its own. For
+decode rows the buffer is written and read for nothing. No graph pass reaches it: all this is inside one op, and the op
+keeps its name, its schema and its place in the graph.
+
+Since: in every version read (0.20.2, 0.26.0, 0.32.0, 0.33.0) `forward_impl` takes output_block_scale and quant_*, and calls
+`_v_up_proj(x, out=...)` once. Until: vLLM's V up-projection can quantise.
+
+Rows are treated by where they come from. Decode rows are up-projected and quantised in one kernel. Prefill rows come from
+the prefill kernel as before and are quantised by vLLM's op. The rows behind them, which pad a batch to a CUDA graph's size,
+and the padding of TMA-aligned scales become zeros, where vLLM leaves what was there. Anything that this is not made for
+takes vLLM's way, and the report notes why.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import compat, report
+from .ops.mla_v_up_quant import mla_v_up_group_fp8_quant
+from .ops.quant import FP8_DTYPE, FP8_MAX, GROUP_SIZES, INPUT_DTYPES, group_fp8_quant_reference, padded_rows
+
+logger = logging.getLogger("vllm.fusion_plugin")
+
+MODULE = "vllm.model_executor.layers.attention.mla_attention"
+EPS = 1e-10  # of vLLM's own call of the quantiser
+NOTE = "MLA's V up-projection"
+
+_enabled = False
+_noted: set[str] = set()
+# What `_v_up_proj` is to write, while `forward_impl` runs on this thread.
+_running = threading.local()
+
+
+def configure(enabled: bool) -> None:
+    """Switch the fused V up-projection on or off for this process, and wrap vLLM's methods when it is first needed.
+
+    Does nothing before the process has imported vLLM's MLA layers, so that those that have none need not wait for it. It
+    has to be called again when the model is there: vLLM hashes its config then, which is where the plugin calls it.
+    """
+    global _enabled
+    _enabled = enabled and MODULE in sys.modules
+    if not _enabled:
+        return
+    try:
+        reason = _install(sys.modules[MODULE].MLAAttention)
+    except Exception as e:  # must never stop vLLM
+        reason = f"{type(e).__name__}: {e}"
+    if reason:
+        _switch_off(reason)
+
+
+def _switch_off(reason: str) -> None:
+    global _enabled
+    _enabled = False
+    _note(reason)
+
+
+def _note(reason: str) -> None:
+    """Tell once that, and why, the V up-projection and the quantiser stay two kernels."""
+    if reason not in _noted:
+        _noted.add(reason)
+        logger.warning("vllm-fusion-plugin: %s does not quantise: %s", NOTE, reason)
+    report.RECORDER.note(f"{NOTE} does not quantise: {reason}")
+
+
+# ---- wrapping --------------------------------------------------------------------------------------------------------
+
+
+def _install(layer: type) -> str | None:
+    """Wrap the methods of MLAAttention, once; the reason if they are not what they are known to be."""
+    from vllm.platforms import current_platform
+
+    forward_impl, v_up_proj = layer.forward_impl, layer._v_up_proj  # type: ignore[attr-defined]
+    if hasattr(forward_impl, "_fusion_plugin"):
+        return None
+    if not current_platform.opaque_attention_op():
+        return f"on {type(current_platform).__name__}, attention is no op of its own but traced by the compiler"
+    needed = {"attn_metadata", "output", "output_scale", "output_block_scale", "quant_group_size", "quant_scale_ue8m0"}
+    if missing := needed - set(inspect.signature(forward_impl).parameters):
+        return f"this vLLM's MLAAttention.forward_impl takes no {', '.join(sorted(missing))}"
+    if list(inspect.signature(v_up_proj).parameters) != ["self", "x", "out"]:
+        return f"this vLLM's MLAAttention._v_up_proj is _v_up_proj{inspect.signature(v_up_proj)}, not (self, x, out)"
+    if (calls := inspect.getsource(forward_impl).count("._v_up_proj(")) != 1:
+        return f"this vLLM's MLAAttention.forward_impl calls _v_up_proj {calls} times, not once"
+
+    @functools.wraps(forward_impl)
+    def forward_quantised(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not _enabled or kwargs.get("output_block_scale") is None or kwargs.get("output_scale") is not None:
+            return forward_impl(self, *args, **kwargs)
+        return _forward(forward_impl, self, *args, **kwargs)
+
+    @functools.wraps(v_up_proj)
+    def v_up_proj_quantised(self: Any, x: torch.Tensor, out: torch.Tensor) -> Any:
+        output = getattr(_running, "output", None)
+        if output is None or not output.write_decode_rows(self, x, out):
+            return v_up_proj(self, x, out)
+
+    forward_quantised._fusion_plugin = True  # type: ignore[attr-defined]
+    layer.forward_impl, layer._v_up_proj = forward_quantised, v_up_proj_quantised  # type: ignore[attr-defined]
+    return None
+
+
+# ---- one call of forward_impl ----------------------------------------------------------------------------------------
+
+
+class _Output:
+    """Codes and scales that a layer is to write, and the buffer that its unquantised rows go to."""
+
+    def __init__(self, layer: Any, dtype: torch.dtype, codes: torch.Tensor, scales: torch.Tensor, told: dict[str, Any]):
+        self.layer = layer
+        self.codes = codes
+        self.scales = scales
+        self.group_size: int = told["quant_group_size"]
+        self.use_ue8m0 = bool(told["quant_scale_ue8m0"])
+        self.layout = (bool(told.get("quant_col_major")), bool(told.get("quant_tma_aligned")))
+        self.rows = codes.new_empty(codes.shape, dtype=dtype)
+        self.decoded = 0
+        """How many rows, from the first on, have their codes and scales."""
+
+    def write_decode_rows(self, layer: Any, x: torch.Tensor, out: torch.Tensor) -> bool:
+        """Up-project x into the first rows and quantise them; False if this is not the call that it is known to be, and then
+        nothing is written that counts."""
+        count = len(out)
+        shape = (count, layer.num_heads, layer.kv_lora_rank)
+        if layer is not self.layer or out.data_ptr() != self.rows.data_ptr() or x.numel() != torch.Size(shape).numel():
+            _note("it is not called as it is known to be")
+            return False
+        try:
+            mla_v_up_group_fp8_quant(
+                x.view(shape),
+                layer.W_UV,
+                self.codes[:count],
+                self.scales[:count],
+                self.group_size,
+                use_ue8m0=self.use_ue8m0,
+                eps=EPS,
+            )
+        except Exception as e:  # a Triton that cannot compile it, for example: vLLM's own way is still there
+            _switch_off(f"{type(e).__name__}: {e}")
+            return False
+        report.RECORDER.note(f"{NOTE} quantises decode rows")
+        self.decoded = count
+        return True
+
+    def finish(self, count: int) -> None:
+        """Quantise the rows up to `count` that have no codes yet, and zero what is behind them."""
+        if self.decoded == len(self.codes):
+            return  # the op has zeroed the scales' padding; decoding must not wait for one more kernel
+        if self.decoded < count:
+            some = slice(self.decoded, count)
+            _quantise(
+                self.rows[some], self.codes[some], self.scales[some], self.group_size, self.use_ue8m0, self.layout
+            )
+        if count < len(self.codes):
+            self.codes[count:].zero_()
+        zero_scales(self.scales, count)
+
+
+def _forward(original: Callable[..., torch.Tensor], layer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`forward_impl` with output_block_scale and no output_scale."""
+    codes, scales = kwargs.get("output"), kwargs["output_block_scale"]
+    if len(args) != 5 or codes is None or codes.dtype != FP8_DTYPE:  # not the call that vLLM's op makes
+        return original(layer, *args, **kwargs)
+    q, attn_metadata = args[0], args[4]
+    if reason := why_not(layer, q, codes, scales, kwargs.get("quant_group_size")):
+        _note(reason)
+        return original(layer, *args, **kwargs)
+    if attn_metadata is None:  # profiling: vLLM zeroes the codes
+        result = original(layer, *args, **kwargs)
+        zero_scales(scales, 0)
+        return result
+
+    output = _Output(layer, q.dtype, codes, scales, kwargs)
+    outer, _running.output = getattr(_running, "output", None), output
+    try:
+        original(layer, *args, **kwargs | {"output": output.rows, "output_block_scale": None})
+    finally:
+        _running.output = outer
+    output.finish(attn_metadata.num_actual_tokens)
+    return codes
+
+
+def why_not(
+    layer: Any, q: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, group_size: int | None
+) -> str | None:
+    """Why a layer's output is left to vLLM; None if it is written here. Cheap: asked at every call."""
+    heads, width = layer.num_heads, layer.v_head_dim
+    for name in ("is_aiter_triton_fp4_bmm_enabled", "is_aiter_triton_fp8_bmm_enabled", "is_amx_bmm_enabled"):
+        if getattr(layer, name, False):
+            return f"it runs in another kernel ({name})"
+    if getattr(layer, "use_pcp", False) or compat.decode_context_parallel_size(layer.impl) > 1:
+        return "context parallelism puts the output together behind it"
+    if compat.batch_invariant():
+        return "VLLM_BATCH_INVARIANT asks for vLLM's own matrix product"
+    if getattr(layer.impl, "masked_mha_available", False):
+        return f"{compat.attention_backend(layer)} may take its prefill rows through masked attention"
+    if compat.prefill_writes_groups(layer, group_size):
+        return "the prefill backend quantises its own rows"
+    if group_size not in GROUP_SIZES or width % group_size:
+        return f"groups of {group_size} in heads of {width}; written for groups of {GROUP_SIZES} that divide a head"
+    weight = getattr(layer, "W_UV", None)
+    if weight is None or weight.dtype != q.dtype or q.dtype not in INPUT_DTYPES or weight.device != q.device:
+        return f"W_UV is {None if weight is None else f'{weight.dtype} on {weight.device}'}, q {q.dtype} on {q.device}"
+    if tuple(weight.shape) != (heads, layer.kv_lora_rank, width):
+        return f"W_UV has shape {tuple(weight.shape)}, not [heads, latent, V] = {(heads, layer.kv_lora_rank, width)}"
+    shape = (len(codes), heads * width)
+    if tuple(codes.shape) != shape or not codes.is_contiguous():
+        return f"the output has shape {tuple(codes.shape)} and strides {codes.stride()}, not {shape} contiguous"
+    if tuple(scales.shape) != (shape[0], shape[1] // group_size) or scales.dtype != torch.float32:
+        return f"the scales are {scales.dtype} of shape {tuple(scales.shape)}, not fp32 of one a group"
+    return None
+
+
+def _quantise(
+    rows: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    group_size: int,
+    use_ue8m0: bool,
+    layout: tuple[bool, bool],
+) -> None:
+    """vLLM's group quantiser over some rows of a buffer: it goes by the scales' strides, which are the whole buffer's."""
+    if rows.is_cuda:
+        torch.ops._C.per_token_group_fp8_quant(
+            rows, codes, scales, group_size, EPS, -FP8_MAX, FP8_MAX, use_ue8m0, *layout
+        )
+        return
+    new_codes, new_scales = group_fp8_quant_reference(rows, group_size, False, False, use_ue8m0, EPS, "custom_op")
+    codes.copy_(new_codes)
+    scales.copy_(new_scales)
+
+
+def zero_scales(scales: torch.Tensor, start: int) -> None:
+    """Zero scales [M, groups] from row `start` on, and the padding between the columns of TMA-aligned ones.
+
+    Not what would pad the last column: vLLM's buffers end with its last row.
+    """
+    rows, groups = scales.shape
+    if start < rows:
+        scales[start:].zero_()
+    stride = scales.stride(1)
+    if scales.stride(0) == 1 and groups > 1 and rows < stride == padded_rows(rows):
+        scales.as_strided((stride - rows, groups - 1), (1, stride), scales.storage_offset() + rows).zero_()

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gated RMSNorm of each head, then group FP8: what runs between linear attention and its output projection.
+
+    y = s / sqrt(mean(s ** 2) + epsilon) * weight * gate(z),  s = x             norm_before_gate
+    y = s / sqrt(mean(s ** 2) + epsilon) * weight,            s = x * gate(z)   otherwise
+
+gate is SiLU or sigmoid, the mean is over a head. vLLM's `RMSNormGated.forward_static` computes all of it in fp32 and rounds
+once, to x's dtype; then heads are put side by side and quantised. `norm_form` says what the quantiser gets:
+
+`native`
+    What Inductor compiles (vLLM's default): y rounded to x's dtype before an opaque quantiser (`quant_form="custom_op"`),
+    unrounded before a native quantiser, which Inductor puts into the same kernel.
+`eager`
+    y rounded to x's dtype in any case: eager torch, and Inductor with `emulate_precision_casts`.
+
+Exact on NVIDIA GPUs but for one thing, the order in which Inductor adds up a head's squares. The op adds 8 by 8 and then by
+halves, whatever the number of tokens. So does Inductor's kernel for heads of up to 256 if its tile has several of them;
+which tile that is, Inductor finds out by timing (with `torch._inductor.config.deterministic` it is always such a one). With
+one head at a time its order is another, which can move y by a rounding. Heads above 256 have an order of their own. The gate
+is Inductor's too (`div.full.f32`, 2 ulp), and not eager torch's.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .quant import (
+    FP8_DTYPE,
+    INPUT_DTYPES,
+    check_form,
+    check_group_layout,
+    empty_group_scales,
+    group_fp8_quant_reference,
+)
+from .registry import register
+
+ACTIVATIONS = ("silu", "sigmoid")
+NORM_FORMS = ("native", "eager")
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# A head is read at once: 1024 threads, 16 bytes each.
+MAX_HEAD_DIM = 8192
+
+
+def gated_rms_norm_reference(
+    x: torch.Tensor,
+    z: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    norm_before_gate: bool = True,
+    activation: str = "silu",
+    *,
+    rounded: bool = True,
+) -> torch.Tensor:
+    """Gated RMSNorm along the last dimension in plain torch: in x's dtype, or in fp32 if `rounded` is False."""
+    z = z.float()
+    gate = (1.0 if activation == "sigmoid" else z) / (1.0 + torch.exp(-z))
+    y = x.float()
+    if not norm_before_gate:
+        y = y * gate
+    y = y * torch.rsqrt(y.pow(2).mean(dim=-1, keepdim=True) + epsilon) * weight.float()
+    if norm_before_gate:
+        y = y * gate
+    return y.to(x.dtype) if rounded else y
+
+
+def _check(
+    x: torch.Tensor,
+    z: torch.Tensor,
+    weight: torch.Tensor,
+    num_heads: int,
+    activation: str,
+    group_size: int,
+    column_major: bool,
+    tma_aligned: bool,
+    norm_form: str,
+    quant_form: str,
+) -> tuple[int, int]:
+    """Tokens and output width; ValueError on what no kernel takes."""
+    if x.dtype not in INPUT_DTYPES:
+        raise ValueError(f"x has dtype {x.dtype}; allowed: {', '.join(map(str, INPUT_DTYPES))}")
+    if x.dim() not in (2, 3):
+        raise ValueError(
+            f"x has {x.dim()} dimensions, shape {tuple(x.shape)}; "
+            "allowed: 2, [tokens * heads, head size], or 3, [tokens, heads, head size]"
+        )
+    if num_heads < 1:
+        raise ValueError(f"num_heads={num_heads}; allowed: 1 or more")
+    if x.dim() == 2 and x.shape[0] % num_heads:
+        raise ValueError(f"x has {x.shape[0]} rows; allowed: a multiple of num_heads={num_heads}")
+    if x.dim() == 3 and x.shape[1] != num_heads:
+        raise ValueError(f"x has {x.shape[1]} heads, shape {tuple(x.shape)}; allowed: num_heads={num_heads}")
+    head_dim = x.shape[-1]
+    if z.dtype != x.dtype or z.shape != x.shape or z.device != x.device:
+        raise ValueError(
+            f"z is {z.dtype} of shape {tuple(z.shape)} on {z.device}; "
+            f"allowed: as x, {x.dtype} of shape {tuple(x.shape)} on {x.device}"
+        )
+    for name, heads in (("x", x), ("z", z)):
+        if heads.stride(-1) != 1:
+            raise ValueError(
+                f"{name} has stride {heads.stride(-1)} along a head; allowed: 1 (heads themselves may be strided)"
+            )
+    if weight.dtype not in WEIGHT_DTYPES or weight.shape != (head_dim,) or weight.stride(0) != 1:
+        raise ValueError(
+            f"weight is {weight.dtype} of shape {tuple(weight.shape)} and strides {weight.stride()}; "
+            f"allowed: contiguous, of shape ({head_dim},), {', '.join(map(str, WEIGHT_DTYPES))}"
+        )
+    if weight.device != x.device:
+        raise ValueError(f"weight is on {weight.device}; allowed: x's device, {x.device}")
+    check_form("activation", activation, ACTIVATIONS)
+    check_group_layout(num_heads * head_dim, group_size, column_major, tma_aligned)
+    if head_dim % group_size or not 0 < head_dim <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"x has heads of {head_dim}; allowed: multiples of group_size={group_size} from {group_size} to {MAX_HEAD_DIM}"
+        )
+    check_form("norm_form", norm_form, NORM_FORMS)
+    check_form("quant_form", quant_form)
+    return x.shape[0] if x.dim() == 3 else x.shape[0] // num_heads, num_heads * head_dim
+
+
+def gated_rms_norm_group_fp8_quant_reference(
+    x: torch.Tensor,
+    z: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    num_heads: int,
+    norm_before_gate: bool = True,
+    activation: str = "silu",
+    group_size: int = 128,
+    column_major_scales: bool = False,
+    tma_aligned_scales: bool = False,
+    use_ue8m0: bool = False,
+    eps: float = 1e-10,
+    norm_form: str = "native",
+    quant_form: str = "custom_op",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gated_rms_norm_group_fp8_quant` in plain torch, on any device."""
+    rows, width = _check(
+        x, z, weight, num_heads, activation, group_size, column_major_scales, tma_aligned_scales, norm_form, quant_form
+    )
+    rounded = (norm_form, quant_form) != ("native", "native")
+    y = gated_rms_norm_reference(x, z, weight, epsilon, norm_before_gate, activation, rounded=rounded)
+    return group_fp8_quant_reference(
+        y.reshape(rows, width), group_size, column_major_scales, tma_aligned_scales, use_ue8m0, eps, quant_form
+    )
+
+
+def _fake(
+    x,
+    z,
+    weight,
+    epsilon,
+    num_heads,
+    norm_before_gate,
+    activation,
+    group_size,
+    column_major_scales,
+    tma_aligned_scales,
+    use_ue8m0,
+    eps,
+    norm_form,
+    quant_form,
+):
+    rows, width = _check(
+        x, z, weight, num_heads, activation, group_size, column_major_scales, tma_aligned_scales, norm_form, quant_form
+    )
+    scales = empty_group_scales(x, rows, width // group_size, column_major_scales, tma_aligned_scales)
+    return x.new_empty((rows, width), dtype=FP8_DTYPE), scales
+
+
+def _cuda(x, z, weight, epsilon, num_heads, norm_before_gate, activation, group_size, *rest):
+    from ..kernels.gated_rms_norm_quant import gated_rms_norm_group_fp8_quant as launch
+
+    codes, scales = _fake(x, z, weight, epsilon, num_heads, norm_before_gate, activation, group_size, *rest)
+    _, _, use_ue8m0, eps, norm_form, quant_form = rest
+    launch(
+        x,
+        z,
+        weight,
+        codes,
+        scales,
+        epsilon,
+        num_heads,
+        norm_before_gate,
+        activation,
+        group_size,
+        use_ue8m0,
+        eps,
+        norm_form,
+        quant_form,
+    )
+    return codes, scales
+
+
+_OP = register(
+    "gated_rms_norm_group_fp8_quant(Tensor x, Tensor z, Tensor weight, float epsilon, int num_heads, "
+    "bool norm_before_gate, str activation, int group_size, bool column_major_scales, bool tma_aligned_scales, "
+    "bool use_ue8m0, float eps, str norm_form, str quant_form) -> (Tensor, Tensor)",
+    fake=_fake,
+    cuda=_cuda,
+    cpu=gated_rms_norm_group_fp8_quant_reference,
+)
+
+
+def gated_rms_norm_group_fp8_quant(
+    x: torch.Tensor,
+    z: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    num_heads: int,
+    *,
+    norm_before_gate: bool = True,
+    activation: str = "silu",
+    group_size: int = 128,
+    column_major_scales: bool = False,
+    tma_aligned_scales: bool = False,
+    use_ue8m0: bool = False,
+    eps: float = 1e-10,
+    norm_form: str = "native",
+    quant_form: str = "custom_op",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm of each head of x, gated by z, quantised to FP8 in groups of `group_size`, in one kernel.
+
+    Args:
+        x: [N * num_heads, D] or [N, num_heads, D], bf16 or fp16, N tokens of num_heads heads; tokens and heads may be
+            strided, a head's D numbers not. N may be 0.
+        z: the gate before its activation; dtype and shape of x, strides of its own.
+        weight: [D] bf16, fp16 or fp32, contiguous, on x's device.
+        epsilon: added to the mean of the squares.
+        num_heads: heads of a token.
+        norm_before_gate: norm(x) * gate(z) instead of norm(x * gate(z)).
+        activation: gate is "silu" or "sigmoid".
+        group_size: 64 or 128; divides D, which is at most 8192.
+        column_major_scales: scales with strides (1, N) instead of (num_heads * D / group_size, 1).
+        tma_aligned_scales: with column_major_scales, strides (1, N rounded up to 4); the padding is zero.
+        use_ue8m0: round each scale up to a power of two.
+        eps: floor of a group's maximum (quant_form custom_op).
+        norm_form, quant_form: which of vLLM's roundings to reproduce; see the module's docstring and ops/quant.py.
+
+    Returns:
+        codes [N, num_heads * D] float8_e4m3fn, contiguous, the heads of a token side by side, and
+        scales [N, num_heads * D / group_size] fp32 in the layout asked for.
+
+    Raises:
+        ValueError: an argument is not one of the above; the message names it, its value and what is allowed.
+
+    Mirrors vLLM's `RMSNormGated.forward_static` (one group a head), a reshape, and `per_token_group_fp8_quant`: the output
+    of Qwen3-Next's gated delta net.
+    """
+    return _OP(
+        x,
+        z,
+        weight,
+        epsilon,
+        num_heads,
+        norm_before_gate,
+        activation,
+        group_size,
+        column_major_scales,
+        tma_aligned_scales,
+        use_ue8m0,
+        eps,
+        norm_form,
+        quant_form,
+    )

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GroupQuantPass: group quantisers that no other pass has fused with anything run this package's kernel.
+
+vLLM has no pass of this kind. The op has the bytes of the one that it replaces. `lone_group_quant=false` switches it off.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+from torch._inductor.pattern_matcher import Match
+from vllm.config import VllmConfig
+
+from .. import compat, report
+from ..ops import group_quant  # noqa: F401  (registers the op)
+from ..ops.quant import GROUP_SIZES
+from . import matchers
+from .base import FusionPass, OpIndex, PatternReplacement
+
+ROWS, GROUPS = 5, 4  # example sizes: unlike each other and unlike 1, so that no two dimensions are mistaken
+
+
+class LoneGroupQuant(PatternReplacement):
+    """x [M, K] -> group quantiser, in its custom-op form: a native one is Inductor's to fuse."""
+
+    def __init__(self, quant: matchers.GroupQuant, dtype: torch.dtype) -> None:
+        self.quant = quant
+        self.dtype = dtype
+
+    def possible(self, ops: OpIndex) -> bool:
+        return self.quant.possible(ops)
+
+    def key(self) -> str:
+        return str(self.quant)
+
+    def inputs(self) -> list[torch.Tensor]:
+        width = GROUPS * self.quant.group_size
+        return [matchers.empty(ROWS, width, dtype=self.dtype), *self.quant.inputs(ROWS, width)]
+
+    def pattern(self, x: torch.Tensor, *buffers: torch.Tensor) -> Any:
+        return self.quant(x, *buffers)
+
+    def replacement(self, x: torch.Tensor, *buffers: torch.Tensor) -> Any:
+        q = self.quant
+        return torch.ops.vllm_fusion_plugin.group_fp8_quant.default(
+            x, q.group_size, q.column_major_scales, q.tma_aligned_scales, q.use_ue8m0, q.eps, q.form
+        )
+
+    def refuse(self, match: Match) -> str | None:
+        return self.quant.refuse(*(match.kwargs[f"arg{i}"].meta["val"] for i in (1, 2)))
+
+
+class GroupQuantPass(FusionPass):
+    """Puts this package's group FP8 quantiser in the place of vLLM's, wherever one is left. Takes a VllmConfig. Runs behind
+    all fusion passes."""
+
+    name: ClassVar[str] = "group_quant_pass"
+
+    def __init__(self, config: VllmConfig) -> None:
+        super().__init__(config)
+        dtype = self.model_dtype if self.model_dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+        for quant in matchers.group_quants(GROUP_SIZES):
+            if quant.form == "custom_op":
+                self.register(LoneGroupQuant(quant, dtype))
+        self.dump(config)
+
+    def explain(self, graph: fx.Graph) -> None:
+        for node in graph.nodes:
+            if compat.called_op(node) in matchers.GROUP_QUANT_OPS and node not in self.seen_in_refused:
+                reason = (
+                    f"{matchers.describe_call(node)}; replaced for group sizes {GROUP_SIZES} and all of float8_e4m3fn"
+                )
+                report.RECORDER.missed(self.name, reason, report.module_of(node))
