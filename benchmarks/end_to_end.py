@@ -41,6 +41,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "control": {"plugin": False, "pass_config": OFF},
 }
+ATTENTION = ("stock", "ours")  # what --attention lets fuse attention with the quantiser behind it
 CONFIGS_IN_ROWS = ("stock", "stock_unfused", "ours")
 # Pairs whose times and tokens are compared, the one that should be faster first.
 PAIRS = (
@@ -64,7 +65,12 @@ DEFAULTS: dict[str, Any] = {
 }
 NEEDS: dict[str, dict[str, Any]] = {
     # The other GDN prefill kernels compile for minutes, and each capture size takes seconds.
-    "qwen3_next": {"engine": {"gdn_prefill_backend": "triton"}, "batches": [1, 32], "capture": [1, 32]},
+    "qwen3_next": {
+        "engine": {"gdn_prefill_backend": "triton"},
+        "batches": [1, 32],
+        "capture": [1, 32],
+        "configs": ["stock", "stock_unfused", "ours", "control"],
+    },
     # 48 GB of weights an engine: two fit on one GPU.
     "deepseek_v3": {"configs": ["stock_unfused", "ours"]},
 }
@@ -83,6 +89,11 @@ def serve(args: argparse.Namespace) -> None:
     from vllm import LLM, SamplingParams
 
     config = CONFIGS[args.serve]
+    pass_config, partition = config["pass_config"], {}
+    if args.attention:
+        partition = {"use_inductor_graph_partition": True}  # attention has to be in the graph that passes see
+        if args.serve in ATTENTION:
+            pass_config = pass_config | {"fuse_attn_quant": True}
     llm = LLM(
         model=str(args.model),
         load_format="dummy",
@@ -96,7 +107,7 @@ def serve(args: argparse.Namespace) -> None:
         kv_cache_memory_bytes=int(args.kv_gib * 2**30),
         enable_prefix_caching=False,
         worker_extension_cls="engine_worker.EngineWorker",
-        compilation_config={"cudagraph_capture_sizes": args.capture, "pass_config": config["pass_config"]},
+        compilation_config={"cudagraph_capture_sizes": args.capture, "pass_config": pass_config} | partition,
         additional_config={"fusion_plugin": config["settings"]} if "settings" in config else {},
         **args.engine,
     )
@@ -223,7 +234,8 @@ def measure(args: argparse.Namespace) -> None:
     differences = paired(times)
     for difference in differences:
         print(difference)
-    out = args.out or timing.RESULTS / f"end_to_end.{args.model.name}.{args.linear}.json"
+    name = f"end_to_end.{args.model.name}.{args.linear}{'.attention' if args.attention else ''}.json"
+    out = args.out or timing.RESULTS / name
     timing.write(
         out,
         [row for row in rows if row["config"] in CONFIGS_IN_ROWS],
@@ -325,6 +337,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=pathlib.Path, required=True, help="folder with a config.json")
     parser.add_argument("--configs", nargs="*", choices=list(CONFIGS), help="default: all that fit on the GPU")
     parser.add_argument("--linear", default="cutlass", choices=list(LINEAR), help="block GEMM to select")
+    parser.add_argument(
+        "--attention",
+        action="store_true",
+        help="partition graphs in Inductor; stock and ours fuse attention + quantiser too",
+    )
     parser.add_argument("--prefill", type=int, default=8192, help="tokens of the prefill")
     parser.add_argument("--batches", nargs="*", type=int, help="requests decoded together")
     parser.add_argument("--capture", nargs="*", type=int, help="batch sizes that get a CUDA graph")

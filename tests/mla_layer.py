@@ -95,7 +95,7 @@ def everything(scales: torch.Tensor) -> torch.Tensor:
     return scales.as_strided((scales.untyped_storage().nbytes() // 4,), (1,), 0)
 
 
-def attend(layer, batch: str, codes, scales, group_size=128, layout="row", ue8m0=False):
+def attend(layer, batch: str, codes, scales, group_size=128, layout="row", ue8m0=False, output_scale=None) -> None:
     """forward_impl into these buffers."""
     rows, actual, decoded = BATCHES[batch]
     q = layer.W_UV.new_zeros(rows, layer.num_heads, NOPE + ROPE)
@@ -106,7 +106,7 @@ def attend(layer, batch: str, codes, scales, group_size=128, layout="row", ue8m0
         q.new_zeros(0),
         metadata(actual, decoded),
         output=codes,
-        output_scale=None,
+        output_scale=output_scale,
         output_block_scale=scales,
         quant_group_size=group_size,
         quant_scale_ue8m0=ue8m0,

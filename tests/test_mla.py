@@ -26,6 +26,7 @@ from .mla_layer import (
     WIDTH,
     MLAAttention,
     V,
+    attend,
     buffers,
     by_vllm,
     everything,
@@ -248,7 +249,26 @@ def test_an_unsupported_group_is_vllms_error():
         run(make_layer(), "mixed", group_size=32)
 
 
-def test_layers_on_two_threads():
+def test_two_kinds_of_scales_are_vllms_error():
+    codes, scales = buffers(7, 128, "row")
+    with pytest.raises(AssertionError):  # not an attempt to quantise with one scale
+        attend(make_layer(), "mixed", codes, scales, output_scale=scales)
+
+
+def test_nvfp4_output_is_vllms(monkeypatch):
+    layer, counts = make_layer(), fused_rows(monkeypatch)
+    q = torch.zeros(7, HEADS, NOPE + ROPE, dtype=torch.bfloat16)
+    codes = torch.ones(7, WIDTH // 2, dtype=torch.uint8)
+    scales = torch.ones(128, WIDTH // 16, dtype=torch.uint8)
+    layer.forward_impl(q, q, q, q, None, output=codes, output_scale=torch.ones(1), output_block_scale=scales)
+    assert counts == []
+    assert not codes.any()
+    assert scales.all()
+    assert report.RECORDER.report.notes == []
+
+
+def test_layers_on_two_threads(monkeypatch):
+    counts = fused_rows(monkeypatch)
     layers = [make_layer(), make_layer()]
     layers[1].W_UV = layers[1].W_UV * 2
     want = [by_vllm(layer, "mixed") for layer in layers]
@@ -269,6 +289,7 @@ def test_layers_on_two_threads():
         thread.start()
     for thread in threads:
         thread.join()
+    assert counts == [3, 3]
     for mine, theirs in zip(got, want, strict=True):
         assert torch.equal(mine[0], theirs[0])
         assert torch.equal(mine[1], theirs[1])

@@ -78,8 +78,8 @@ def _keep_vllm_compile(platform: Any) -> None:
 def _restore(vllm_config: VllmConfig, ir_ops: bool) -> None:
     compilation = vllm_config.compilation_config
     compilation.mode = CompilationMode.VLLM_COMPILE
-    # Whether norms stay one op each until the passes have seen them. Stock clears it along with the mode, since nothing would
-    # lower these ops then.
+    # Whether norms stay one op each until the passes have seen them. Stock clears it along with the mode, since nothing
+    # would lower these ops then.
     compilation.ir_enable_torch_wrap = ir_ops
     # vLLM does this on its way to CUDA graphs, which CPU does not take; without it compile_sizes stays None, or a word.
     compilation.post_init_cudagraph_sizes()

@@ -99,7 +99,7 @@ def _install(layer: type) -> str | None:
 
     @functools.wraps(forward_impl)
     def forward_quantised(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not _enabled or kwargs.get("output_block_scale") is None or kwargs.get("output_scale") is not None:
+        if not _enabled or kwargs.get("output_block_scale") is None:
             return forward_impl(self, *args, **kwargs)
         return _forward(forward_impl, self, *args, **kwargs)
 
@@ -171,10 +171,10 @@ class _Output:
 
 
 def _forward(original: Callable[..., torch.Tensor], layer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """`forward_impl` with output_block_scale and no output_scale."""
+    """`forward_impl` with output_block_scale."""
     codes, scales = kwargs.get("output"), kwargs["output_block_scale"]
-    if len(args) != 5 or codes is None or codes.dtype != FP8_DTYPE:  # not the call that vLLM's op makes
-        return original(layer, *args, **kwargs)
+    if codes is None or codes.dtype != FP8_DTYPE or kwargs.get("output_scale") is not None or len(args) != 5:
+        return original(layer, *args, **kwargs)  # NVFP4, or not called as vLLM's op calls it
     q, attn_metadata = args[0], args[4]
     if reason := why_not(layer, q, codes, scales, kwargs.get("quant_group_size")):
         _note(reason)

@@ -27,6 +27,8 @@ logger = logging.getLogger("vllm.fusion_plugin")
 OURS = {
     "ActivationQuantFusionPass": "silu_mul_quant",
     "RMSNormQuantFusionPass": "rms_norm_quant",
+    "AttnQuantFusionPass": "attn_quant",
+    "MLAAttnQuantFusionPass": "mla_attn_quant",
 }
 
 # Ours that stock has none of, which run behind all of stock's: class -> (module, setting that asks for it).

@@ -78,6 +78,7 @@ def _register_ops() -> None:
         gated_rms_norm_quant,
         group_quant,
         mla_dual_rms_norm_quant,
+        mla_v_up_quant,
         rms_norm_quant,
         silu_mul_quant,
     )
@@ -99,15 +100,18 @@ def _fingerprint(config: Any) -> str | None:
         compat.remove_pass_manager(PASS_MANAGER)
         return None
     compat.install_pass_manager(PASS_MANAGER)  # an engine before this one in the process may have switched it off
-    _pass_on(chosen)
+    _pass_on(chosen, config)
     RECORDER.report.fingerprint = fingerprint.fingerprint(chosen)
     return RECORDER.report.fingerprint
 
 
-def _pass_on(chosen: settings.Settings) -> None:
+def _pass_on(chosen: settings.Settings, config: Any) -> None:
+    from . import mla
     from .kernels import launch
 
     os.environ[launch.ENV] = "1" if chosen.use_pdl else "0"
+    wanted = chosen.mla_v_up_quant and config.compilation_config.pass_config.fuse_attn_quant
+    mla.configure(bool(wanted) and "MLAAttnQuantFusionPass" not in chosen.stock_passes)
 
 
 def _get_compilation_match_table(worker: Any) -> dict[str, int]:

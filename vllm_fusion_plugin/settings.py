@@ -24,7 +24,12 @@ ENV_CPU = "VLLM_FUSION_PLUGIN_CPU"  # see cpu.py
 ADDITIONAL_CONFIG_KEY = "fusion_plugin"
 
 # The stock classes that we can stand in for, by the names that vLLM's users know.
-PASSES = ("ActivationQuantFusionPass", "RMSNormQuantFusionPass")
+PASSES = (
+    "ActivationQuantFusionPass",
+    "RMSNormQuantFusionPass",
+    "AttnQuantFusionPass",
+    "MLAAttnQuantFusionPass",
+)
 
 
 class SettingsError(ValueError):
@@ -43,11 +48,15 @@ class Settings(BaseModel):
     """Passes left to vLLM, for example `["ActivationQuantFusionPass"]`; the rest stay ours."""
 
     nvfp4_kernel: Literal["vllm", "ours"] = "vllm"
-    """Which kernel a fused SiLU·mul + NVFP4 quantiser runs: vLLM's own, or this package's, not measured yet on the
-    GPUs with FP4 GEMMs yet (compute capability 10.0 and later)."""
+    """Which kernel a fused SiLU·mul + NVFP4 quantiser runs: vLLM's own, or this package's, not measured yet on
+    the GPUs with FP4 GEMMs (compute capability 10.0 and later)."""
 
     lone_group_quant: bool = True
     """Group FP8 quantisers that are fused with nothing run this package's kernel instead of vLLM's; same bytes."""
+
+    mla_v_up_quant: bool = True
+    """With fuse_attn_quant, MLA layers with FP8 output in groups write it from the V up-projection, instead of quantising
+    behind it."""
 
     use_pdl: bool = True
     """Launch kernels with programmatic dependent launch where the GPU has it (compute capability 9.0 and later)."""

@@ -298,3 +298,27 @@ def test_patterns():
     keys = set(make_pass().patterns)
     assert len(keys) == 2 + 1 + 2 * 3 * 2
     assert {"mla_attention+nvfp4", "mla_attention+static[native]", "mla_attention+group64[custom_op,tma,ue8m0]"} < keys
+
+
+@pytest.mark.slow
+def test_deepseek_v3(trace_model):
+    """All layers, as with vLLM's own pass on an H200. The whole model is one graph, or attention would not be in any."""
+    trace = trace_model(
+        "deepseek-v3-5layers",
+        plugin=True,
+        env={"VLLM_USE_DEEP_GEMM": "0", "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0"},
+        pass_config={"fuse_attn_quant": True},
+        compilation_config={"use_inductor_graph_partition": True},
+    )
+    assert {"AttnQuantFusionPass", "MLAAttnQuantFusionPass"} <= {
+        path.rpartition(".")[2] for path in trace["passes"] if path.startswith("vllm_fusion_plugin.passes.")
+    }
+    assert trace["matches_by_layer"][PASS] == trace["match_table"][PASS] == 5
+    assert trace["matches_by_layer"]["attn_quant_fusion"] == trace["match_table"]["attn_quant_fusion"] == 0
+    (subgraph,) = trace["plugin"]["subgraphs"]
+    found = [f for f in subgraph["found"] if f["pass_name"] == PASS]
+    assert {f["pattern"] for f in found} == {"mla_attention+group128[custom_op,column]"}
+    assert sorted(f["module"] for f in found) == [f"layers.{i}.self_attn.mla_attn" for i in range(5)]
+    assert not [m for m in subgraph["missed"] if m["pass_name"] == PASS]
+    (graph,) = trace["graphs"]
+    assert graph["ops_after"][f"{OP}.default"] == 5

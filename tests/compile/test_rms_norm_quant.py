@@ -25,6 +25,7 @@ from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8  # 
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape  # noqa: E402
 
 from vllm_fusion_plugin import compat, plugin, report  # noqa: E402
+from vllm_fusion_plugin.passes.rms_norm_quant import RMSNormQuantFusionPass  # noqa: E402
 
 PASS = "rmsnorm_quant_fusion_pass"
 DUAL = "mla_dual_rms_norm_fusion_pass"
@@ -213,6 +214,28 @@ def test_an_unknown_kernel_is_left_alone(monkeypatch):
     recording = trace(functools.partial(Norm, group()))
     assert not our_ops(recording)
     assert any("kernel of oink" in r for r in reasons()), reasons()
+
+
+# ---- the pass --------------------------------------------------------------------------------------------------------
+
+
+def test_patterns_are_all_different():
+    config = make_config(["none", "+quant_fp8"], fuse_norm_quant=True)
+    one = RMSNormQuantFusionPass(config)
+    # all norms with a quantiser of each form, and all quantisers with one norm: tracing all 600 takes a minute
+    quants = ("+group128[custom_op,column]", "+group128[native,row]")
+    wanted = [key for key in one.patterns if any(quant in key for quant in quants) or key.startswith("rms_norm+")]
+    one.patterns = {key: one.patterns[key] for key in wanted}
+    one.trace_patterns()  # raises DuplicatePatternError if two look for the same graph
+    assert len(wanted) > 70
+
+
+def test_what_is_registered_first_wins_whatever_is_traced_first():
+    one = RMSNormQuantFusionPass(make_config(["none", "+quant_fp8"], fuse_norm_quant=True))
+    for key in ("rms_norm+static[custom_op]", "rms_norm[gemma]+static[custom_op]"):  # the second was registered first
+        one._trace_pattern(key, one.patterns[key])
+    ((first, second),) = one.pm_pass.patterns.values()
+    assert "aten.add.Tensor" in repr(first.pattern) and "aten.add.Tensor" not in repr(second.pattern)
 
 
 # ---- several users ---------------------------------------------------------------------------------------------------

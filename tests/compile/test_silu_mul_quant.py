@@ -250,6 +250,9 @@ def test_flag_off_leaves_everything():
 # ---- the pass and its manager ----------------------------------------------------------------------------------------
 
 
+ONLY_ACT = {"fuse_act_quant": True, "fuse_norm_quant": False}  # vLLM traces its norm patterns at once, for seconds
+
+
 def make_pass(config):
     from vllm_fusion_plugin.passes.silu_mul_quant import ActivationQuantFusionPass
 
@@ -285,7 +288,7 @@ def test_a_pass_that_cannot_be_built_leaves_stock(monkeypatch):
 
     monkeypatch.setattr(pass_manager, "our_pass", broken)
     manager = pass_manager.FusionPassManager()
-    manager.configure(make_config(["none", "+quant_fp8"], fuse_act_quant=True))
+    manager.configure(make_config(["none", "+quant_fp8"], **ONLY_ACT))
     (act,) = (p for p in manager.passes if type(p).__name__ == "ActivationQuantFusionPass")
     assert type(act).__module__.startswith("vllm.compilation")
     assert "no kernels here" in report.RECORDER.report.passes["ActivationQuantFusionPass"]
@@ -310,7 +313,7 @@ def test_a_manager_made_too_early_is_stocks(mine):
     """vLLM makes it before it hashes the config, where the plugin takes itself out."""
     from vllm_fusion_plugin.pass_manager import FusionPassManager
 
-    config = make_config(["none", "+quant_fp8"], fuse_act_quant=True)
+    config = make_config(["none", "+quant_fp8"], **ONLY_ACT)
     config.additional_config = {"fusion_plugin": mine}
     manager = FusionPassManager()
     manager.configure(config)
@@ -334,7 +337,7 @@ def test_a_pattern_that_cannot_be_traced_is_left_out(monkeypatch):
 def test_settings_leave_a_pass_to_stock():
     from vllm_fusion_plugin.pass_manager import FusionPassManager
 
-    config = make_config(["none", "+quant_fp8"], fuse_act_quant=True)
+    config = make_config(["none", "+quant_fp8"], **ONLY_ACT)
     config.additional_config = {"fusion_plugin": {"stock_passes": ["ActivationQuantFusionPass"]}}
     manager = FusionPassManager()
     manager.configure(config)
@@ -381,6 +384,6 @@ def test_duplicates_are_refused():
 def test_patterns_are_dumped_where_vllm_dumps(tmp_path):
     config = make_config(["none", "+quant_fp8"], fuse_act_quant=True)
     config.compilation_config.debug_dump_path = tmp_path
-    make_pass(config)
+    trace_branches([GroupQuantMLP], [(64, 2 * WIDTH)], config)
     (dump,) = tmp_path.rglob("patterns.activation_quant_fusion_pass.*.py")
     assert "per_token_group_fp8_quant" in dump.read_text()

@@ -16,8 +16,11 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ACT = "activation_quant_fusion_pass"
-NORM = "RMSNormQuantFusionPass"
-FUSED_OP = "vllm_fusion_plugin.silu_mul_group_fp8_quant.default"
+STOCK_NORM = "RMSNormQuantFusionPass"  # vLLM's pass has no name of its own and is not in its match table
+NORM = "rmsnorm_quant_fusion_pass"
+DUAL = "mla_dual_rms_norm_fusion_pass"
+LONE = "group_quant_pass"
+OP = "vllm_fusion_plugin.{}.default"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +30,15 @@ class Case:
     act_graphs: int
     """Distinct compiled graphs with a SiLU·mul + quant: what vLLM's match table counts."""
     act_layers: int
-    norm_layers: int
+    stock_norms: int
+    norms: int
+    """Norms fused with a quantiser, over all layers."""
+    gated: int = 0
+    """Gated norms, of linear attention."""
+    dual: int = 0
+    """Norms that went into the op of another one."""
+    lone: int = 0
+    """Quantisers that are fused with nothing: behind attention."""
     env: tuple[tuple[str, str], ...] = ()
 
 
@@ -37,13 +48,17 @@ CUTLASS = (("VLLM_USE_DEEP_GEMM", "0"), ("VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER", 
 
 CASES = {
     # 8 equal layers. vLLM compiles two pieces with an MLP: that between two attentions, and the last.
-    "qwen3": Case("qwen3-8b-8layers", "CutlassFp8BlockScaledMMKernel", 2, 8, 16, CUTLASS),
-    # 1 dense layer; in the 4 MoE layers experts and shared expert are inside one op.
-    "deepseek-v3": Case("deepseek-v3-5layers", "CutlassFp8BlockScaledMMKernel", 1, 1, 11, CUTLASS),
+    "qwen3": Case("qwen3-8b-8layers", "CutlassFp8BlockScaledMMKernel", 2, 8, 16, 16, lone=8, env=CUTLASS),
+    # 1 dense layer; in the 4 MoE layers experts and shared expert are inside one op. In each layer input norm and q's norm,
+    # whose op also does that of k and v.
+    "deepseek-v3": Case(
+        "deepseek-v3-5layers", "CutlassFp8BlockScaledMMKernel", 1, 1, 11, 11, dual=5, lone=5, env=CUTLASS
+    ),
     # As installed: this GEMM quantises inside.
-    "deepseek-v3-defaults": Case("deepseek-v3-5layers", "FlashInferFp8DeepGEMMDynamicBlockScaledKernel", 0, 0, 0),
-    # All MLPs inside the MoE op; norms with weight + 1 in float32, which stock's norm fusion does not take.
-    "qwen3-next": Case("qwen3-next-8layers", "CutlassFp8BlockScaledMMKernel", 0, 0, 0, CUTLASS),
+    "deepseek-v3-defaults": Case("deepseek-v3-5layers", "FlashInferFp8DeepGEMMDynamicBlockScaledKernel", 0, 0, 0, 0),
+    # All MLPs inside the MoE op. Norms with weight + 1 in float32 and results that another GEMM reads as well, which stock's
+    # fusion does not take. 6 of 8 layers have linear attention.
+    "qwen3-next": Case("qwen3-next-8layers", "CutlassFp8BlockScaledMMKernel", 0, 0, 0, 8, gated=6, lone=2, env=CUTLASS),
 }
 
 
@@ -56,30 +71,60 @@ def by_layer(trace: dict, ops: str, op: str) -> int:
     return sum(graph[ops].get(op, 0) * graph["reuses"] for graph in trace["graphs"])
 
 
-def act_pass(trace: dict) -> str:
-    [path] = [path for path in trace["passes"] if path.endswith(".ActivationQuantFusionPass")]
+def pass_path(trace: dict, name: str) -> str:
+    [path] = [path for path in trace["passes"] if path.endswith(f".{name}")]
     return path
+
+
+def found(trace: dict, pass_name: str) -> list[dict]:
+    return [found for sub in trace["plugin"]["subgraphs"] for found in sub["found"] if found["pass_name"] == pass_name]
+
+
+def missed(trace: dict, pass_name: str) -> list[dict]:
+    return [m for sub in trace["plugin"]["subgraphs"] for m in sub["missed"] if m["pass_name"] == pass_name]
 
 
 def test_stock(case, trace_model):
     trace = trace_model(case.model, plugin=False, env=dict(case.env))
     assert set(trace["linear_kernels"]) == {case.linear_kernel}
-    assert act_pass(trace).startswith("vllm.compilation.")
+    assert pass_path(trace, "ActivationQuantFusionPass").startswith("vllm.compilation.")
     assert trace["matches_by_graph"][ACT] == trace["match_table"][ACT] == case.act_graphs
     assert trace["matches_by_layer"][ACT] == case.act_layers
-    assert trace["matches_by_layer"][NORM] == case.norm_layers
+    assert trace["matches_by_layer"][STOCK_NORM] == case.stock_norms
 
 
 def test_plugin_fuses_what_stock_fuses(case, trace_model):
     stock = trace_model(case.model, plugin=False, env=dict(case.env))
     trace = trace_model(case.model, plugin=True, env=dict(case.env))
     assert trace["pass_manager"] == "vllm_fusion_plugin.pass_manager.FusionPassManager"
-    assert act_pass(trace).startswith("vllm_fusion_plugin.passes.")
+    for name in ("ActivationQuantFusionPass", "RMSNormQuantFusionPass"):
+        assert pass_path(trace, name).startswith("vllm_fusion_plugin.passes.")
     assert trace["matches_by_graph"][ACT] == trace["match_table"][ACT] == case.act_graphs
-    assert trace["matches_by_layer"][ACT] == by_layer(trace, "ops_after", FUSED_OP) == case.act_layers
+    assert (
+        trace["matches_by_layer"][ACT]
+        == by_layer(trace, "ops_after", OP.format("silu_mul_group_fp8_quant"))
+        == case.act_layers
+    )
     # The other passes, and the order of all, are as they were.
-    assert [p.rpartition(".")[2] for p in trace["passes"]] == [p.rpartition(".")[2] for p in stock["passes"]]
+    names = [p.rpartition(".")[2] for p in stock["passes"]]
+    assert [p.rpartition(".")[2] for p in trace["passes"]] == [*names, "GroupQuantPass"]
     assert trace["linear_kernels"] == stock["linear_kernels"]
+
+
+def test_plugin_fuses_norms(case, trace_model):
+    trace = trace_model(case.model, plugin=True, env=dict(case.env))
+    assert case.norms >= case.stock_norms
+    assert trace["matches_by_layer"][NORM] == case.norms + case.gated
+    assert trace["matches_by_layer"][LONE] == case.lone
+    ops = {
+        "rms_norm_group_fp8_quant": case.norms - case.dual,
+        "mla_dual_rms_norm_group_fp8_quant": case.dual,
+        "gated_rms_norm_group_fp8_quant": case.gated,
+        "group_fp8_quant": case.lone,
+    }
+    assert {op: by_layer(trace, "ops_after", OP.format(op)) for op in ops} == ops
+    # Whatever quantiser vLLM's graph had is in one of our ops now.
+    assert by_layer(trace, "ops_after", "_C.per_token_group_fp8_quant.default") == 0
 
 
 def test_plugin_meets_the_graph_that_stock_meets(case, trace_model):
@@ -97,22 +142,51 @@ def test_report_counts_graphs_and_layers(case, trace_model):
     report = RankReport.model_validate(trace["plugin"])
     assert report.match_table()[ACT] == case.act_graphs
     assert report.layer_table()[ACT] == case.act_layers
-    assert report.passes["ActivationQuantFusionPass"] == "ours"
+    assert report.layer_table()[NORM] == case.norms + case.gated
+    assert report.layer_table()[DUAL] == case.dual
+    assert report.layer_table()[LONE] == case.lone
+    # as in vLLM's own table, where passes without a match are too
+    assert report.match_table() == {name: count for name, count in trace["match_table"].items() if count}
+    for name in ("ActivationQuantFusionPass", "RMSNormQuantFusionPass", "GroupQuantPass"):
+        assert report.passes[name] == "ours"
 
 
 def test_report_names_the_layers(trace_model):
     trace = trace_model("qwen3-8b-8layers", plugin=True, env=dict(CUTLASS))
-    found = [found for sub in trace["plugin"]["subgraphs"] for found in sub["found"] if found["pass_name"] == ACT]
     # For six of them vLLM compiled nothing: they run what it compiled for the first.
-    assert [".".join(f["module"].split(".")[:3]) for f in found] == [f"layers.{i}.mlp" for i in range(8)]
+    assert [module(f, 3) for f in found(trace, ACT)] == [f"layers.{i}.mlp" for i in range(8)]
+    # post-attention norm and the next input norm, whose quantiser belongs to the next module
+    assert {module(f, 2) for f in found(trace, NORM)} == {f"layers.{i}" for i in range(8)}
+
+
+def module(found: dict, depth: int) -> str:
+    return ".".join(found["module"].split(".")[:depth])
+
+
+def test_report_names_gated_norms(trace_model):
+    trace = trace_model("qwen3-next-8layers", plugin=True, env=dict(CUTLASS))
+    gated = [f for f in found(trace, NORM) if f["pattern"].startswith("gated_rms_norm[silu,norm first]")]
+    assert [module(f, 2) for f in gated] == [f"layers.{i}" for i in (0, 1, 2, 4, 5, 6)]
+    # Input norms: a GEMM in the model's dtype reads those of linear attention too.
+    patterns = [f["pattern"].partition("+")[::2] for f in found(trace, NORM) if f not in gated]
+    assert {norm for norm, _ in patterns} == {"rms_norm[gemma]", "fused_add_rms_norm[gemma]"}
+    assert sum("+norm" in rest for _, rest in patterns) == 6
+
+
+def test_report_names_both_norms_of_latent_attention(trace_model):
+    trace = trace_model("deepseek-v3-5layers", plugin=True, env=dict(CUTLASS))
+    assert [module(f, 3) for f in found(trace, DUAL)] == [f"layers.{i}.self_attn" for i in range(5)]
 
 
 def test_report_says_why_nothing_was_fused(trace_model):
     case = CASES["deepseek-v3-defaults"]
     trace = trace_model(case.model, plugin=True)
-    missed = [missed for sub in trace["plugin"]["subgraphs"] for missed in sub["missed"] if missed["pass_name"] == ACT]
     # The dense layer is the only one whose SiLU·mul is in the graph; the other four have theirs inside the MoE op.
-    [dense] = [m for m in missed if "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0" in m["reason"]]
+    [dense] = [m for m in missed(trace, ACT) if "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0" in m["reason"]]
     assert dense["module"] == "layers.0.mlp.act_fn"
-    assert sum("MoE op" in m["reason"] for m in missed) == 4
-    assert len(missed) == 5
+    assert sum("MoE op" in m["reason"] for m in missed(trace, ACT)) == 4
+    assert len(missed(trace, ACT)) == 5
+    norms = [m for m in missed(trace, NORM) if "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0" in m["reason"]]
+    assert len(norms) == CASES["deepseek-v3"].norms
+    assert sum("MoE op" in m["reason"] for m in missed(trace, NORM)) == 4
+    assert len(missed(trace, NORM)) == len(norms) + 4

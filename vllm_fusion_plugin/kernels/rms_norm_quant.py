@@ -126,7 +126,7 @@ def load_rows(
             total = tl.where(mask, total + s * s, total)
         else:
             total = tl.where(mask, s * s, 0.0)
-        chunks = chunks + (s,)  # noqa: RUF005  Triton has no unpacking
+        chunks = chunks + (s,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no unpacking
     return chunks, tl.sum(total, axis=1)
 
 
@@ -150,7 +150,8 @@ def load_weights(weight_ptr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl
     if EARLY:
         for first in tl.static_range(0, WIDTH, CHUNK):
             column = first + tl.arange(0, CHUNK)[None, :]
-            weights = weights + (load_weight(weight_ptr, column, WIDTH, first + CHUNK <= WIDTH),)  # noqa: RUF005
+            weight = load_weight(weight_ptr, column, WIDTH, first + CHUNK <= WIDTH)
+            weights = weights + (weight,)  # type: ignore[assignment]  # noqa: RUF005
     return weights
 
 
@@ -350,7 +351,7 @@ def _token_kernel(
         if normed_ptr is not None:
             tl.store(normed_ptr + row.to(tl.int64)[:, None] * WIDTH + column, y.to(dtype), mask=mask)
         top = quant.running_max(top, tl.abs(y), NATIVE)  # beyond WIDTH y is 0, or NaN as in all of the row
-        normed = normed + (y,)  # noqa: RUF005
+        normed = normed + (y,)  # type: ignore[assignment]  # noqa: RUF005
     scale = quant.token_scale(top, bound_ptr, NATIVE)
     tl.store(scales_ptr + row, scale, mask=row < rows)
     for first in tl.static_range(0, WIDTH, CHUNK):

@@ -91,14 +91,15 @@ def _cuda(
 ):  # fmt: skip
     from ..kernels.mla_dual_rms_norm_quant import mla_dual_rms_norm_group_fp8_quant as launch
 
-    outputs = _fake(
+    codes, scales, kv_normed = _fake(
         q, kv, q_weight, kv_weight, q_epsilon, kv_epsilon, group_size, column_major_scales, tma_aligned_scales,
         use_ue8m0, eps, norm_form, quant_form,
     )  # fmt: skip
     launch(
-        q, kv, q_weight, kv_weight, *outputs, q_epsilon, kv_epsilon, group_size, use_ue8m0, eps, norm_form, quant_form
-    )
-    return outputs
+        q, kv, q_weight, kv_weight, codes, scales, kv_normed, q_epsilon, kv_epsilon, group_size, use_ue8m0, eps,
+        norm_form, quant_form,
+    )  # fmt: skip
+    return codes, scales, kv_normed
 
 
 _DUAL = register(

@@ -71,7 +71,7 @@ def zero_scale_padding(scales: torch.Tensor) -> None:
     """Zero the storage between the columns of TMA-aligned scales."""
     rows, groups = scales.shape
     stride = scales.stride(1)
-    if stride > rows:
+    if rows < stride == padded_rows(rows):
         scales.as_strided((stride - rows, groups), (1, stride), scales.storage_offset() + rows).zero_()
 
 

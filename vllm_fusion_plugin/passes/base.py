@@ -145,6 +145,7 @@ class FusionPass(VllmPatternMatcherPass):
         """First output of each place in the graph at hand where matches were refused and none was accepted, and why."""
         self.seen_in_refused: set[fx.Node] = set()
         """All nodes of these matches."""
+        self._dumps: VllmConfig | None = None
         self.settings = settings.load(config.additional_config)
         self._fingerprint = fingerprint.fingerprint(self.settings)
 
@@ -171,6 +172,7 @@ class FusionPass(VllmPatternMatcherPass):
     def trace_possible_patterns(self, ops: OpIndex) -> None:
         """Trace the patterns that a graph with `ops` can hold. One that cannot be traced, because this vLLM's layer is not
         what it expects, is reported and left out: a model must compile all the same."""
+        known = len(self._traced)
         for key, replacement in self.patterns.items():
             if key in self._traced or not replacement.possible(ops):
                 continue
@@ -180,6 +182,8 @@ class FusionPass(VllmPatternMatcherPass):
                 self._traced[key] = f"{type(e).__name__}: {e}"
                 logger.warning("vllm-fusion-plugin: %s looks for no %s: %s", self.name, key, self._traced[key])
                 report.RECORDER.note(f"{self.name}: {key} cannot be traced: {self._traced[key]}")
+        if self._dumps is not None and len(self._traced) > known:
+            self.dump_patterns(self._dumps, self.pm_pass)
 
     @enable_fake_mode
     def _trace_pattern(self, key: str, replacement: PatternReplacement) -> None:
@@ -213,10 +217,8 @@ class FusionPass(VllmPatternMatcherPass):
             entries.sort(key=lambda entry: self._ranks[id(entry)])
 
     def dump(self, config: VllmConfig) -> None:
-        """Write the patterns where vLLM's debug dumps go, if it dumps; all of them, also those that no graph asked for."""
-        if config.compile_debug_dump_path():
-            self.trace_patterns()
-            self.dump_patterns(config, self.pm_pass)
+        """If vLLM dumps for debugging, write the patterns there too, whenever a graph has asked for new ones."""
+        self._dumps = config if config.compile_debug_dump_path() else None
 
     def _accept(self, replacement: PatternReplacement, match: Match, arity: int) -> bool:
         place = match.output_node()

@@ -304,7 +304,7 @@ class GroupQuant:
 
     def possible(self, ops: OpIndex) -> bool:
         if self.form == "native":
-            maxima = (node.args[0].meta["val"].shape[-1] for node in ops.get("aten.max", []))
+            maxima = (node.all_input_nodes[0].meta["val"].shape[-1] for node in ops.get("aten.max", []))
             return _converts_to_fp8(ops) and self.group_size in maxima and ("aten.log2" in ops or not self.use_ue8m0)
         wanted = {
             "group_size": self.group_size,

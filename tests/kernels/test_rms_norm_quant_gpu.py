@@ -1,0 +1,552 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RMSNorm + FP8 on a GPU: the bytes of vLLM's own unfused ops, and of what Inductor makes of vLLM's torch code.
+
+The ops can return what they quantise, which splits the question. The quantiser has to give the bytes of vLLM's for that, in
+every case. The norm has to give the bytes of what it stands in for where both add squares in the same order or the sum is
+exact; elsewhere the tests count how many numbers are a step off, as properties of the report (`--junit-xml`).
+
+VFP_EXHAUSTIVE_ELEMENTS sets how many elements each mode of a quantiser gets at random (default 2**28). The tests with
+`sanitizer` in their names are few small launches, for
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python -m pytest tests/kernels -k sanitizer
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from vllm_fusion_plugin.kernels import rms_norm_quant as kernels
+from vllm_fusion_plugin.ops.quant import FP8_DTYPE, FP8_MAX, empty_group_scales, padded_rows
+from vllm_fusion_plugin.ops.rms_norm_quant import (
+    rms_norm_group_fp8_quant,
+    rms_norm_group_fp8_quant_reference,
+    rms_norm_static_fp8_quant,
+    rms_norm_token_fp8_quant,
+    rms_norm_token_fp8_quant_reference,
+)
+
+from .cases import DTYPES, all_values, short, strided
+from .checks import as_bits, assert_same_bytes, code_steps
+from .test_rms_norm_quant import BF16, DEEPSEEK, EPS, EPSILON, Layout, Norm, exact_input, inputs, layouts
+
+pytestmark = pytest.mark.gpu
+
+ELEMENTS = int(os.environ.get("VFP_EXHAUSTIVE_ELEMENTS", 2**28))
+# Inductor chooses other kernels for under 1024 rows; vLLM compiles for many.
+ROWS = 2048
+# Widths of models, and what a kernel of its own is made for: a warp a row, a block a row, chunks.
+WIDTHS = (512, 1024, 1536, 2048, 3072, 4096, 5120, 7168, 8192, 16384)
+STATIC_SCALES = (1.0, 0.0123, 3e-5, 700.0)
+
+
+# ---- what vLLM computes ----------------------------------------------------------------------------------------------
+
+
+class Ops:
+    """vLLM's CUDA ops."""
+
+    def __init__(self) -> None:
+        import vllm._custom_ops  # noqa: F401  (loads the extension that defines torch.ops._C)
+
+        self.c = torch.ops._C
+
+    def norm(
+        self, x: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x = x.contiguous()
+        if residual is None:
+            y = torch.empty_like(x)
+            self.c.rms_norm(y, x, weight, EPSILON)
+            return y, None
+        y, residual = x.clone(), residual.clone(memory_format=torch.contiguous_format)
+        self.c.fused_add_rms_norm(y, residual, weight, EPSILON)
+        return y, residual
+
+    def group(self, y: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+        codes = torch.empty_like(y, dtype=FP8_DTYPE)
+        flags = layout[1:3]
+        scales = empty_group_scales(y, y.shape[0], y.shape[1] // layout.group_size, *flags)
+        self.c.per_token_group_fp8_quant(
+            y, codes, scales, layout.group_size, EPS, -FP8_MAX, FP8_MAX, layout.use_ue8m0, *flags
+        )
+        return codes, scales
+
+    def token(self, y: torch.Tensor, scale_ub: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, scales = torch.empty_like(y, dtype=FP8_DTYPE), y.new_empty((y.shape[0], 1), dtype=torch.float32)
+        self.c.dynamic_per_token_scaled_fp8_quant(codes, y, scales, scale_ub)
+        return codes, scales
+
+    def static(self, y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        codes = torch.empty_like(y, dtype=FP8_DTYPE)
+        self.c.static_scaled_fp8_quant(codes, y, scale)
+        return codes
+
+
+@pytest.fixture(scope="module")
+def ops() -> Ops:
+    pytest.importorskip("vllm")
+    return Ops()
+
+
+def torch_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The expression of vLLM's native `rms_norm` and `fused_add_rms_norm`; a Gemma weight comes as fp32, 1 added."""
+    s = x.to(torch.float32)
+    if residual is not None:
+        s = s + residual.to(torch.float32)
+        residual = s.to(x.dtype)
+    y = s * torch.rsqrt(s.pow(2).mean(dim=-1, keepdim=True) + EPSILON)
+    if weight is not None:
+        y = y.to(weight.dtype) * weight
+    return y.to(x.dtype), residual
+
+
+def compiled(fn: Callable, x: torch.Tensor, residual: torch.Tensor | None, *rest: object, **config: object) -> tuple:
+    """fn's outputs, fn compiled as vLLM has Inductor do it: for any number of rows, and for this width alone."""
+    torch._dynamo.reset()
+    for t in (x, residual):
+        if t is not None:
+            torch._dynamo.mark_dynamic(t, 0)
+    with torch._inductor.config.patch(force_disable_caches=True, **config):
+        return torch.compile(fn, fullgraph=True)(x, residual, *rest)
+
+
+def fused_weight(mode: Norm, weight: torch.Tensor | None) -> torch.Tensor | None:
+    return weight.float() + 1.0 if mode.weight == "gemma" and weight is not None else weight
+
+
+def run_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    mode: Norm,
+    tile: kernels.Tile | None = None,
+) -> list[torch.Tensor]:
+    """normed, and residual_out if there is a residual, of the group kernel."""
+    rows, width = x.shape
+    codes = x.new_empty((rows, width), dtype=FP8_DTYPE)
+    scales = empty_group_scales(x, rows, width // 128, False, False)
+    extras = [torch.empty_like(codes, dtype=x.dtype) for _ in range(1 + (residual is not None))]
+    kernels.rms_norm_group_fp8_quant(
+        x, weight, residual, codes, scales, EPSILON, group_size=128, use_ue8m0=False, eps=EPS, **mode.forms(),
+        **dict(zip(("normed", "residual_out"), extras, strict=False)), tile=tile,
+    )  # fmt: skip
+    return extras
+
+
+def assert_nearly_same(
+    actual: torch.Tensor, expected: torch.Tensor, record_property: Callable[[str, object], None], what: str
+) -> None:
+    """A sum in another order: rsqrt(...) may be off by an ulp of fp32, and numbers next to a rounding boundary by one step.
+
+    In 2048 rows of random numbers, simulated, that was 2 to 4 of a million.
+    """
+    steps = (as_bits(actual).int() - as_bits(expected).int()).abs()
+    differing = int(steps.count_nonzero())
+    record_property(what, f"{differing} of {steps.numel()}")
+    assert int(steps.max()) <= 1
+    assert differing <= steps.numel() * 1e-4
+
+
+# ---- the norm --------------------------------------------------------------------------------------------------------
+
+NATIVE_MODES = list(itertools.starmap(Norm, itertools.product(DTYPES, ("same", "gemma"), (False, True))))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("mode", NATIVE_MODES, ids=str)
+def test_native_norm_is_inductors(
+    mode: Norm, width: int, device: torch.device, record_property: Callable[[str, object], None]
+) -> None:
+    """Above 2048 columns under Inductor's `deterministic`, which takes timing out of its choice: 2048 columns at a time."""
+    if not hasattr(torch._inductor.config, "deterministic"):
+        pytest.skip("this torch has no torch._inductor.config.deterministic")
+    x, residual = inputs(ROWS, width, mode, device, seed=width)
+    weight = mode.make_weight(width, device)
+    expected = compiled(torch_norm_of_rows, x, residual, fused_weight(mode, weight), deterministic=width > 2048)
+    tile = kernels.Tile(1, 2048, 16) if width > 2048 else None
+    actual = run_norm(x, weight, residual, mode, tile)
+    for name, one, other in zip(("normed", "residual_out"), actual, expected, strict=False):
+        assert_same_bytes(one, other, name)
+    # what users have: Inductor's own choice, ours by default
+    expected = compiled(torch_norm_of_rows, x, residual, fused_weight(mode, weight))
+    actual = run_norm(x, weight, residual, mode)
+    assert_nearly_same(actual[0], expected[0], record_property, "normed as Inductor chooses")
+    if residual is not None:
+        assert_same_bytes(actual[1], expected[1], "residual_out")
+
+
+def torch_norm_of_rows(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor | None) -> tuple:
+    return torch_norm(x, weight, residual)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("residual_given", [False, True], ids=["", "add"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_custom_op_norm_is_vllms(
+    dtype: torch.dtype,
+    residual_given: bool,
+    width: int,
+    ops: Ops,
+    device: torch.device,
+    record_property: Callable[[str, object], None],
+) -> None:
+    mode = Norm(dtype, "same", residual_given, "custom_op")
+    weight = mode.make_weight(width, device)
+    for rows in (7, ROWS):  # vLLM's ops add in two orders
+        x, residual = exact_input(rows, width, mode, device, seed=width)
+        for name, one, other in zip(
+            ("normed", "residual_out"),
+            run_norm(x, weight, residual, mode),
+            ops.norm(x, weight, residual),
+            strict=False,
+        ):
+            assert_same_bytes(one, other, f"{name} of exact sums, {rows} rows")
+        x, residual = inputs(rows, width, mode, device, seed=width)
+        actual, expected = run_norm(x, weight, residual, mode), ops.norm(x, weight, residual)
+        if rows == ROWS:
+            assert_nearly_same(actual[0], expected[0], record_property, "normed")
+        if residual is not None:
+            assert_same_bytes(actual[1], expected[1], "residual_out")
+
+
+@pytest.mark.parametrize("weight", ["same", "other", "fp32", "gemma", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_eager_norm_is_torchs(dtype: torch.dtype, weight: str, device: torch.device) -> None:
+    """Widths that are powers of two: torch's mean multiplies by the reciprocal of others."""
+    for width in (512, 2048, 4096):
+        for residual_given in (False, True):
+            mode = Norm(dtype, weight, residual_given, "eager")
+            x, residual = exact_input(33, width, mode, device, seed=width)
+            w = mode.make_weight(width, device)
+            expected = torch_norm(x, fused_weight(mode, w), residual)
+            for one, other in zip(run_norm(x, w, residual, mode), expected, strict=False):
+                assert_same_bytes(one, other, str(mode))
+
+
+@pytest.mark.parametrize("width", [384, *WIDTHS])
+def test_rows_have_the_same_bytes_in_every_batch(width: int, device: torch.device) -> None:
+    for mode in (BF16, BF16._replace(quant_form="native"), BF16._replace(norm_form="custom_op")):
+        x, residual = inputs(1200, width, mode, device, seed=width)
+        weight, scale = mode.make_weight(width, device), torch.tensor([0.0123], device=device)
+
+        def outputs(rows: slice, x=x, residual=residual, weight=weight, scale=scale, mode=mode) -> list[torch.Tensor]:
+            options = {"residual": residual[rows], "keep_norm": mode.keep_norm, **mode.forms()}
+            return [
+                *rms_norm_group_fp8_quant(x[rows], weight, EPSILON, **options),
+                *rms_norm_token_fp8_quant(x[rows], weight, EPSILON, **options),
+                *rms_norm_static_fp8_quant(x[rows], weight, scale, EPSILON, **options),
+            ]
+
+        every = outputs(slice(None))
+        for rows in (slice(0, 1), slice(3, 19), slice(100, 117), slice(700, 1200)):
+            for part, whole in zip(outputs(rows), every, strict=True):
+                assert_same_bytes(part, whole[rows], f"{mode}, rows {rows.start} to {rows.stop}")
+
+
+# ---- quantisers ------------------------------------------------------------------------------------------------------
+
+
+def check_quantisers(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    mode: Norm,
+    ops: Ops,
+    some_layouts: list[Layout],
+    scale: float,
+    epsilon: float = EPSILON,
+) -> torch.Tensor:
+    """Codes and scales are what vLLM's ops make of normed, which is returned."""
+    options = {"residual": residual, "keep_norm": True, **mode.forms()}
+    for layout in some_layouts:
+        codes, scales, normed, *_ = rms_norm_group_fp8_quant(x, weight, epsilon, **options, **layout._asdict())
+        expected_codes, expected_scales = ops.group(normed, layout)
+        assert scales.stride() == expected_scales.stride()
+        assert_same_bytes(codes, expected_codes, f"{layout}: codes")
+        assert_same_bytes(scales, expected_scales, f"{layout}: scales")
+    for bound in (None, 0.8, 1e-9):
+        scale_ub = None if bound is None else torch.tensor([bound], device=x.device)
+        codes, scales, normed, *_ = rms_norm_token_fp8_quant(x, weight, epsilon, scale_ub=scale_ub, **options)
+        expected_codes, expected_scales = ops.token(normed, scale_ub)
+        assert_same_bytes(codes, expected_codes, f"token, scale_ub {bound}: codes")
+        assert_same_bytes(scales, expected_scales, f"token, scale_ub {bound}: scales")
+    static_scale = torch.tensor([scale], device=x.device)
+    codes, normed, *_ = rms_norm_static_fp8_quant(x, weight, static_scale, epsilon, **options)
+    assert_same_bytes(codes, ops.static(normed, static_scale), f"static, scale {scale}: codes")
+    return normed
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_quantisers_all_values(dtype: torch.dtype, ops: Ops, device: torch.device) -> None:
+    """Every number as y, in three arrangements: s = 1 and epsilon = 0 leave the weight.
+
+    In the order of the bit patterns a group of 128 bf16 numbers has one exponent and all its mantissas; every 512th
+    pattern, all exponents; shuffled, anything.
+    """
+    values = all_values(dtype, device)
+    order = torch.randperm(65536, generator=torch.Generator().manual_seed(21)).to(device)
+    mode = Norm(dtype, "same", False)
+    for arrangement in (values, values.view(128, 512).t().reshape(-1), values[order]):
+        for width in (1024, 2048, 8192):
+            x = torch.ones(1, width, dtype=dtype, device=device)
+            for number, weight in enumerate(arrangement.view(-1, width)):
+                scale = STATIC_SCALES[number % len(STATIC_SCALES)]
+                normed = check_quantisers(x, None, weight, mode, ops, [Layout(64), DEEPSEEK], scale, epsilon=0.0)
+                numbers = ~weight.isnan()
+                assert_same_bytes(normed[0][numbers], weight[numbers], "y")
+
+
+def chunks(
+    mode: Norm, width: int, device: torch.device, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """At least ELEMENTS elements; every fourth chunk has special values, the others are of activations' sizes."""
+    for number in range(-(-ELEMENTS // (4096 * width))):
+        yield inputs(4096, width, mode, device, 1000 * seed + number, "special" if number % 4 == 3 else "normal")
+
+
+@pytest.mark.parametrize("norm_form", ["native", "eager", "custom_op"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_quantisers_random(dtype: torch.dtype, norm_form: str, ops: Ops, device: torch.device) -> None:
+    mode = Norm(dtype, "same", True, norm_form)
+    weight = mode.make_weight(7168, device)
+    for number, (x, residual) in enumerate(chunks(mode, 7168, device, seed=22)):
+        some = [layouts()[number % len(layouts())], DEEPSEEK]
+        check_quantisers(x, residual, weight, mode, ops, some, STATIC_SCALES[number % len(STATIC_SCALES)])
+
+
+@pytest.mark.parametrize("width", [128, 384, *WIDTHS, 18432])
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 17, 127, 1000])
+def test_quantisers_model_shapes(rows: int, width: int, ops: Ops, device: torch.device) -> None:
+    x, residual = inputs(rows, width, BF16, device, seed=rows)
+    weight = BF16.make_weight(width, device)
+    normed = check_quantisers(x, residual, weight, BF16, ops, [DEEPSEEK], 0.0123)
+    of_strided = check_quantisers(strided(x), strided(residual), weight, BF16, ops, [DEEPSEEK], 0.0123)
+    assert_same_bytes(of_strided, normed, "normed of strided rows")
+
+
+@pytest.mark.parametrize("width", [1, 7, 200, 1100, 2500])
+def test_quantisers_odd_widths(width: int, ops: Ops, device: torch.device) -> None:
+    """What has no groups has no alignment either."""
+    for rows in (1, 5, 300):
+        x, residual = inputs(rows, width, BF16, device, seed=rows)
+        check_quantisers(x, residual, BF16.make_weight(width, device), BF16, ops, [], 0.0123)
+
+
+# ---- native quantisers -----------------------------------------------------------------------------------------------
+
+
+def native_quantiser(**arguments: object) -> Callable:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+
+    with set_current_vllm_config(VllmConfig()):
+        return QuantFP8(**arguments).forward_native
+
+
+def assert_native_codes(codes: torch.Tensor, expected: torch.Tensor, exact: bool) -> None:
+    if exact:
+        assert_same_bytes(codes, expected, "codes")
+        return
+    steps = code_steps(codes, expected)
+    assert int(steps.max()) <= 1
+    assert int(steps.count_nonzero()) <= steps.numel() * 1e-3
+
+
+@pytest.mark.parametrize("use_ue8m0", [False, True], ids=["fp32", "ue8m0"])
+@pytest.mark.parametrize("residual_given", [False, True], ids=["", "add"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_group_native_quant_is_inductors(
+    width: int, residual_given: bool, use_ue8m0: bool, device: torch.device
+) -> None:
+    """One order of additions in Inductor, whatever it times."""
+    from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+
+    quantise = native_quantiser(static=False, group_shape=GroupShape(1, 128), use_ue8m0=use_ue8m0)
+    mode = BF16._replace(residual=residual_given, quant_form="native")
+    x, residual = inputs(ROWS, width, mode, device, seed=23)
+    weight = mode.make_weight(width, device)
+
+    def native(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor) -> tuple:
+        y, total = torch_norm(x, weight, residual)
+        return *quantise(y), *([] if total is None else [total])
+
+    expected = compiled(native, x, residual, weight)
+    actual = rms_norm_group_fp8_quant(x, weight, EPSILON, residual=residual, use_ue8m0=use_ue8m0, **mode.forms())
+    assert_same_bytes(actual[1], expected[1].contiguous(), "scales")
+    assert_native_codes(actual[0], expected[0], exact=True)
+    for one, other in zip(actual[2:], expected[2:], strict=True):
+        assert_same_bytes(one, other, "residual_out")
+
+
+@pytest.mark.parametrize("residual_given", [False, True], ids=["", "add"])
+@pytest.mark.parametrize("static", [False, True], ids=["token", "static"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_token_and_static_native_quant(width: int, static: bool, residual_given: bool, device: torch.device) -> None:
+    """Byte for byte where Inductor has one order of additions, at most a step off where it times several."""
+    from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+
+    shape = GroupShape.PER_TENSOR if static else GroupShape.PER_TOKEN
+    quantise = native_quantiser(static=static, group_shape=shape)
+    mode = BF16._replace(residual=residual_given, quant_form="native")
+    x, residual = inputs(ROWS, width, mode, device, seed=24)
+    weight, scale = mode.make_weight(width, device), torch.tensor([0.0123], device=device)
+
+    def native(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, scale: torch.Tensor) -> tuple:
+        y, total = torch_norm(x, weight, residual)
+        codes, scales = quantise(y, scale) if static else quantise(y)
+        return codes, scales, *([] if total is None else [total])
+
+    expected = compiled(native, x, residual, weight, scale)
+    options = {"residual": residual, **mode.forms()}
+    if static:
+        codes, *totals = rms_norm_static_fp8_quant(x, weight, scale, EPSILON, **options)
+        exact = width <= 2048
+    else:
+        codes, scales, *totals = rms_norm_token_fp8_quant(x, weight, EPSILON, **options)
+        exact = width <= 1024 or (residual_given and width in (4096, 5120, 8192))
+        torch.testing.assert_close(scales, expected[1], rtol=0 if exact else 2**-22, atol=0)
+    assert_native_codes(codes, expected[0], exact)
+    for one, other in zip(totals, expected[2:], strict=True):
+        assert_same_bytes(one, other, "residual_out")
+
+
+# ---- sizes, streams and graphs ---------------------------------------------------------------------------------------
+
+
+def test_more_than_two_to_the_31_elements(device: torch.device) -> None:
+    """More than 2**31 codes, so every 32-bit index overflows somewhere; 22 GB. Rows do not depend on the batch: both ends
+    are compared with themselves alone."""
+    width, edge = 7168, 300
+    rows = 2**31 // width + edge
+    x = torch.zeros(rows, width, dtype=torch.bfloat16, device=device)
+    residual = torch.zeros_like(x)
+    for end, seed in ((slice(None, edge), 25), (slice(-edge, None), 26)):
+        x[end], residual[end] = inputs(edge, width, BF16, device, seed=seed)
+    weight, scale = BF16.make_weight(width, device), torch.tensor([0.0123], device=device)
+    for call in (
+        lambda x, r: rms_norm_group_fp8_quant(x, weight, residual=r, keep_norm=True, **DEEPSEEK._asdict()),
+        lambda x, r: rms_norm_token_fp8_quant(x, weight, residual=r, keep_norm=True),
+        lambda x, r: rms_norm_static_fp8_quant(x, weight, scale, residual=r, keep_norm=True),
+    ):
+        every = call(x, residual)
+        assert every[0].numel() > 2**31
+        for end in (slice(None, edge), slice(-edge, None)):
+            for whole, alone in zip(every, call(x[end], residual[end]), strict=True):
+                assert_same_bytes(whole[end].contiguous(), alone.contiguous(), f"{end}")
+        assert int(torch.count_nonzero(as_bits(every[0][edge:-edge]) & 0x7F)) == 0  # -0 where the weight is negative
+        del every
+
+
+def test_chain_in_a_cuda_graph(device: torch.device) -> None:
+    """Kernels that read what the one before has just written, weights included. A PDL launch that did not wait, or whose
+    prefetch kept an old weight, would read old bytes."""
+    rows, width = 512, 4096
+    x, residual = (torch.empty(rows, width, dtype=torch.bfloat16, device=device) for _ in range(2))
+    source = torch.empty(2 * rows, width, dtype=torch.bfloat16, device=device)
+    scale = torch.tensor([0.0123], device=device)
+
+    def chain(wait: Callable[[], None]) -> list[torch.Tensor]:
+        outputs = []
+        x.copy_(source[:rows])
+        residual.copy_(source[rows:])
+        wait()
+        current, total = x, residual
+        for _ in range(2):
+            weight = current[0] * 2  # the kernel just before the norm
+            wait()
+            *group, current, total = rms_norm_group_fp8_quant(current, weight, residual=total, keep_norm=True)
+            wait()
+            *token, current, total = rms_norm_token_fp8_quant(current, weight, residual=total, keep_norm=True)
+            wait()
+            *static, current, total = rms_norm_static_fp8_quant(current, weight, scale, residual=total, keep_norm=True)
+            wait()
+            outputs += [*group, *token, *static, current, total]
+        return outputs
+
+    def fill(seed: int) -> None:
+        source.copy_(torch.cat(inputs(rows, width, BF16, device, seed=seed)))
+
+    fill(27)
+    chain(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(lambda: None)
+    for seed in range(28, 48):
+        fill(seed)
+        graph.replay()
+        torch.cuda.synchronize()
+        for actual, expected in zip(captured, chain(torch.cuda.synchronize), strict=True):
+            assert_same_bytes(actual, expected, f"seed {seed}")
+
+
+def test_pdl_switch_changes_no_byte(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    from vllm_fusion_plugin.kernels import launch
+
+    x, residual = inputs(33, 7168, BF16, device, seed=49)
+    weight, scale = BF16.make_weight(7168, device), torch.tensor([0.0123], device=device)
+
+    def outputs(switch: str) -> list[torch.Tensor]:
+        monkeypatch.setenv(launch.ENV, switch)
+        return [
+            *rms_norm_group_fp8_quant(x, weight, residual=residual, keep_norm=True),
+            *rms_norm_token_fp8_quant(x, weight, residual=residual),
+            *rms_norm_static_fp8_quant(x, weight, scale, residual=residual),
+        ]
+
+    for one, other in zip(outputs("1"), outputs("0"), strict=True):
+        assert_same_bytes(one, other, "output")
+
+
+# ---- compute-sanitizer -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [384, 1152, 4224])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_sanitizer_group(rows: int, width: int, device: torch.device) -> None:
+    """The op's own allocations, unlike the guarded ones of the other tests: an access past their end is out of bounds."""
+    x, residual = exact_input(rows, width, BF16, device, seed=50)
+    weight = BF16.make_weight(width, device)
+    for layout in (DEEPSEEK, Layout(64)):
+        outputs = rms_norm_group_fp8_quant(
+            strided(x), weight, residual=strided(residual), keep_norm=True, norm_form="custom_op", **layout._asdict()
+        )
+        expected = rms_norm_group_fp8_quant_reference(
+            x, weight, EPSILON, residual, keep_norm=True, norm_form="custom_op", **layout._asdict()
+        )
+        # all of the storage, so that initcheck sees padding that was never written
+        scales = outputs.pop(1)
+        column = padded_rows(rows) if layout.tma_aligned_scales else rows
+        storage = torch.empty(0, device=device).set_(scales.untyped_storage()).cpu()
+        if layout.column_major_scales:
+            assert not storage.view(-1, column)[:, rows:].any()
+        assert_same_bytes(scales.cpu().contiguous(), expected.pop(1).cpu().contiguous(), "scales")
+        for one, other in zip(outputs, expected, strict=True):
+            assert_same_bytes(one.cpu(), other.cpu(), "output")
+
+
+@pytest.mark.parametrize("width", [200, 1100, 2500])
+def test_sanitizer_token_and_static(width: int, device: torch.device) -> None:
+    mode = BF16._replace(norm_form="custom_op")
+    x, residual = exact_input(5, width, mode, device, seed=51)
+    weight, scale = mode.make_weight(width, device), torch.tensor([0.0123], device=device)
+    outputs = rms_norm_token_fp8_quant(strided(x), weight, residual=residual, norm_form="custom_op")
+    expected = rms_norm_token_fp8_quant_reference(x, weight, EPSILON, residual, norm_form="custom_op")
+    for one, other in zip(outputs, expected, strict=True):
+        assert_same_bytes(one.cpu(), other.cpu(), "output")
+    rms_norm_static_fp8_quant(strided(x), weight, scale, residual=residual)[0].cpu()
+
+
+def test_sanitizer_tiles(device: torch.device) -> None:
+    """Rows and columns that tiles do not fill, each tile shape forced rather than chosen."""
+    x, residual = exact_input(5, 640, BF16, device, seed=52)
+    weight = BF16.make_weight(640, device)
+    expected = run_norm(x, weight, residual, BF16)
+    for tile in (kernels.Tile(2, 128, 1), kernels.Tile(4, 512, 2), kernels.Tile(8, 1024, 16)):
+        for one, other in zip(run_norm(x, weight, residual, BF16, tile), expected, strict=True):
+            assert_same_bytes(one.cpu(), other.cpu(), f"{tile}")
