@@ -156,19 +156,44 @@ def test_what_it_is_not_made_for(change, reason):
     layer = make_layer()
     codes, scales = buffers(7, 128, "row")
     q = torch.zeros(7, HEADS, NOPE + ROPE, dtype=torch.bfloat16)
-    assert mla.why_not(layer, q, codes, scales, 128) is None
+    assert mla.why_not(make_layer(), q, codes, scales, 128) is None
     change(layer)
     assert reason in mla.why_not(layer, q, codes, scales, 128)
+
+
+def test_buffers_it_is_not_made_for():
+    layer, (codes, scales) = make_layer(), buffers(7, 128, "row")
+    q = torch.zeros(7, HEADS, NOPE + ROPE, dtype=torch.bfloat16)
+    for codes_, scales_, reason in (
+        (codes[:, :128], scales, "the output has shape (7, 128)"),
+        (torch.cat([codes, codes], dim=1)[:, :WIDTH], scales, "strides (768, 1), not [tokens, 384] contiguous"),
+        (codes, scales[:5], "the scales are torch.float32 of shape (5, 3)"),
+        (codes, scales.int(), "the scales are torch.int32"),
+    ):
+        assert mla.why_not(layer, q, codes, scales, 128) is None
+        assert reason in mla.why_not(layer, q, codes_, scales_, 128)
+
+
+def test_other_weights_are_looked_at_again():
+    layer, (codes, scales) = make_layer(), buffers(7, 128, "row")
+    q = torch.zeros(7, HEADS, NOPE + ROPE, dtype=torch.bfloat16)
+    for weight, reason in ((layer.W_UV, None), (layer.W_UV.half(), "torch.float16"), (layer.W_UV, None)):
+        layer.W_UV = weight
+        told = mla.why_not(layer, q, codes, scales, 128)
+        assert told is reason or reason in told
+    assert "torch.float16" in mla.why_not(layer, q.half(), codes, scales, 128)
+    assert "groups of 96" in mla.why_not(layer, q, codes, scales, 96)
 
 
 def test_context_parallelism_that_is_not_known_yet(monkeypatch):
     """-1 up to 0.26, before the first step."""
     from vllm.distributed import parallel_state
 
-    layer, (codes, scales) = make_layer(), buffers(7, 128, "row")
+    codes, scales = buffers(7, 128, "row")
     q = torch.zeros(7, HEADS, NOPE + ROPE, dtype=torch.bfloat16)
-    layer.impl.dcp_world_size = -1
     for size, reason in ((1, None), (2, "context parallelism puts the output together behind it")):
+        layer = make_layer()
+        layer.impl.dcp_world_size = -1
         monkeypatch.setattr(parallel_state, "get_dcp_group", lambda size=size: SimpleNamespace(world_size=size))
         assert mla.why_not(layer, q, codes, scales, 128) == reason
 

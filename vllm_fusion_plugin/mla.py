@@ -125,7 +125,7 @@ class _Output:
         self.codes = codes
         self.scales = scales
         self.group_size: int = told["quant_group_size"]
-        self.use_ue8m0 = bool(told["quant_scale_ue8m0"])
+        self.use_ue8m0 = bool(told.get("quant_scale_ue8m0"))
         self.layout = (bool(told.get("quant_col_major")), bool(told.get("quant_tma_aligned")))
         self.rows = codes.new_empty(codes.shape, dtype=dtype)
         self.decoded = 0
@@ -197,8 +197,29 @@ def _forward(original: Callable[..., torch.Tensor], layer: Any, *args: Any, **kw
 def why_not(
     layer: Any, q: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, group_size: int | None
 ) -> str | None:
-    """Why a layer's output is left to vLLM; None if it is written here. Cheap: asked at every call."""
-    heads, width = layer.num_heads, layer.v_head_dim
+    """Why a layer's output is left to vLLM; None if it is written here. Asked at every call: what does not change between
+    calls is kept with the layer, for as long as it has the same weights."""
+    known = (getattr(layer, "W_UV", None), q.dtype, q.device, group_size)
+    weight, *others, reason = vars(layer).get("_fusion_plugin_v_up", (None, None))
+    if weight is None or weight is not known[0] or (*others,) != known[1:]:
+        reason = _why_not(layer, *known)
+        vars(layer)["_fusion_plugin_v_up"] = (*known, reason)  # not setattr, which would look for parameters
+    if reason:
+        return reason
+    width = layer.num_heads * layer.v_head_dim
+    if codes.shape[1:] != (width,) or not codes.is_contiguous():
+        return (
+            f"the output has shape {tuple(codes.shape)} and strides {codes.stride()}, not [tokens, {width}] contiguous"
+        )
+    if scales.shape != (len(codes), width // group_size) or scales.dtype != torch.float32:
+        return f"the scales are {scales.dtype} of shape {tuple(scales.shape)}, not float32 of one a group"
+    return None
+
+
+def _why_not(
+    layer: Any, weight: torch.Tensor | None, dtype: torch.dtype, device: torch.device, group_size: int | None
+) -> str | None:
+    heads, latent, width = layer.num_heads, layer.kv_lora_rank, layer.v_head_dim
     for name in ("is_aiter_triton_fp4_bmm_enabled", "is_aiter_triton_fp8_bmm_enabled", "is_amx_bmm_enabled"):
         if getattr(layer, name, False):
             return f"it runs in another kernel ({name})"
@@ -212,16 +233,10 @@ def why_not(
         return "the prefill backend quantises its own rows"
     if group_size not in GROUP_SIZES or width % group_size:
         return f"groups of {group_size} in heads of {width}; written for groups of {GROUP_SIZES} that divide a head"
-    weight = getattr(layer, "W_UV", None)
-    if weight is None or weight.dtype != q.dtype or q.dtype not in INPUT_DTYPES or weight.device != q.device:
-        return f"W_UV is {None if weight is None else f'{weight.dtype} on {weight.device}'}, q {q.dtype} on {q.device}"
-    if tuple(weight.shape) != (heads, layer.kv_lora_rank, width):
-        return f"W_UV has shape {tuple(weight.shape)}, not [heads, latent, V] = {(heads, layer.kv_lora_rank, width)}"
-    shape = (len(codes), heads * width)
-    if tuple(codes.shape) != shape or not codes.is_contiguous():
-        return f"the output has shape {tuple(codes.shape)} and strides {codes.stride()}, not {shape} contiguous"
-    if tuple(scales.shape) != (shape[0], shape[1] // group_size) or scales.dtype != torch.float32:
-        return f"the scales are {scales.dtype} of shape {tuple(scales.shape)}, not fp32 of one a group"
+    if weight is None or weight.dtype != dtype or dtype not in INPUT_DTYPES or weight.device != device:
+        return f"W_UV is {None if weight is None else f'{weight.dtype} on {weight.device}'}, q {dtype} on {device}"
+    if weight.shape != (heads, latent, width):
+        return f"W_UV has shape {tuple(weight.shape)}, not [heads, latent, V] = {(heads, latent, width)}"
     return None
 
 

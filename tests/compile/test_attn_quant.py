@@ -132,7 +132,7 @@ def outputs(graph):
 
 
 def reasons() -> list[tuple[str, str]]:
-    return [(m.module, m.reason) for s in report.RECORDER.report.subgraphs for m in s.missed]
+    return [(m.module, m.reason) for s in report.RECORDER.report.subgraphs for m in s.missed if m.pass_name == PASS]
 
 
 FORMS = {"custom_op": ("none", "+quant_fp8"), "native": ("none", "-quant_fp8")}

@@ -19,10 +19,18 @@ fake_gpu.install()
 import torch  # noqa: E402
 from recorder import count_ops  # noqa: E402
 from torch import nn  # noqa: E402
-from trace_module import check_graphs, make_config, our_ops, reasons, trace_branches  # noqa: E402
+from trace_module import (  # noqa: E402
+    check_graphs,
+    make_config,
+    native_ue8m0_is_fused,
+    our_ops,
+    reasons,
+    trace_branches,
+)
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm, RMSNormGated  # noqa: E402
 from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8  # noqa: E402
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
 
 from vllm_fusion_plugin import compat, plugin, report  # noqa: E402
 from vllm_fusion_plugin.passes.rms_norm_quant import RMSNormQuantFusionPass  # noqa: E402
@@ -88,7 +96,8 @@ def quantisers(native):
     """Every quantiser, with what the op that fuses it is told."""
     form = "native" if native else "custom_op"
     for size, layout, ue8m0 in itertools.product((64, 128), LAYOUTS, (False, True)):
-        if native and layout == "tma":  # forward_native knows no TMA alignment; it makes the column-major graph
+        # forward_native knows no TMA alignment: it makes the column-major graph
+        if native and (layout == "tma" or (ue8m0 and not native_ue8m0_is_fused())):
             continue
         told = dict(group_size=size, column_major_scales=layout != "row", tma_aligned_scales=layout == "tma")
         yield group(size, layout, ue8m0, native), told | dict(use_ue8m0=ue8m0, eps=1e-10, quant_form=form)
@@ -236,6 +245,37 @@ def test_what_is_registered_first_wins_whatever_is_traced_first():
         one._trace_pattern(key, one.patterns[key])
     ((first, second),) = one.pm_pass.patterns.values()
     assert "aten.add.Tensor" in repr(first.pattern) and "aten.add.Tensor" not in repr(second.pattern)
+
+
+class Nvfp4(nn.Module):
+    def __init__(self, swizzled):
+        super().__init__()
+        self.norm = RMSNorm(WIDTH, EPSILON)
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float32), requires_grad=False)
+        self.swizzled = swizzled
+
+    def forward(self, x):
+        y, total = self.norm(x, torch.relu(x))
+        codes = torch.empty(y.shape[0], y.shape[1] // 2, dtype=torch.uint8)
+        if self.swizzled:
+            scales = torch.empty(-(y.shape[0] // -128) * 128, y.shape[1] // 64, dtype=torch.int32)
+        else:
+            scales = torch.empty(y.shape[0], y.shape[1] // 16, dtype=torch.uint8)
+        torch.ops._C.scaled_fp4_quant.out(y, self.scale, self.swizzled, output=codes, output_scale=scales)
+        return codes, scales, total
+
+
+def test_nvfp4_runs_vllms_op(monkeypatch):
+    from vllm.compilation.passes.fusion import rms_quant_fusion
+
+    op = getattr(rms_quant_fusion, "_FLASHINFER_NVFP4_RMS_QUANT_OP", None)
+    if op is None:
+        pytest.skip("this vLLM has no fused norm + NVFP4 quantiser")
+    monkeypatch.setattr(type(current_platform), "has_device_capability", classmethod(lambda cls, *arguments: True))
+    recording = trace(functools.partial(Nvfp4, True), functools.partial(Nvfp4, False))
+    assert recording.matches_by_graph()[PASS] == 2
+    (subgraph,) = recording.subgraphs
+    assert count_ops(subgraph.after)[str(op)] == 2
 
 
 # ---- several users ---------------------------------------------------------------------------------------------------

@@ -15,10 +15,18 @@ fake_gpu.install()
 
 import torch  # noqa: E402
 from recorder import Recording, count_ops  # noqa: E402
-from trace_module import check_graphs, make_config, our_ops, reasons, trace_branches  # noqa: E402
+from trace_module import (  # noqa: E402
+    check_graphs,
+    make_config,
+    native_ue8m0_is_fused,
+    our_ops,
+    reasons,
+    trace_branches,
+)
 from vllm.model_executor.layers.activation import SiluAndMul  # noqa: E402
 from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8  # noqa: E402
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
 
 from vllm_fusion_plugin import compat, plugin, report  # noqa: E402
 
@@ -92,7 +100,8 @@ LAYOUTS = {"row": {}, "column": {"column_major": True}, "tma": {"column_major": 
 def layouts(quant_form):
     """Scale layouts that a quantiser of that form can be asked for, with each group size and kind of scales."""
     for layout, (size, ue8m0) in itertools.product(LAYOUTS, ((64, False), (128, False), (128, True))):
-        if quant_form == "custom_op" or layout != "tma":  # forward_native knows no TMA alignment: it is column-major
+        # forward_native knows no TMA alignment: it makes the column-major graph
+        if quant_form == "custom_op" or (layout != "tma" and (native_ue8m0_is_fused() or not ue8m0)):
             yield layout, size, ue8m0
 
 
@@ -118,6 +127,12 @@ def test_group_quant_is_fused(forms):
             ROUNDING[act_form],
             quant_form,
         ]
+
+
+def test_native_ue8m0_scales_with_another_floor_are_left_alone():
+    recording = trace(functools.partial(GroupQuantMLP, ue8m0=True), custom_ops=FORMS["native+native"])
+    assert len(our_ops(recording)) == native_ue8m0_is_fused()
+    assert any("floor" in reason for reason in reasons()) != native_ue8m0_is_fused()
 
 
 @pytest.mark.parametrize("forms", FORMS)
@@ -292,6 +307,17 @@ def test_a_pass_that_cannot_be_built_leaves_stock(monkeypatch):
     (act,) = (p for p in manager.passes if type(p).__name__ == "ActivationQuantFusionPass")
     assert type(act).__module__.startswith("vllm.compilation")
     assert "no kernels here" in report.RECORDER.report.passes["ActivationQuantFusionPass"]
+
+
+def test_another_platform_leaves_stock(monkeypatch):
+    from vllm_fusion_plugin.pass_manager import FusionPassManager
+
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: False)
+    manager = FusionPassManager()
+    manager.configure(make_config(["none", "+quant_fp8"], **ONLY_ACT))
+    assert not [p for p in manager.passes if type(p).__module__.startswith("vllm_fusion_plugin")]
+    passes = report.RECORDER.report.passes
+    assert "CUDA and CPU" in passes["ActivationQuantFusionPass"] and "CUDA and CPU" in passes["GroupQuantPass"]
 
 
 def test_a_manager_that_cannot_be_made_leaves_stock(monkeypatch):

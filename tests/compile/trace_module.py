@@ -59,6 +59,15 @@ def trace_module(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], conf
     return recording
 
 
+def native_ue8m0_is_fused() -> bool:
+    """Whether our ops compute what this vLLM's native quantiser does with UE8M0 scales: since 0.33, those get their floor
+    before they are rounded up."""
+    import vllm
+    from packaging.version import Version
+
+    return Version(vllm.__version__).release < (0, 33)
+
+
 class Branches(torch.nn.Module):
     """Modules side by side, each on inputs of its own: one trace, which takes seconds, answers for all of them."""
 

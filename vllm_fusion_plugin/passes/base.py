@@ -17,6 +17,7 @@ from torch._inductor.pattern_matcher import Match, PatternMatcherPass
 from vllm.compilation.passes.inductor_pass import enable_fake_mode
 from vllm.compilation.passes.vllm_inductor_pass import VllmInductorPass, VllmPatternMatcherPass
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 
 from .. import compat, fingerprint, report, settings
 
@@ -134,6 +135,8 @@ class FusionPass(VllmPatternMatcherPass):
     name: ClassVar[str]
 
     def __init__(self, config: VllmConfig) -> None:
+        if not (current_platform.is_cuda() or current_platform.is_cpu()):
+            raise NotImplementedError(f"its ops run on CUDA and CPU, this is {current_platform.device_name}")
         super().__init__(config)
         self.pass_name = self.name
         self.matched_count = 0

@@ -109,7 +109,7 @@ class GatedRMSNormGroupQuant(PatternReplacement):
 
     def refuse(self, match: Match) -> str | None:
         if self.quant.form == "native":
-            return None
+            return self.quant.refuse_native(match)
         return self.quant.refuse(*(match.kwargs[f"arg{i}"].meta["val"] for i in (3, 4)))
 
 

@@ -16,6 +16,7 @@ import torch
 import vllm.model_executor.layers.layernorm as norm_layers
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
+from torch._inductor.pattern_matcher import Match
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
@@ -326,6 +327,15 @@ class GroupQuant:
             empty(rows, width, dtype=FP8_DTYPE),
             empty(rows, width // self.group_size, dtype=torch.float32),
         ]
+
+    def refuse_native(self, match: Match) -> str | None:
+        """Why the native form is not the one that our ops compute, or None if it is."""
+        for node in match.nodes:
+            scale: Any = node.args[0]
+            # since 0.33; tells in groups without anything above the floor
+            if compat.called_op(node) == "aten.log2" and compat.called_op(scale).startswith("aten.clamp"):
+                return "a UE8M0 scale gets its floor before it is rounded up; fused where it gets it behind that"
+        return None
 
     def refuse(self, codes: torch.Tensor, scales: torch.Tensor) -> str | None:
         """Why what a call of the custom op writes to is not what the op is told, or None if it is."""

@@ -159,8 +159,10 @@ class RMSNormGroupQuant(RMSNormQuant):
         )
 
     def refuse(self, match: Match) -> str | None:
-        if (reason := super().refuse(match)) or self.quant.form == "native":
+        if reason := super().refuse(match):
             return reason
+        if self.quant.form == "native":
+            return self.quant.refuse_native(match)
         return self.quant.refuse(self.quant_value(match, 0), self.quant_value(match, 1))
 
 

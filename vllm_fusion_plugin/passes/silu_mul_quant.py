@@ -85,8 +85,10 @@ class SiluMulGroupQuant(SiluMulQuant):
         )
 
     def refuse(self, match: Match) -> str | None:
-        if (reason := super().refuse(match)) or self.quant.form == "native":
+        if reason := super().refuse(match):
             return reason
+        if self.quant.form == "native":
+            return self.quant.refuse_native(match)
         return self.quant.refuse(*(match.kwargs[f"arg{i}"].meta["val"] for i in (1, 2)))
 
 
