@@ -86,7 +86,7 @@ def _register_ops() -> None:
 
 def _fingerprint(config: Any) -> str | None:
     """What vLLM's cache hash must cover beyond vLLM's own: None where the plugin changes nothing."""
-    from . import compat, fingerprint
+    from . import compat, fingerprint, mla
 
     compat.attach_worker_methods(
         {"get_compilation_match_table": _get_compilation_match_table, "get_fusion_report": _get_fusion_report}
@@ -98,6 +98,7 @@ def _fingerprint(config: Any) -> str | None:
         _warn_once(str(e))
     if not chosen.enabled:
         compat.remove_pass_manager(PASS_MANAGER)
+        mla.configure(False)
         return None
     compat.install_pass_manager(PASS_MANAGER)  # an engine before this one in the process may have switched it off
     _pass_on(chosen, config)

@@ -195,7 +195,12 @@ class Recorder:
             return
         mine = self.report
         self.report = kept.model_copy(
-            update={"from_file": True, "manager": mine.manager or kept.manager, "passes": mine.passes or kept.passes}
+            update={
+                "from_file": True,
+                "manager": mine.manager or kept.manager,
+                "passes": mine.passes or kept.passes,
+                "notes": list(dict.fromkeys([*kept.notes, *mine.notes])),
+            }
         )
 
 
