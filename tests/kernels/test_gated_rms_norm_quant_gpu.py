@@ -21,6 +21,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from vllm_fusion_plugin.kernels import gated_rms_norm_quant as kernels
+from vllm_fusion_plugin.kernels import numerics
 from vllm_fusion_plugin.ops.gated_rms_norm_quant import gated_rms_norm_group_fp8_quant
 from vllm_fusion_plugin.ops.quant import (
     FP8_DTYPE,
@@ -74,13 +75,13 @@ def _inductor_gate_kernel(z_ptr, out_ptr, SIGMOID: tl.constexpr, BLOCK: tl.const
 @triton.jit
 def _gate_kernel(z_ptr, out_ptr, SIGMOID: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + at, kernels.gate(kernels.widen(tl.load(z_ptr + at)), SIGMOID))
+    tl.store(out_ptr + at, kernels.gate(numerics.widen(tl.load(z_ptr + at)), SIGMOID))
 
 
 @triton.jit
 def _widen_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + at, kernels.widen(tl.load(x_ptr + at)))
+    tl.store(out_ptr + at, numerics.widen(tl.load(x_ptr + at)))
 
 
 @triton.jit

@@ -20,72 +20,11 @@ from .launch import on_device, pdl_supported, wait_for_producer
 
 
 @triton.jit
-def widen(x):
-    """x in fp32; two bf16 numbers in two instructions."""
-    if numerics.HAS_PTX and x.dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
-        )
-    return x.to(tl.float32)
-
-
-@triton.jit
-def round_to(y, dtype: tl.constexpr):
-    """fp32 y rounded to dtype, in fp32; two bf16 numbers at once."""
-    if numerics.HAS_PTX and dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 pair;
-            cvt.rn.bf16x2.f32 pair, $3, $2;
-            shl.b32 $0, pair, 16;
-            and.b32 $1, pair, 0xffff0000;
-            }""",
-            "=r,=r,r,r",
-            [y],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=2,
-        )
-    return y.to(dtype).to(tl.float32)
-
-
-@triton.jit
-def exp_of_negative(x):
-    """expf(-x) of CUDA's library: its own instructions, with the sign in the constants and the clamp in the first fma."""
-    if numerics.HAS_PTX:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .f32 exponent, shifted, fraction;
-            .reg .b32 power;
-            fma.rn.ftz.sat.f32 exponent, $1, 0fBBBB989D, 0f3F000000;
-            fma.rm.ftz.f32 shifted, exponent, 0f437C0000, 0f4B400001;
-            add.f32 exponent, shifted, 0fCB40007F;
-            neg.f32 exponent, exponent;
-            fma.rn.ftz.f32 fraction, $1, 0fBFB8AA3B, exponent;
-            fma.rn.ftz.f32 fraction, $1, 0fB2A57060, fraction;
-            mov.b32 power, shifted;
-            shl.b32 power, power, 23;
-            mov.b32 shifted, power;
-            ex2.approx.ftz.f32 fraction, fraction;
-            mul.f32 $0, fraction, shifted;
-            }""",
-            "=r,r",
-            [x],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    return numerics.exp(-x)
-
-
-@triton.jit
 def gate(z, SIGMOID: tl.constexpr):
     """sigmoid(z) or silu(z) with the bits of Inductor's kernel, for fp32 values of bf16 or fp16 numbers."""
     if SIGMOID:
         return tl.sigmoid(z)  # what Inductor calls; its exp is Triton's own
-    # as numerics.silu, which says why the denominator is a quarter of itself
-    quarter = tl.fma(exp_of_negative(z), 0.25, 0.25)
-    return (z * 0.25) * numerics.reciprocal(quarter)
+    return numerics.silu(z, False)
 
 
 @triton.jit
@@ -150,16 +89,16 @@ def _group_kernel(
     z = tl.load(z_ptrs, mask=mask, other=0.0)
     weight = tl.load(weight_ptrs, mask=column < HEAD_DIM, other=0.0)
 
-    gates = gate(widen(z), SIGMOID)
-    y = widen(x)
+    gates = gate(numerics.widen(z), SIGMOID)
+    y = numerics.widen(x)
     if GATE_FIRST:
         y = y * gates
     mean = tl.sum(y * y, axis=2, keep_dims=True) / HEAD_DIM
-    y = y * rsqrt(mean + epsilon) * widen(weight)
+    y = y * rsqrt(mean + epsilon) * numerics.widen(weight)
     if not GATE_FIRST:
         y = y * gates
     if not KEEP_FP32:
-        y = round_to(y, x.dtype)
+        y = numerics.rounded(y, x.dtype)
 
     BLOCK_GROUPS: tl.constexpr = BLOCK // GROUP_SIZE
     HEAD_GROUPS: tl.constexpr = HEAD_DIM // GROUP_SIZE

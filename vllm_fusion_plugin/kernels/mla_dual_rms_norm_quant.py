@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import numerics
 from .launch import on_device, wait_for_producer
 from .rms_norm_quant import (
     Tile,
@@ -20,7 +21,6 @@ from .rms_norm_quant import (
     row_tile,
     start,
     times_weight,
-    widen,
 )
 
 
@@ -77,7 +77,7 @@ def _dual_kernel(
         scale_row_stride, scale_group_stride, q_epsilon, eps, Q_WIDTH, GROUP_SIZE, TILE_ROWS, CHUNK, ALIGNED, PADDED,
         UE8M0, False, CUSTOM_OP, Q_ROUND_SCALED, KEEP_FP32, NATIVE, EARLY,
     )  # fmt: skip
-    s = widen(kv)
+    s = numerics.widen(kv)
     inverse = inverse_rms(tl.sum(s * s, axis=1), kv_epsilon, KV_WIDTH, CUSTOM_OP)
     y = times_weight(s * inverse[:, None], weight, kv.dtype, False, KV_ROUND_SCALED, False)
     tl.store(kv_normed_ptr + row64 * KV_WIDTH + column, y.to(kv.dtype), mask=mask)

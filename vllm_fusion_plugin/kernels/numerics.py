@@ -28,6 +28,60 @@ def exp(x):
 
 
 @triton.jit
+def widen(x):
+    """x in fp32. Two bf16 numbers unpack in two instructions, where Triton's own conversion takes three."""
+    if HAS_PTX and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
+        )
+    return x.to(tl.float32)
+
+
+@triton.jit
+def rounded(y, dtype: tl.constexpr):
+    """fp32 y rounded to dtype, as fp32. Two at a time, as above; one at a time takes the slow conversion unit."""
+    if HAS_PTX and dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 both; cvt.rn.bf16x2.f32 both, $3, $2; shl.b32 $0, both, 16; and.b32 $1, both, 0xffff0000; }",
+            "=r,=r,r,r",
+            [y],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    return y.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def exp_of_negative(x):
+    """expf(-x) of CUDA's library: its own instructions, with the sign in the constants and the clamp in the first fma."""
+    if HAS_PTX:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 exponent, shifted, fraction;
+            .reg .b32 power;
+            fma.rn.ftz.sat.f32 exponent, $1, 0fBBBB989D, 0f3F000000;
+            fma.rm.ftz.f32 shifted, exponent, 0f437C0000, 0f4B400001;
+            add.f32 exponent, shifted, 0fCB40007F;
+            neg.f32 exponent, exponent;
+            fma.rn.ftz.f32 fraction, $1, 0fBFB8AA3B, exponent;
+            fma.rn.ftz.f32 fraction, $1, 0fB2A57060, fraction;
+            mov.b32 power, shifted;
+            shl.b32 power, power, 23;
+            mov.b32 shifted, power;
+            ex2.approx.ftz.f32 fraction, fraction;
+            mul.f32 $0, fraction, shifted;
+            }""",
+            "=r,r",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return exp(-x)
+
+
+@triton.jit
 def reciprocal(x):
     """1 / x within 1 ulp, one instruction; flushes to zero above 2**126."""
     if HAS_PTX:
@@ -46,7 +100,7 @@ def silu(gate, EXACT: tl.constexpr):
     """
     # A quarter of the denominator, so that 4 / (1 + exp(88.7)) does not underflow and flush: fma rounds once, hence
     # this is the denominator's bits with another exponent.
-    quarter = tl.fma(exp(-gate), 0.25, 0.25)
+    quarter = tl.fma(exp_of_negative(gate), 0.25, 0.25)
     if EXACT:
         # One Newton step on the quotient. exp(-gate) is infinite below -88.7, where 0 * inf would be NaN; fp16 rounds
         # the quotient to -0 long before.

@@ -10,37 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from . import quant
+from . import numerics, quant
 from .launch import on_device, pdl_supported, wait_for_producer
-from .numerics import HAS_PTX
 
 # Up to here Inductor keeps a row in one warp and adds up its squares with fma; see row_tile.
 WARP_WIDTH = tl.constexpr(1024)
-
-
-@triton.jit
-def widen(x):
-    """x in fp32. Two bf16 numbers unpack in two instructions, where Triton's own conversion takes three."""
-    if HAS_PTX and x.dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2
-        )
-    return x.to(tl.float32)
-
-
-@triton.jit
-def rounded(y, dtype: tl.constexpr):
-    """fp32 y rounded to dtype, as fp32. Two at a time, as above; one at a time takes the slow conversion unit."""
-    if HAS_PTX and dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 both; cvt.rn.bf16x2.f32 both, $3, $2; shl.b32 $0, both, 16; and.b32 $1, both, 0xffff0000; }",
-            "=r,=r,r,r",
-            [y],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=2,
-        )
-    return y.to(dtype).to(tl.float32)
 
 
 @triton.jit
@@ -50,7 +24,7 @@ def prefetch(ptr, WIDTH: tl.constexpr, PDL: tl.constexpr):
     A norm's weight was last read a whole step ago and comes from memory, x from the L2 that its producer has just written.
     A prefetch and not a load, because it is harmless even if that producer writes the weight.
     """
-    if PDL and HAS_PTX and ptr is not None:
+    if PDL and numerics.HAS_PTX and ptr is not None:
         line: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth
         first = tl.arange(0, triton.next_power_of_2((WIDTH + line - 1) // line)) * line
         address = (ptr + tl.minimum(first, WIDTH - 1)).to(tl.int64)
@@ -104,23 +78,23 @@ def load_rows(
         column = first + tl.arange(0, CHUNK)[None, :]
         mask = chunk_mask(row, rows, first, CHUNK, WIDTH)
         x = tl.load(x_ptr + row64 * x_stride + column, mask=mask, other=0.0)
-        s = widen(x)
+        s = numerics.widen(x)
         if x_addend_ptr is not None:
-            addend = widen(tl.load(x_addend_ptr + row64 * x_addend_stride + column, mask=mask, other=0.0))
+            addend = numerics.widen(tl.load(x_addend_ptr + row64 * x_addend_stride + column, mask=mask, other=0.0))
             if X_ADDEND_SCALE == 1.0:
                 s += addend
             else:
                 s = tl.fma(addend, X_ADDEND_SCALE, s)  # what the compiler makes of Inductor's product and sum
         if residual_ptr is not None:
-            r = widen(tl.load(residual_ptr + row64 * residual_stride + column, mask=mask, other=0.0))
+            r = numerics.widen(tl.load(residual_ptr + row64 * residual_stride + column, mask=mask, other=0.0))
             if residual_addend_ptr is not None:
                 ptrs = residual_addend_ptr + row64 * residual_addend_stride + column
-                r += widen(tl.load(ptrs, mask=mask, other=0.0))
+                r += numerics.widen(tl.load(ptrs, mask=mask, other=0.0))
             s += r
             if residual_out_ptr is not None:
                 tl.store(residual_out_ptr + row64 * WIDTH + column, s.to(x.dtype), mask=mask)
             if ROUND_SUM:
-                s = rounded(s, x.dtype)
+                s = numerics.rounded(s, x.dtype)
         # As Inductor writes it, so that the compiler makes the same of it: fma where it makes one there.
         if WIDTH > WARP_WIDTH:
             total = tl.where(mask, total + s * s, total)
@@ -161,13 +135,13 @@ def times_weight(
 ):
     """y * weight in fp32, after the roundings that the form asks for; y is s * inverse_rms."""
     if ROUND_SCALED:
-        y = rounded(rounded(y, weight.dtype) * widen(weight), weight.dtype)
+        y = numerics.rounded(numerics.rounded(y, weight.dtype) * numerics.widen(weight), weight.dtype)
     elif GEMMA:
-        y = y * (widen(weight) + 1.0)
+        y = y * (numerics.widen(weight) + 1.0)
     else:
-        y = y * widen(weight)
+        y = y * numerics.widen(weight)
     if not KEEP_FP32:
-        y = rounded(y, dtype)
+        y = numerics.rounded(y, dtype)
     return y
 
 

@@ -17,15 +17,15 @@ from .launch import on_device, pdl_supported, wait_for_producer
 def _silu_mul(gate, up, TWICE: tl.constexpr, ADD_ZERO: tl.constexpr, EXACT: tl.constexpr, KEEP_FP32: tl.constexpr):
     """silu(gate) * up in fp32, after the roundings that the form asks for."""
     dtype = gate.dtype
-    silu = numerics.silu(gate.to(tl.float32), EXACT)
+    silu = numerics.silu(numerics.widen(gate), EXACT)
     if TWICE:
-        silu = silu.to(dtype).to(tl.float32)
-    up = up.to(tl.float32)
+        silu = numerics.rounded(silu, dtype)
+    up = numerics.widen(up)
     if ADD_ZERO:
         up = up + 0.0  # -0 becomes +0; compilers keep this addition
     y = silu * up
     if not KEEP_FP32:
-        y = y.to(dtype).to(tl.float32)
+        y = numerics.rounded(y, dtype)
     return y
 
 
