@@ -94,6 +94,7 @@ def serve(args: argparse.Namespace) -> None:
         partition = {"use_inductor_graph_partition": True}  # attention has to be in the graph that passes see
         if args.serve in ATTENTION:
             pass_config = pass_config | {"fuse_attn_quant": True}
+    inductor = {"inductor_compile_config": {"deterministic": True}} if args.deterministic else {}
     llm = LLM(
         model=str(args.model),
         load_format="dummy",
@@ -103,11 +104,11 @@ def serve(args: argparse.Namespace) -> None:
         max_num_batched_tokens=args.prefill,
         # Given, not measured: engines that start together would take each other's memory for their own. What the first is
         # for is the check at the start, whether that much is still free.
-        gpu_memory_utilization=0.9 / len(args.configs),
+        gpu_memory_utilization=args.memory or 0.9 / len(args.configs),
         kv_cache_memory_bytes=int(args.kv_gib * 2**30),
         enable_prefix_caching=False,
         worker_extension_cls="engine_worker.EngineWorker",
-        compilation_config={"cudagraph_capture_sizes": args.capture, "pass_config": pass_config} | partition,
+        compilation_config={"cudagraph_capture_sizes": args.capture, "pass_config": pass_config} | partition | inductor,
         additional_config={"fusion_plugin": config["settings"]} if "settings" in config else {},
         **args.engine,
     )
@@ -178,8 +179,10 @@ def serve(args: argparse.Namespace) -> None:
 class Engine:
     def __init__(self, name: str, args: argparse.Namespace, folder: str) -> None:
         self.name = name
+        # Triton's own autotuner, of the GDN kernels for example, keeps its choices there.
+        shared = {"TRITON_CACHE_DIR": str(pathlib.Path(folder) / "triton")} if args.deterministic else {}
         self.log = pathlib.Path(folder) / f"{name}.log"
-        env = os.environ | LINEAR[args.linear] | {
+        env = os.environ | LINEAR[args.linear] | shared | {
             "VLLM_FUSION_PLUGIN": "1" if CONFIGS[name]["plugin"] else "0",
             "VLLM_CACHE_ROOT": str(pathlib.Path(folder) / name),
             # The engine in the process that is asked: nothing between a step and the clock.
@@ -194,6 +197,9 @@ class Engine:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True, env=env
         )
+
+    def ready(self, start: float) -> None:
+        print(self.name, self.answer(), f"{time.time() - start:.0f} s", flush=True)
 
     def answer(self) -> Any:
         assert self.process.stdout is not None
@@ -214,16 +220,23 @@ def measure(args: argparse.Namespace) -> None:
 
     folder = tempfile.mkdtemp(prefix="end_to_end-")
     start = time.time()
-    engines = {name: Engine(name, args, folder) for name in args.configs}
+    engines: dict[str, Engine] = {}
     try:
-        for name, engine in engines.items():
-            print(name, engine.answer(), f"{time.time() - start:.0f} s", flush=True)
+        for name in args.configs:
+            engines[name] = Engine(name, args, folder)
+            if args.deterministic:  # the next one finds this one's choices
+                engines[name].ready(start)
+        if not args.deterministic:
+            for engine in engines.values():
+                engine.ready(start)
         reports = {name: engine.ask("report") for name, engine in engines.items()}
         for name, report in reports.items():
             print(name, report["match_table"], report["linear_kernels"])
-        agreement = compare({name: engine.ask("tokens") for name, engine in engines.items()})
+        asked = {name: engine.ask("tokens") for name, engine in engines.items()}
+        again = {name: engine.ask("tokens") for name, engine in engines.items()}
+        agreement = compare(asked, again)
         print(json.dumps(agreement, indent=1))
-        times = take_turns(engines, args)
+        times = {} if args.tokens_only else take_turns(engines, args)
     finally:
         for engine in engines.values():
             engine.process.kill()
@@ -234,8 +247,8 @@ def measure(args: argparse.Namespace) -> None:
     differences = paired(times)
     for difference in differences:
         print(difference)
-    name = f"end_to_end.{args.model.name}.{args.linear}{'.attention' if args.attention else ''}.json"
-    out = args.out or timing.RESULTS / name
+    marks = [mark for mark in ("attention", "deterministic") if getattr(args, mark)]
+    out = args.out or timing.RESULTS / ".".join(["end_to_end", args.model.name, args.linear, *marks, "json"])
     timing.write(
         out,
         [row for row in rows if row["config"] in CONFIGS_IN_ROWS],
@@ -306,19 +319,20 @@ def paired(times: Times) -> list[dict[str, Any]]:
     return found
 
 
-def compare(tokens: dict[str, Any]) -> dict[str, Any]:
-    """For each pair of configurations: do tokens agree, do logprobs to the last bit?"""
-    result = {}
-    for a, b in PAIRS:
-        if a in tokens and b in tokens:
-            total = sum(len(t) for t, _ in tokens[a])
-            pairs = [
-                (x, y) for (t, _), (u, _) in zip(tokens[a], tokens[b], strict=True) for x, y in zip(t, u, strict=True)
-            ]
-            same = sum(x == y for x, y in pairs)
-            logprobs = [p for _, p in tokens[a]] == [p for _, p in tokens[b]]
-            result[f"{a} and {b}"] = {"tokens": total, "equal_tokens": same, "equal_logprobs": logprobs}
-    return result
+def compare(asked: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
+    """For each pair of configurations, and each asked again: do tokens agree, do logprobs to the last bit?"""
+    pairs = [(f"{a} and {b}", asked[a], asked[b]) for a, b in PAIRS if a in asked and b in asked]
+    pairs += [(f"{name} twice", asked[name], again[name]) for name in asked]
+    return {name: agreement(one, other) for name, one, other in pairs}
+
+
+def agreement(one: list[Any], other: list[Any]) -> dict[str, Any]:
+    tokens = [(x, y) for (t, _), (u, _) in zip(one, other, strict=True) for x, y in zip(t, u, strict=True)]
+    return {
+        "tokens": len(tokens),
+        "equal_tokens": sum(x == y for x, y in tokens),
+        "equal_logprobs": [p for _, p in one] == [p for _, p in other],
+    }
 
 
 def write_report(path: pathlib.Path, name: str, ranks: list[dict[str, Any]]) -> None:
@@ -342,6 +356,16 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="partition graphs in Inductor; stock and ours fuse attention + quantiser too",
     )
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="take timing out of what is compiled: Inductor's `deterministic`, and one choice of Triton's autotuner "
+        "for all engines, which start one after the other",
+    )
+    parser.add_argument(
+        "--memory", type=float, help="part of the GPU's memory for an engine; default: as much for each"
+    )
+    parser.add_argument("--tokens-only", action="store_true", help="compare tokens, measure no times")
     parser.add_argument("--prefill", type=int, default=8192, help="tokens of the prefill")
     parser.add_argument("--batches", nargs="*", type=int, help="requests decoded together")
     parser.add_argument("--capture", nargs="*", type=int, help="batch sizes that get a CUDA graph")

@@ -67,6 +67,8 @@ class Workload(ABC):
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled as vLLM compiles: one kernel a width, for any number of rows but 1, which torch always compiles on
     its own. Rows are the first dimension of every tensor with more than one."""
+    # Otherwise from its second width on, torch would compile it for any.
+    torch._dynamo.config.automatic_dynamic_shapes = False
     run = torch.compile(function)
 
     def call(*tensors: torch.Tensor | None) -> Any:

@@ -107,10 +107,15 @@ class RMSNorm(grid.Workload):
         return impls
 
     def tiles(self, rows, width):
-        chunks = (2**i for i in range(8, 16) if 2**i < 2 * width)
-        for chunk, tile_rows, warps in itertools.product(chunks, (1, 2, 4), (1, 2, 4, 8, 16, 32)):
-            if 4 <= chunk * tile_rows / (32 * warps) <= 32 and tile_rows <= rows:
-                yield kernels.Tile(tile_rows, chunk, warps)
+        if width <= 1024:
+            return
+        # all with the bytes of Inductor's usual order
+        whole = 2 ** (width - 1).bit_length()
+        sum_warps = 8 if whole == 2048 else 16 if whole <= 8192 else 32
+        for tile_rows, fold in itertools.product((1, 2, 4), (1, 2, 4)):
+            warps = sum_warps // fold
+            if tile_rows <= rows and tile_rows * whole <= 64 * 32 * warps:
+                yield kernels.Tile(tile_rows, whole, warps, sum_warps)
 
     def tile(self, rows, width):
         return kernels.row_tile(width, native_quant=False)

@@ -63,10 +63,12 @@ class SiluMulGroup(grid.Workload):
 
     def tiles(self, rows, width):
         size = self.quant.group_size
-        for tile_groups, tile_rows, warps in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 4, 8, 16)):
+        for tile_groups, tile_rows, warps, rows_first in itertools.product(
+            (1, 2, 4, 8, 16), (1, 2, 4, 8, 16), (1, 2, 4, 8, 16), (False, True)
+        ):
             per_thread = tile_groups * tile_rows * size / (32 * warps)
             if 4 <= per_thread <= 32 and tile_groups * 2 <= 3 * (width // size) and tile_rows <= rows:
-                yield kernels.Tile(tile_rows, tile_groups, warps)
+                yield kernels.Tile(tile_rows, tile_groups, warps, rows_first)
 
     def tile(self, rows, width):
         return kernels.group_tile(rows, width // self.quant.group_size, self.quant.group_size)

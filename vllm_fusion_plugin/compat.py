@@ -113,6 +113,15 @@ def ir_provider(op: str, arguments: Sequence[Any]) -> str:
     return IrOp.registry[op].dispatch(*arguments).provider
 
 
+def inductor_is_deterministic(inductor_compile_config: dict[str, Any]) -> bool:
+    """Whether Inductor compiles without timing kernels against each other (`deterministic`, torch 2.10 or so and later), by
+    vLLM's configuration or torch's."""
+    import torch._inductor.config as inductor
+
+    known = getattr(inductor, "deterministic", False) or torch.are_deterministic_algorithms_enabled()
+    return bool(inductor_compile_config.get("deterministic", known))
+
+
 def flashinfer_norm_nvfp4_op() -> torch._ops.OpOverload | None:
     """FlashInfer's fused add + RMS norm + NVFP4 quantiser, where vLLM's own pass would put it into a graph: since 0.32 at
     the latest, on compute capability 10.0 and later."""

@@ -169,3 +169,23 @@ class ComputedAddend(Norms):
 def test_what_inductor_computes_is_left_to_it():
     _, (norm,) = trace(ComputedAddend, tensors=4)
     assert norm["x_addend"] is None
+
+
+class Embedding(Norms):
+    def forward(self, x, residual):
+        ids = residual[:, 0].to(torch.int64)
+        y = torch.nn.functional.embedding(ids, x)
+        first, residual = self.quant(self.first(y)), y
+        y, residual = self.second(x, residual)
+        return *first, *self.quant(y), residual
+
+
+def test_a_norm_of_what_is_looked_up_has_inductors_order():
+    _, (first, second) = trace(Embedding, tensors=2)
+    assert (first["sum_columns"], second["sum_columns"]) == (2048, 0)
+
+
+@pytest.mark.skipif(not hasattr(torch._inductor.config, "deterministic"), reason="this torch cannot")
+def test_an_inductor_that_times_nothing_has_one_order():
+    _, norms = trace(Layer, inductor={"deterministic": True})
+    assert [norm["sum_columns"] for norm in norms] == [2048, 2048]

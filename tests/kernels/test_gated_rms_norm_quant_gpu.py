@@ -87,14 +87,14 @@ def _widen_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
 @triton.jit
 def _round_to_bf16_kernel(y_ptr, out_ptr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + at, kernels.round_to(tl.load(y_ptr + at), tl.bfloat16))
+    tl.store(out_ptr + at, numerics.rounded(tl.load(y_ptr + at), tl.bfloat16))
 
 
 @triton.jit
 def _exp_kernel(x_ptr, out_ptr, OURS: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at)
-    tl.store(out_ptr + at, kernels.exp_of_negative(x) if OURS else libdevice.exp(-x))
+    tl.store(out_ptr + at, numerics.exp_of_negative(x) if OURS else libdevice.exp(-x))
 
 
 @pytest.mark.parametrize("sigmoid", [False, True], ids=["silu", "sigmoid"])

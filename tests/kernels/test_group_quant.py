@@ -111,7 +111,7 @@ def test_shapes(group_size: int, rows: int, groups: int, device: torch.device) -
 def test_tiles(tile: tuple[int, int, int], rows_first: bool, device: torch.device) -> None:
     """Each tile shape that `group_tile` has, on rows and groups that it does not divide."""
     x = activations(9, 5 * 128, torch.bfloat16, device, seed=3)
-    check(x, DEEPSEEK, tile=kernels.Tile(*tile), rows_first=rows_first)
+    check(x, DEEPSEEK, tile=kernels.Tile(*tile, rows_first))
 
 
 def test_tiles_have_whole_groups_of_a_power_of_two() -> None:

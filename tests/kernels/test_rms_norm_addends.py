@@ -135,6 +135,7 @@ def test_op_is_its_reference_with_addends(kind: str, device: torch.device) -> No
         ),
         ({"residual_addend": "x"}, "residual_addend is given without a residual"),
         ({"x_addend_scale": 2.5}, "x_addend_scale=2.5 without x_addend"),
+        ({"sum_columns": 1024}, "sum_columns=1024; allowed: 0, 2048"),
         ({"x_addend": "wide"}, r"x_addend has shape \(3, 512\); allowed: x's shape"),
         ({"x_addend": "half"}, "x_addend has dtype torch.float16; allowed: x's dtype"),
     ],
@@ -149,3 +150,59 @@ def test_bad_addends_are_refused(arguments: dict, message: str, device: torch.de
     given = {name: tensors.get(value, value) for name, value in arguments.items()}
     with pytest.raises(ValueError, match=message):
         ops.rms_norm_group_fp8_quant(tensors["x"], random(9, 256, device)[0], **given)
+
+
+# ---- Inductor's bytes ------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("vfp_tests::feed_forward", mutates_args=())
+def feed_forward(y: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    """What lies between a layer's norms: Inductor cannot look into it, and what goes in and comes out is stored."""
+    return result.clone()
+
+
+@feed_forward.register_fake
+def _(y: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(result)
+
+
+def two_norms(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, x2: torch.Tensor, expert: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """vLLM's native code of the norms of a layer and of the one behind it, with the addition of experts between."""
+
+    def norm(total: torch.Tensor) -> torch.Tensor:
+        y = total * torch.rsqrt(total.pow(2).mean(dim=-1, keepdim=True) + EPSILON)
+        return (y.to(weight.dtype) * weight).to(x.dtype)
+
+    total = x.float() + residual.float()
+    y, residual = norm(total), total.to(x.dtype)
+    x2 = feed_forward(y, x2)
+    if expert is not None:
+        x2 = x2 + expert * 2.5
+    total = x2.float() + residual.float()
+    return y, norm(total), total.to(x.dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("experts", [False, True], ids=["", "experts"])
+@pytest.mark.parametrize("width", [2048, 4096, 7168])
+def test_sums_are_inductors(width: int, experts: bool, device: torch.device) -> None:
+    """Under Inductor's `deterministic`, which leaves it one order."""
+    generator = torch.Generator(device=device).manual_seed(width)
+    x, residual, x2, expert = (
+        torch.randn(2048, width, generator=generator, device=device, dtype=torch.bfloat16) * size
+        for size in (3, 6, 3, 1)
+    )
+    weight = 1 + 0.2 * torch.randn(width, generator=generator, device=device, dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    for t in (x, residual, x2, expert):
+        torch._dynamo.mark_dynamic(t, 0)
+    with torch._inductor.config.patch(deterministic=True, force_disable_caches=True):
+        expected = torch.compile(two_norms, fullgraph=True)(x, residual, weight, x2, expert if experts else None)
+    added = {"x_addend": expert, "x_addend_scale": 2.5} if experts else {}
+    options = {"keep_norm": True, "sum_columns": 2048}
+    first = ops.rms_norm_group_fp8_quant(x, weight, EPSILON, residual=residual, keep_sum=False, **options)
+    second = ops.rms_norm_group_fp8_quant(x2, weight, EPSILON, residual=x, residual_addend=residual, **added, **options)
+    for name, one, other in zip(("y", "y2", "sum"), (first[2], *second[2:]), expected, strict=True):
+        assert_same_bytes(one, other, name)

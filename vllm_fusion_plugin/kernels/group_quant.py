@@ -58,36 +58,35 @@ def _kernel(
         quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride)
 
 
-# From so many elements on memory is busy throughout, and starting early only makes two kernels share it.
-LARGE = 2**23
-
-
 class Tile(NamedTuple):
     rows: int
     groups: int
     num_warps: int
+    rows_first: bool = False  # neighbouring programs have neighbouring rows, not columns
 
 
 def group_tile(rows: int, groups: int, group_size: int) -> Tile:
     """Tile for `rows` rows of `groups` groups.
 
-    By the tiles of SiLU·mul (kernels/silu_mul_quant.py), with twice the elements where there is work enough to fill the GPU,
-    since an element costs half the loads; more rows instead of groups that are not there. Not tuned for this kernel yet.
+    As in kernels/silu_mul_quant.py, with more elements, since one costs half the loads; more rows instead of groups that
+    are not there.
     """
     per_128 = 128 // group_size
     elements = rows * groups * group_size
     if rows == 1:
-        tile = Tile(1, per_128, 1)
-    elif rows <= 16 or elements < 80_000:
+        tile = Tile(1, 8 * per_128, 4)
+    elif rows <= 16:
+        tile = Tile(1, 16 * per_128, 8)
+    elif elements < 80_000:
         tile = Tile(2, 2 * per_128, 4)
     elif elements < 440_000:
         tile = Tile(2, 4 * per_128, 8)
-    elif elements < LARGE:
+    elif elements < 2**23:
         tile = Tile(8, per_128, 2)
     else:
-        tile = Tile(2, 8 * per_128, 2)
+        tile = Tile(8, 4 * per_128, 8)
     fitting = min(tile.groups, triton.next_power_of_2(groups))
-    return Tile(tile.rows * tile.groups // fitting, fitting, tile.num_warps)
+    return tile._replace(rows=tile.rows * tile.groups // fitting, groups=fitting)
 
 
 def group_fp8_quant(
@@ -99,7 +98,6 @@ def group_fp8_quant(
     eps: float,
     quant_form: str,
     tile: Tile | None = None,
-    rows_first: bool | None = None,
     pdl: bool | None = None,
 ) -> None:
     """Write codes [M, K] and scales [M, K / group_size] of x [M, K]; arguments as the op checked them."""
@@ -110,9 +108,9 @@ def group_fp8_quant(
     tile = tile or group_tile(rows, groups, group_size)
     # TMA-aligned scales have longer columns than there are rows
     padded_rows = scales.stride(1) if scales.stride(0) == 1 else rows
-    pdl = pdl_supported(x.device) and codes.numel() < LARGE if pdl is None else pdl
+    pdl = pdl_supported(x.device) if pdl is None else pdl
     row_tiles, group_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(groups, tile.groups)
-    rows_first = row_tiles > 65535 if rows_first is None else rows_first  # axis 0 alone may exceed 65535
+    rows_first = tile.rows_first or row_tiles > 65535  # axis 0 alone may exceed 65535
     with on_device(x.device):
         _kernel[(row_tiles, group_tiles) if rows_first else (group_tiles, row_tiles)](
             x,

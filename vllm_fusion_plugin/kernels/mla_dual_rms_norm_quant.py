@@ -49,6 +49,8 @@ def _dual_kernel(
     GROUP_SIZE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    SUM_WARPS: tl.constexpr,
+    FOLD: tl.constexpr,
     KV_BLOCK: tl.constexpr,
     ALIGNED: tl.constexpr,
     PADDED: tl.constexpr,
@@ -74,8 +76,8 @@ def _dual_kernel(
     weight = load_weight(kv_weight_ptr, column, KV_WIDTH, KV_WIDTH == KV_BLOCK)
     norm_and_quantise_groups(
         q_ptr, None, q_weight_ptr, codes_ptr, scales_ptr, None, None, first_row, rows, padded_rows, q_stride, 0,
-        scale_row_stride, scale_group_stride, q_epsilon, eps, Q_WIDTH, GROUP_SIZE, TILE_ROWS, CHUNK, ALIGNED, PADDED,
-        UE8M0, False, CUSTOM_OP, Q_ROUND_SCALED, KEEP_FP32, NATIVE, EARLY,
+        scale_row_stride, scale_group_stride, q_epsilon, eps, Q_WIDTH, GROUP_SIZE, TILE_ROWS, CHUNK, SUM_WARPS, FOLD,
+        ALIGNED, PADDED, UE8M0, False, CUSTOM_OP, Q_ROUND_SCALED, KEEP_FP32, NATIVE, EARLY,
     )  # fmt: skip
     s = numerics.widen(kv)
     inverse = inverse_rms(tl.sum(s * s, axis=1), kv_epsilon, KV_WIDTH, CUSTOM_OP)
@@ -136,6 +138,8 @@ def mla_dual_rms_norm_group_fp8_quant(
             GROUP_SIZE=group_size,
             TILE_ROWS=tile.rows,
             CHUNK=tile.chunk,
+            SUM_WARPS=tile.sum_warps,
+            FOLD=max(1, tile.sum_warps // tile.num_warps),
             KV_BLOCK=triton.next_power_of_2(kv.shape[1]),
             ALIGNED=math.gcd(width, 8),
             PADDED=padded_rows > rows,

@@ -23,7 +23,7 @@ def group_scale(y, eps, NATIVE: tl.constexpr, UE8M0: tl.constexpr):
     if NATIVE:
         scale = numerics.times_reciprocal_of_448(top)
         if UE8M0:
-            scale = numerics.round_up_to_power_of_two(scale)
+            scale = numerics.exp2_ceil_log2(scale)
         scale = tl.maximum(scale, FP8_MIN_SCALE)
         has_nan = tl.max((y != y).to(tl.int32), axis=2) > 0
         return tl.where(has_nan, float("nan"), scale)

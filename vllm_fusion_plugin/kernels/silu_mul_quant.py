@@ -115,34 +115,36 @@ def _static_kernel(
         tl.store(codes_ptr + row * width + column, code, mask=column < width)
 
 
-# From so many elements on memory is busy throughout, and starting early only makes two kernels share it (H200: 2 % slower).
-LARGE = 2**23
-
-
 class Tile(NamedTuple):
     rows: int
     groups: int
     num_warps: int
+    rows_first: bool = False  # neighbouring programs have neighbouring rows, not columns
 
 
 def group_tile(rows: int, groups: int, group_size: int) -> Tile:
     """Tile for `rows` rows of `groups` groups, tuned on an H200 (benchmarks/silu_mul_quant.py --tune).
 
     What counts is the number of elements: while there is too little work to fill the GPU, tiles are small and threads many;
-    once there is enough, 1024 elements and 16 a thread keep the most loads in flight. Within 10 % of the best tile tried at
-    each of 72 shapes, mostly within 3 %.
+    once there is enough, 1024 or 2048 elements and 16 or 32 a thread keep the most loads in flight. More rows instead of
+    groups that are not there.
     """
     per_128 = 128 // group_size
     elements = rows * groups * group_size
     if rows == 1:
-        return Tile(1, per_128, 1)
-    if rows <= 16 or elements < 80_000:
-        return Tile(2, 2 * per_128, 4)
-    if elements < 440_000:
-        return Tile(2, 4 * per_128, 8)
-    if elements < LARGE:
-        return Tile(8, per_128, 4)
-    return Tile(2, 4 * per_128, 2)
+        tile = Tile(1, per_128, 1)
+    elif rows <= 16 or elements < 80_000:
+        tile = Tile(2, (4 if elements > 150_000 else 2) * per_128, 4)
+    elif elements < 440_000:
+        tile = Tile(2, 4 * per_128, 8)
+    elif elements < 2**23:
+        tile = Tile(8, per_128, 4)
+    elif elements < 2**25:
+        tile = Tile(1, 16 * per_128, 4, rows_first=True)
+    else:
+        tile = Tile(2, 4 * per_128, 1)
+    fitting = min(tile.groups, triton.next_power_of_2(groups))
+    return tile._replace(rows=tile.rows * tile.groups // fitting, groups=fitting)
 
 
 def _forms(x: torch.Tensor, act_form: str, quant_form: str) -> dict[str, bool]:
@@ -166,7 +168,6 @@ def silu_mul_group_fp8_quant(
     act_form: str,
     quant_form: str,
     tile: Tile | None = None,
-    rows_first: bool | None = None,
     pdl: bool | None = None,
 ) -> None:
     """Write codes [M, K] and scales [M, K / group_size] of x [M, 2 * K]; arguments as the op checked them."""
@@ -177,9 +178,9 @@ def silu_mul_group_fp8_quant(
     tile = tile or group_tile(rows, groups, group_size)
     # TMA-aligned scales have longer columns than there are rows
     padded_rows = scales.stride(1) if scales.stride(0) == 1 else rows
-    pdl = pdl_supported(x.device) and codes.numel() < LARGE if pdl is None else pdl
+    pdl = pdl_supported(x.device) if pdl is None else pdl
     row_tiles, group_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(groups, tile.groups)
-    rows_first = row_tiles > 65535 if rows_first is None else rows_first  # axis 0 alone may exceed 65535
+    rows_first = tile.rows_first or row_tiles > 65535  # axis 0 alone may exceed 65535
     with on_device(x.device):
         _group_kernel[(row_tiles, group_tiles) if rows_first else (group_tiles, row_tiles)](
             x,

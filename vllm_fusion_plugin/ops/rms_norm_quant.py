@@ -23,8 +23,10 @@ and the codes. The sum depends on the order of additions. Here that order is a f
 bytes do not depend on the batch it is in.
 
 - native: Inductor's order, chunk by chunk and thread by thread. It has one up to 2048 columns and before a native group
-  quantiser. Otherwise Inductor times two or three kernels that add in different orders and keeps the fastest; which one
-  that is cannot be known here. `kernels/rms_norm_quant.row_tile` says which is assumed.
+  quantiser. Otherwise Inductor times two or three kernels that add in different orders and keeps the fastest:
+  `kernels/rms_norm_quant.row_tile` says which is assumed. On an H200 that was the one chosen at 4096 columns, compilation
+  after compilation; at 7168 each of the three was chosen once. Two exceptions are known, for which there is
+  `sum_columns`: a norm that Inductor puts into the kernel of an embedding, and its `deterministic`, which times nothing.
 - eager: torch's own reduction has yet another order.
 - custom_op: the CUDA ops add in one order below 256 tokens and in another from there on, and cannot both be met.
 
@@ -51,9 +53,11 @@ from .quant import (
 from .registry import register
 
 # The end of the ops' schemas; see Addends.
-ADDENDS = "Tensor? x_addend=None, float x_addend_scale=1.0, Tensor? residual_addend=None, bool keep_sum=True"
+ADDENDS = "Tensor? x_addend=None, float x_addend_scale=1.0, Tensor? residual_addend=None"
+ADDENDS += ", bool keep_sum=True, int sum_columns=0"
 NORM_FORMS = ("native", "eager", "custom_op")
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SUM_COLUMNS = (0, 2048)
 # A whole row is kept in registers.
 MAX_WIDTH = 32768
 
@@ -100,12 +104,13 @@ def _check_like_x(name: str, t: torch.Tensor, x: torch.Tensor) -> None:
 
 
 class Addends(NamedTuple):
-    """The ops' last arguments: what else is added up, and whether the sum is wanted."""
+    """The ops' last arguments: what else is added up, in which order squares are, and whether the sum is wanted."""
 
     x_addend: torch.Tensor | None = None
     x_addend_scale: float = 1.0
     residual_addend: torch.Tensor | None = None
     keep_sum: bool = True
+    sum_columns: int = 0
 
     def check(self, x: torch.Tensor, residual: torch.Tensor | None, norm_form: str) -> None:
         for name in ("x_addend", "residual_addend"):
@@ -120,6 +125,8 @@ class Addends(NamedTuple):
             raise ValueError("residual_addend is given without a residual to add it to; allowed: with residual")
         if self.x_addend is None and self.x_addend_scale != 1.0:
             raise ValueError(f"x_addend_scale={self.x_addend_scale} without x_addend; allowed: 1.0")
+        if self.sum_columns not in SUM_COLUMNS:
+            raise ValueError(f"sum_columns={self.sum_columns}; allowed: {', '.join(map(str, SUM_COLUMNS))}")
 
 
 NO_ADDENDS = Addends()
@@ -239,6 +246,7 @@ def _named_extras(
         "x_addend": addends.x_addend,
         "x_addend_scale": addends.x_addend_scale,
         "residual_addend": addends.residual_addend,
+        "sum_columns": addends.sum_columns,
     }
 
 
@@ -263,9 +271,10 @@ def rms_norm_group_fp8_quant_reference(
     x_addend_scale: float = 1.0,
     residual_addend: torch.Tensor | None = None,
     keep_sum: bool = True,
+    sum_columns: int = 0,
 ) -> list[torch.Tensor]:
     """`rms_norm_group_fp8_quant` in plain torch, on any device."""
-    addends = Addends(x_addend, x_addend_scale, residual_addend, keep_sum)
+    addends = Addends(x_addend, x_addend_scale, residual_addend, keep_sum, sum_columns)
     layout = (group_size, column_major_scales, tma_aligned_scales)
     _check_group(x, weight, residual, gemma_weight, keep_norm, *layout, norm_form, quant_form, addends)
     y, extras = _norm(x, weight, epsilon, residual, gemma_weight, keep_norm, norm_form, quant_form, addends)
@@ -352,6 +361,7 @@ def rms_norm_group_fp8_quant(
     x_addend_scale: float = 1.0,
     residual_addend: torch.Tensor | None = None,
     keep_sum: bool = True,
+    sum_columns: int = 0,
 ) -> list[torch.Tensor]:
     """RMSNorm of x or of x + residual, quantised to FP8 in groups of `group_size` along each row, in one kernel.
 
@@ -366,6 +376,8 @@ def rms_norm_group_fp8_quant(
             native only: x + x_addend * x_addend_scale and residual + residual_addend take the places of x and residual,
             unrounded, as where Inductor compiles these additions together with the norm.
         keep_sum: return residual_out, if residual is given.
+        sum_columns: how many columns of a row of more than 2048 have their squares added up at a time, 2048 or, as 0, the
+            order of Inductor's usual kernel. In some places Inductor takes 2048; see the module's docstring.
         group_size: 64 or 128; divides H.
         column_major_scales: scales with strides (1, M) instead of (H / group_size, 1).
         tma_aligned_scales: with column_major_scales, strides (1, M rounded up to 4); the padding is zero.
@@ -385,7 +397,7 @@ def rms_norm_group_fp8_quant(
     """
     return _GROUP(
         x, weight, epsilon, residual, gemma_weight, keep_norm, group_size, column_major_scales, tma_aligned_scales,
-        use_ue8m0, eps, norm_form, quant_form, x_addend, x_addend_scale, residual_addend, keep_sum,
+        use_ue8m0, eps, norm_form, quant_form, x_addend, x_addend_scale, residual_addend, keep_sum, sum_columns,
     )  # fmt: skip
 
 
@@ -406,9 +418,10 @@ def rms_norm_token_fp8_quant_reference(
     x_addend_scale: float = 1.0,
     residual_addend: torch.Tensor | None = None,
     keep_sum: bool = True,
+    sum_columns: int = 0,
 ) -> list[torch.Tensor]:
     """`rms_norm_token_fp8_quant` in plain torch, on any device."""
-    addends = Addends(x_addend, x_addend_scale, residual_addend, keep_sum)
+    addends = Addends(x_addend, x_addend_scale, residual_addend, keep_sum, sum_columns)
     _check_token(x, weight, residual, gemma_weight, keep_norm, scale_ub, norm_form, quant_form, addends)
     y, extras = _norm(x, weight, epsilon, residual, gemma_weight, keep_norm, norm_form, quant_form, addends)
     return [*token_fp8_quant_reference(y, scale_ub, quant_form), *extras]
@@ -487,12 +500,13 @@ def rms_norm_token_fp8_quant(
     x_addend_scale: float = 1.0,
     residual_addend: torch.Tensor | None = None,
     keep_sum: bool = True,
+    sum_columns: int = 0,
 ) -> list[torch.Tensor]:
     """RMSNorm of x or of x + residual, quantised to FP8 with one scale a row, in one kernel.
 
     Args:
         x, weight, epsilon, residual, gemma_weight, keep_norm, norm_form, quant_form, x_addend, x_addend_scale,
-            residual_addend, keep_sum: as in `rms_norm_group_fp8_quant`; H is any number from 1 on.
+            residual_addend, keep_sum, sum_columns: as in `rms_norm_group_fp8_quant`; H is any number from 1 on.
         scale_ub: one float32 value on x's device that limits a row's maximum; None for no limit.
 
     Returns:
@@ -506,7 +520,7 @@ def rms_norm_token_fp8_quant(
     """
     return _TOKEN(
         x, weight, epsilon, residual, gemma_weight, keep_norm, scale_ub, norm_form, quant_form,
-        x_addend, x_addend_scale, residual_addend, keep_sum,
+        x_addend, x_addend_scale, residual_addend, keep_sum, sum_columns,
     )  # fmt: skip
 
 
@@ -527,9 +541,10 @@ def rms_norm_static_fp8_quant_reference(
     x_addend_scale: float = 1.0,
     residual_addend: torch.Tensor | None = None,
     keep_sum: bool = True,
+    sum_columns: int = 0,
 ) -> list[torch.Tensor]:
     """`rms_norm_static_fp8_quant` in plain torch, on any device."""
-    addends = Addends(x_addend, x_addend_scale, residual_addend, keep_sum)
+    addends = Addends(x_addend, x_addend_scale, residual_addend, keep_sum, sum_columns)
     _check_static(x, weight, residual, gemma_weight, keep_norm, scale, norm_form, quant_form, addends)
     y, extras = _norm(x, weight, epsilon, residual, gemma_weight, keep_norm, norm_form, quant_form, addends)
     return [static_fp8_quant_reference(y, scale, quant_form), *extras]
@@ -595,12 +610,13 @@ def rms_norm_static_fp8_quant(
     x_addend_scale: float = 1.0,
     residual_addend: torch.Tensor | None = None,
     keep_sum: bool = True,
+    sum_columns: int = 0,
 ) -> list[torch.Tensor]:
     """RMSNorm of x or of x + residual, quantised to FP8 with one given scale, in one kernel.
 
     Args:
         x, weight, epsilon, residual, gemma_weight, keep_norm, norm_form, quant_form, x_addend, x_addend_scale,
-            residual_addend, keep_sum: as in `rms_norm_group_fp8_quant`; H is any number from 1 on.
+            residual_addend, keep_sum, sum_columns: as in `rms_norm_group_fp8_quant`; H is any number from 1 on.
         scale: one float32 value on x's device; codes are y / scale, by way of the rounded reciprocal as in vLLM.
 
     Returns:
@@ -614,5 +630,5 @@ def rms_norm_static_fp8_quant(
     """
     return _STATIC(
         x, weight, epsilon, residual, gemma_weight, keep_norm, scale, norm_form, quant_form,
-        x_addend, x_addend_scale, residual_addend, keep_sum,
+        x_addend, x_addend_scale, residual_addend, keep_sum, sum_columns,
     )  # fmt: skip

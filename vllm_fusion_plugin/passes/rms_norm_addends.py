@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums that Inductor would not have rounded. A step of RMSNormQuantFusionPass.
+"""Sums as Inductor would have made them: what it would not have rounded, and in which order. A step of
+RMSNormQuantFusionPass.
 
 A decoder layer's two norms are in one piece of the model, and what the first one adds up is an input of the second. Inductor
 compiles native norms together with the additions before them, in fp32: the second norm reads x2 + (x1 + residual), where
 x1 + residual is never rounded, nor is a MoE layer's sum of shared and routed experts. An op of ours is opaque to Inductor:
 what goes in has been stored, hence rounded, and a quarter of the second sum's numbers would differ in the last bit. So the
 op takes the addends, and adds them up as Inductor does. It moves as many bytes: the first norm has no sum to write.
+
+Squares of more than 2048 columns are added up in the order of Inductor's usual kernel, but for two places where it is known
+to take another: see ops/rms_norm_quant.py.
 """
 
 from __future__ import annotations
@@ -31,12 +35,17 @@ OURS = (
 IR_ADD = "vllm_ir.fused_add_rms_norm"
 
 
-def take(graph: fx.Graph) -> None:
-    """Hand the native norms in a graph addends, where they were handed sums of addends that are in memory already."""
+def take(graph: fx.Graph, deterministic: bool = False) -> None:
+    """Hand the native norms in a graph addends, where they were handed sums of addends that are in memory already.
+
+    deterministic: whether Inductor compiles without timing, which leaves it one order."""
     for norm in list(graph.nodes):
         if norm.target in OURS and get(norm, "norm_form") == "native":
             _take_residual(graph, norm)
             _take_x(graph, norm)
+            # Inductor makes one kernel of a table's look-up and the norm of what is found there.
+            if deterministic or compat.called_op(get(norm, "x")) in ("aten.embedding", "aten.index"):
+                _put(norm, sum_columns=2048)
         elif compat.called_op(norm) == IR_ADD and _is_native(norm):
             _give_back(graph, norm)
 

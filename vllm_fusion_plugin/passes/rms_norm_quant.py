@@ -268,7 +268,10 @@ class RMSNormQuantFusionPass(FusionPass):
 
     def __init__(self, config: VllmConfig) -> None:
         super().__init__(config)
-        precision_casts = bool(config.compilation_config.inductor_compile_config.get("emulate_precision_casts"))
+        inductor_config = config.compilation_config.inductor_compile_config
+        precision_casts = bool(inductor_config.get("emulate_precision_casts"))
+        self.deterministic = compat.inductor_is_deterministic(inductor_config)
+        self._fingerprint += f" deterministic={self.deterministic}"
         dtype = self.model_dtype if self.model_dtype in INPUT_DTYPES else torch.bfloat16
         for keep_norm in (False, True):  # the other way round, nothing would be left for False
             for norm in matchers.rms_norms():
@@ -299,7 +302,7 @@ class RMSNormQuantFusionPass(FusionPass):
             report.RECORDER.note(f"{module}: several equal {compat.called_op(node)} of one value are computed once")
 
     def finish(self, graph: fx.Graph) -> None:
-        rms_norm_addends.take(graph)
+        rms_norm_addends.take(graph, self.deterministic)
         if merged := mla_dual_rms_norm_quant.merge(graph):
             VllmPatternMatcherPass.match_table[mla_dual_rms_norm_quant.NAME] += merged
 
