@@ -15,7 +15,6 @@ from quantisers import EPS, Group
 from rms_norm_quant import EPSILON, rms_norm
 
 from vllm_fusion_plugin.kernels import mla_dual_rms_norm_quant as kernels
-from vllm_fusion_plugin.kernels.rms_norm_quant import Tile, row_tile
 
 WIDTHS = (1536,)  # DeepSeek-V3's; larger models of its kind have the same
 KV, ROPE = 512, 64
@@ -81,13 +80,13 @@ class MLADualRMSNorm(grid.Workload):
         return impls
 
     def tiles(self, rows, width):
-        chunks = (2**i for i in range(8, 12) if 2**i < 2 * width)
-        for chunk, tile_rows, warps in itertools.product(chunks, (1, 2, 4), (1, 2, 4, 8, 16)):
-            if 4 <= chunk * tile_rows / (32 * warps) <= 32 and tile_rows <= rows:
-                yield Tile(tile_rows, chunk, warps)
+        # all with the bytes of Inductor's order
+        for tile_rows, warps in itertools.product((1, 2, 4), (8, 4)):
+            if tile_rows <= rows:
+                yield kernels.Tile(tile_rows, 2048, warps, 8)
 
     def tile(self, rows, width):
-        return row_tile(width, native_quant=False)
+        return kernels.dual_tile(rows, width, KV, native_quant=False)
 
 
 if __name__ == "__main__":

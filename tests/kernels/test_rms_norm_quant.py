@@ -443,12 +443,16 @@ def test_strided_rows(dtype: torch.dtype, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("quant_form", FORMS)
-@pytest.mark.parametrize("tile", [(2, 128, 1), (4, 512, 2), (8, 1024, 16)], ids=str)
-def test_tiles(tile: tuple, quant_form: str, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("tile", "width"),
+    [((2, 128, 1), 640), ((4, 512, 2), 640), ((8, 1024, 16), 640), ((1, 2048, 4, 8), 1536), ((2, 4096, 4, 16), 2560)],
+    ids=str,
+)
+def test_tiles(tile: tuple, width: int, quant_form: str, device: torch.device) -> None:
     """Rows that tiles do not fill, chunks that a row does not; with sums that are exact in any order."""
     tile, mode = kernels.Tile(*tile), BF16._replace(quant_form=quant_form)
-    x, residual = exact_input(3, 640, mode, device, seed=7)
-    weight = mode.make_weight(640, device)
+    x, residual = exact_input(3, width, mode, device, seed=7)
+    weight = mode.make_weight(width, device)
     check_group(x, residual, weight, mode, DEEPSEEK, tile)
     check_token(x, residual, weight, mode, None, tile)
     check_static(x, residual, weight, mode, torch.tensor([0.05], device=device), tile)

@@ -229,6 +229,19 @@ def test_eager_norm_is_torchs(dtype: torch.dtype, weight: str, device: torch.dev
                 assert_same_bytes(one, other, str(mode))
 
 
+@pytest.mark.parametrize("width", [1536, 2048, 4096, 7168, 16384])
+def test_fewer_warps_add_in_the_same_order(width: int, device: torch.device) -> None:
+    mode = Norm(torch.bfloat16, "same", True)
+    x, residual = inputs(ROWS, width, mode, device, seed=width)
+    weight = mode.make_weight(width, device)
+    whole = 1 << (width - 1).bit_length()
+    warps = 8 if whole == 2048 else 16 if whole <= 8192 else 32
+    expected, _ = run_norm(x, weight, residual, mode, kernels.Tile(1, whole, warps))
+    for rows, fold in ((1, 1), (1, 2), (2, 2), (1, 4)):
+        tile = kernels.Tile(rows, whole, warps // fold, warps)
+        assert_same_bytes(run_norm(x, weight, residual, mode, tile)[0], expected, f"{tile}")
+
+
 @pytest.mark.parametrize("width", [384, *WIDTHS])
 def test_rows_have_the_same_bytes_in_every_batch(width: int, device: torch.device) -> None:
     for mode in (BF16, BF16._replace(quant_form="native"), BF16._replace(norm_form="custom_op")):

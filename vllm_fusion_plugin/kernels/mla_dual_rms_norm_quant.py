@@ -24,6 +24,23 @@ from .rms_norm_quant import (
 )
 
 
+@triton.jit
+def kv_sums(squares, FOLD: tl.constexpr):
+    """Sums [rows] of squares [rows, columns] in the order of 8 warps, run by one in FOLD (1, or 2 for 512 columns).
+
+    In Inductor's kernel a thread of 8 warps has 2 of 512 columns; here, of 4 warps, 4. So the last halving across threads is
+    between a thread's own two pairs here, and the last one across warps is within a warp.
+    """
+    if FOLD == 2:
+        ROWS: tl.constexpr = squares.shape[0]
+        pairs = tl.sum(tl.reshape(squares, (ROWS, 8, 16, 2, 2)), axis=4)
+        warps = tl.reshape(tl.sum(tl.sum(pairs, axis=2), axis=2), (ROWS, 4, 2))
+        total = tl.sum(tl.sum(warps, axis=1), axis=1)
+    else:
+        total = tl.sum(squares, axis=1)
+    return total
+
+
 @triton.jit(
     do_not_specialize=["rows", "padded_rows", "scale_group_stride"], do_not_specialize_on_alignment=["codes_ptr"]
 )
@@ -80,9 +97,16 @@ def _dual_kernel(
         ALIGNED, PADDED, UE8M0, False, CUSTOM_OP, Q_ROUND_SCALED, KEEP_FP32, NATIVE, EARLY,
     )  # fmt: skip
     s = numerics.widen(kv)
-    inverse = inverse_rms(tl.sum(s * s, axis=1), kv_epsilon, KV_WIDTH, CUSTOM_OP)
+    inverse = inverse_rms(kv_sums(s * s, FOLD), kv_epsilon, KV_WIDTH, CUSTOM_OP)
     y = times_weight(s * inverse[:, None], weight, kv.dtype, False, KV_ROUND_SCALED, False)
     tl.store(kv_normed_ptr + row64 * KV_WIDTH + column, y.to(kv.dtype), mask=mask)
+
+
+def dual_tile(rows: int, width: int, kv_width: int, native_quant: bool) -> Tile:
+    """Tile for `rows` rows, q's of `width` and kv's of `kv_width`; all in one order."""
+    if 1024 < width <= 2048 and kv_width == 512:
+        return Tile(1, 2048, 4, 8)
+    return row_tile(width, native_quant)
 
 
 def mla_dual_rms_norm_group_fp8_quant(
@@ -111,7 +135,7 @@ def mla_dual_rms_norm_group_fp8_quant(
     rows, width = q.shape
     if rows == 0:
         return
-    tile = tile or row_tile(width, quant_form == "native")
+    tile = tile or dual_tile(rows, width, kv.shape[1], quant_form == "native")
     # TMA-aligned scales have longer columns than there are rows
     padded_rows = q_scales.stride(1) if q_scales.stride(0) == 1 else rows
     q_forms = forms(q, q_weight, False, norm_form, quant_form)
