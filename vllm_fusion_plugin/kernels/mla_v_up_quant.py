@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import quant
 from .launch import on_device, pdl_supported, wait_for_producer
-from .numerics import HAS_PTX
+from .numerics import HAS_PTX, widen
 
 # Both may come before the wait for the producer, whoever that is: nothing is read, and L2 is where later writes go too.
 
@@ -63,6 +63,43 @@ def _prefetch_rows(w_ptr, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 
 
 @triton.jit
+def _sums_in_registers(
+    x_ptr,
+    w_ptr,
+    live,
+    x_token_stride,
+    x_stride,
+    w_row_stride,
+    w_column_stride,
+    L: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    W_ROWS: tl.constexpr,
+):
+    """Sums [TOKENS, COLUMNS] of a head by fp32 fma. All weights are asked for at once, 16 bytes a thread and request."""
+    token = tl.arange(0, TOKENS).to(tl.int64)
+    column = tl.arange(0, COLUMNS).to(tl.int64)
+    if W_ROWS:
+        # [tokens, rows, columns]: a thread has 8 columns of some rows
+        row = tl.arange(0, L).to(tl.int64)[None, :, None]
+        x_ptrs = x_ptr + token[:, None, None] * x_token_stride + row * x_stride
+        w_ptrs = w_ptr + row * w_row_stride + column[None, None, :] * w_column_stride
+        x = tl.load(x_ptrs, mask=live[:, None, None], other=0.0)
+        w = tl.load(w_ptrs)
+        return tl.sum(widen(x) * widen(w), axis=1)
+    # [tokens, pieces, columns, threads, 8]: DEPTH / 8 threads share a column
+    piece = tl.arange(0, L // DEPTH)[None, :, None, None, None]
+    thread = tl.arange(0, DEPTH // 8)[None, None, None, :, None]
+    row = (piece * DEPTH + thread * 8 + tl.arange(0, 8)[None, None, None, None, :]).to(tl.int64)
+    x_ptrs = x_ptr + token[:, None, None, None, None] * x_token_stride + row * x_stride
+    w_ptrs = w_ptr + row * w_row_stride + column[None, None, :, None, None] * w_column_stride
+    x = tl.load(x_ptrs, mask=live[:, None, None, None, None], other=0.0)
+    w = tl.load(w_ptrs)
+    return tl.sum(tl.sum(tl.sum(widen(x) * widen(w), axis=4), axis=1), axis=2)
+
+
+@triton.jit
 def _tile(
     first_token,
     unit,
@@ -94,6 +131,7 @@ def _tile(
     STAGES: tl.constexpr,
     SWAP: tl.constexpr,
     TMA: tl.constexpr,
+    FMA: tl.constexpr,
     W_ROWS: tl.constexpr,
     UE8M0: tl.constexpr,
 ):
@@ -104,33 +142,39 @@ def _tile(
     column = tl.arange(0, COLUMNS)
     live = first_token + token < tokens
     if not TMA:
-        depth = tl.arange(0, DEPTH).to(tl.int64)
         x_ptr += tl.cast(head, tl.int64) * x_head_stride + tl.cast(first_token, tl.int64) * x_token_stride
-        x_ptrs = x_ptr + token.to(tl.int64)[:, None] * x_token_stride + depth[None, :] * x_stride
         w_ptr += tl.cast(head, tl.int64) * w_head_stride + tl.cast(first_column, tl.int64) * w_column_stride
-        w_ptrs = w_ptr + depth[:, None] * w_row_stride + column.to(tl.int64)[None, :] * w_column_stride
-
-    if SWAP:
-        acc = tl.zeros((COLUMNS, TOKENS), tl.float32)
+    if FMA:
+        acc = _sums_in_registers(
+            x_ptr, w_ptr, live, x_token_stride, x_stride, w_row_stride, w_column_stride,
+            L, TOKENS, COLUMNS, DEPTH, W_ROWS,
+        )  # fmt: skip
     else:
-        acc = tl.zeros((TOKENS, COLUMNS), tl.float32)
-    for k in tl.range(0, L, DEPTH, num_stages=STAGES):
-        if TMA:
-            # rows behind the last token are zero
-            x = tl.reshape(x_desc.load([head, first_token, k]), (TOKENS, DEPTH))
-            if W_ROWS:
-                w = tl.reshape(w_desc.load([head, k, first_column]), (DEPTH, COLUMNS))
-            else:
-                w = tl.trans(tl.reshape(w_desc.load([head, first_column, k]), (COLUMNS, DEPTH)))
-        else:
-            x = tl.load(x_ptrs + tl.cast(k, tl.int64) * x_stride, mask=live[:, None], other=0.0)
-            w = tl.load(w_ptrs + tl.cast(k, tl.int64) * w_row_stride)
+        if not TMA:
+            depth = tl.arange(0, DEPTH).to(tl.int64)
+            x_ptrs = x_ptr + token.to(tl.int64)[:, None] * x_token_stride + depth[None, :] * x_stride
+            w_ptrs = w_ptr + depth[:, None] * w_row_stride + column.to(tl.int64)[None, :] * w_column_stride
         if SWAP:
-            acc = tl.dot(tl.trans(w), tl.trans(x), acc)
+            acc = tl.zeros((COLUMNS, TOKENS), tl.float32)
         else:
-            acc = tl.dot(x, w, acc)
-    if SWAP:
-        acc = tl.trans(acc)
+            acc = tl.zeros((TOKENS, COLUMNS), tl.float32)
+        for k in tl.range(0, L, DEPTH, num_stages=STAGES):
+            if TMA:
+                # rows behind the last token are zero
+                x = tl.reshape(x_desc.load([head, first_token, k]), (TOKENS, DEPTH))
+                if W_ROWS:
+                    w = tl.reshape(w_desc.load([head, k, first_column]), (DEPTH, COLUMNS))
+                else:
+                    w = tl.trans(tl.reshape(w_desc.load([head, first_column, k]), (COLUMNS, DEPTH)))
+            else:
+                x = tl.load(x_ptrs + tl.cast(k, tl.int64) * x_stride, mask=live[:, None], other=0.0)
+                w = tl.load(w_ptrs + tl.cast(k, tl.int64) * w_row_stride)
+            if SWAP:
+                acc = tl.dot(tl.trans(w), tl.trans(x), acc)
+            else:
+                acc = tl.dot(x, w, acc)
+        if SWAP:
+            acc = tl.trans(acc)
 
     y = acc.to(x_ptr.dtype.element_ty).to(tl.float32)
     y = tl.reshape(y, (TOKENS, COLUMNS // GROUP_SIZE, GROUP_SIZE))
@@ -182,6 +226,7 @@ def _group_kernel(
     WARPS: tl.constexpr,
     SWAP: tl.constexpr,
     TMA: tl.constexpr,
+    FMA: tl.constexpr,
     PREFETCH: tl.constexpr,
     PERSISTENT: tl.constexpr,
     W_ROWS: tl.constexpr,
@@ -209,7 +254,7 @@ def _group_kernel(
                 x_ptr, w_ptr, x_desc, w_desc, codes_ptr, scales_ptr, tokens, padded_tokens, padded_groups,
                 x_token_stride, x_head_stride, x_stride, w_head_stride, w_row_stride, w_column_stride,
                 codes_stride, scale_token_stride, scale_group_stride, eps,
-                L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, W_ROWS, UE8M0,
+                L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, FMA, W_ROWS, UE8M0,
             )  # fmt: skip
     else:
         _tile(
@@ -217,7 +262,7 @@ def _group_kernel(
             x_ptr, w_ptr, x_desc, w_desc, codes_ptr, scales_ptr, tokens, padded_tokens, padded_groups,
             x_token_stride, x_head_stride, x_stride, w_head_stride, w_row_stride, w_column_stride,
             codes_stride, scale_token_stride, scale_group_stride, eps,
-            L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, W_ROWS, UE8M0,
+            L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, FMA, W_ROWS, UE8M0,
         )  # fmt: skip
 
 
@@ -233,6 +278,7 @@ class Tile(NamedTuple):
     tma: bool = True  # tensor descriptors instead of pointers, if the tensors lie so that there can be any
     prefetch: bool = False  # of weights into L2, before the producer is waited for
     persistent: bool = False
+    fma: bool = False  # no tensor core: weights go straight into registers, all at once; for a handful of tokens
 
 
 def group_tile(tokens: int, heads: int, width: int, group_size: int) -> Tile:
@@ -305,19 +351,21 @@ def mla_v_up_group_fp8_quant(
         return
     tile = tile or group_tile(tokens, heads, width, group_size)
     columns, tile_depth = math.gcd(width, max(tile.columns, group_size)), math.gcd(depth, tile.depth)
+    # vLLM's weights are contiguous along the columns or along the contraction, by how they were dequantised.
+    w_rows = w_uv.stride(2) == 1
     gpu = _gpu(attn_out.device)
     # besides the stages: barriers, and codes on their way to another layout, unless a stage is free for them by then
     room = gpu.shared_memory - 1024 - (tile.tokens * columns if tile.persistent else 0)
+    if tile.fma and w_rows:  # as many rows as threads have at once, 8 columns each
+        tile_depth = math.gcd(depth, max(1, 256 * tile.num_warps // columns))
     stages = max(2, min(tile.stages, room // (2 * tile_depth * (tile.tokens + columns))))
     units = heads * (width // columns)
     token_tiles = triton.cdiv(tokens, tile.tokens)
     pdl = pdl_supported(attn_out.device) if pdl is None else pdl
 
-    # vLLM's weights are contiguous along the columns or along the contraction, by how they were dequantised.
-    w_rows = w_uv.stride(2) == 1
     x, w = attn_out.transpose(0, 1), w_uv if w_rows else w_uv.transpose(1, 2)
     w_describable = _describable(w)
-    tma = tile.tma and gpu.has_tma and w_describable and _describable(x)
+    tma = tile.tma and not tile.fma and gpu.has_tma and w_describable and _describable(x)
     descriptors: tuple[Any, Any] = (None, None)
     if tma:
         w_block = [1, tile_depth, columns] if w_rows else [1, columns, tile_depth]
@@ -350,6 +398,7 @@ def mla_v_up_group_fp8_quant(
             WARPS=tile.num_warps,
             SWAP=tile.swap,
             TMA=tma,
+            FMA=tile.fma,
             PREFETCH=tile.prefetch and pdl and w_describable and not tile.persistent,
             PERSISTENT=tile.persistent,
             W_ROWS=w_rows,
