@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import quant
 from .launch import on_device, pdl_supported, wait_for_producer
-from .numerics import HAS_PTX, widen
+from .numerics import HAS_PTX, rounded, widen
 
 # Both may come before the wait for the producer, whoever that is: nothing is read, and L2 is where later writes go too.
 
@@ -176,7 +176,7 @@ def _tile(
         if SWAP:
             acc = tl.trans(acc)
 
-    y = acc.to(x_ptr.dtype.element_ty).to(tl.float32)
+    y = rounded(acc, x_ptr.dtype.element_ty)
     y = tl.reshape(y, (TOKENS, COLUMNS // GROUP_SIZE, GROUP_SIZE))
     scale = quant.group_scale(y, eps, False, UE8M0)
     code = tl.reshape(quant.group_codes(y, scale, False, UE8M0), (TOKENS, COLUMNS))
