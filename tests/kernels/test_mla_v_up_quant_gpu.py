@@ -138,6 +138,9 @@ TILES = [
     for (tokens, depth, stages, num_warps, swap), tma, persistent in itertools.product(
         SHAPES, (False, True), (False, True)
     )
+] + [
+    kernels.Tile(tokens, 128, depth, 1, num_warps, tma=False, fma=True)
+    for tokens, depth, num_warps in ((1, 64, 16), (4, 256, 16), (2, 256, 32), (4, 128, 8))
 ]
 
 
@@ -382,6 +385,7 @@ def test_sanitizer_tiles(device: torch.device) -> None:
             kernels.Tile(16, 128, 32, 3, 4, swap=True, tma=True, prefetch=True),
             kernels.Tile(16, 128, 32, 3, 4, swap=False, tma=False, prefetch=True),
             kernels.Tile(64, 128, 32, 2, 4, swap=False, tma=True, persistent=True),
+            kernels.Tile(4, 128, 32, 1, 4, tma=False, prefetch=True, fma=True),
         ),
         WEIGHTS,
     ):

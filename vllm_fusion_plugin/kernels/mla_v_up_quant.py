@@ -77,7 +77,11 @@ def _sums_in_registers(
     DEPTH: tl.constexpr,
     W_ROWS: tl.constexpr,
 ):
-    """Sums [TOKENS, COLUMNS] of a head by fp32 fma. All weights are asked for at once, 16 bytes a thread and request."""
+    """Sums [TOKENS, COLUMNS] of a head by fp32 fma. All weights are asked for at once, 16 bytes a thread and request.
+
+    Where x has as many numbers as there are threads, it goes through shared memory. Not only because of its registers: the
+    barrier that comes with it is what keeps ptxas from asking for the last weights when it has used the first.
+    """
     token = tl.arange(0, TOKENS).to(tl.int64)
     column = tl.arange(0, COLUMNS).to(tl.int64)
     if W_ROWS:
@@ -88,7 +92,7 @@ def _sums_in_registers(
         x = tl.load(x_ptrs, mask=live[:, None, None], other=0.0)
         w = tl.load(w_ptrs)
         return tl.sum(widen(x) * widen(w), axis=1)
-    # [tokens, pieces, columns, threads, 8]: DEPTH / 8 threads share a column
+    # [tokens, pieces, columns, threads, 8]: DEPTH / 8 threads share a column, each with 8 rows of every piece
     piece = tl.arange(0, L // DEPTH)[None, :, None, None, None]
     thread = tl.arange(0, DEPTH // 8)[None, None, None, :, None]
     row = (piece * DEPTH + thread * 8 + tl.arange(0, 8)[None, None, None, None, :]).to(tl.int64)
@@ -96,7 +100,7 @@ def _sums_in_registers(
     w_ptrs = w_ptr + row * w_row_stride + column[None, None, :, None, None] * w_column_stride
     x = tl.load(x_ptrs, mask=live[:, None, None, None, None], other=0.0)
     w = tl.load(w_ptrs)
-    return tl.sum(tl.sum(tl.sum(widen(x) * widen(w), axis=4), axis=1), axis=2)
+    return tl.sum(tl.sum(tl.sum(widen(x) * widen(w), axis=4), axis=1), axis=2)  # only the last needs other threads
 
 
 @triton.jit
@@ -306,8 +310,8 @@ def group_tile(tokens: int, heads: int, width: int, group_size: int) -> Tile:
         return Tile(64, columns, 128, 4, 4, persistent=programs(64) > 132)
     if programs(128) <= 264:
         return Tile(128, columns, 64, 3, 8)  # two to a multiprocessor
-    # 26.5 µs at 512 tokens of 128 heads, 86.8 at 2048
-    return Tile(128, columns, 128, 3, 8, persistent=True) if tokens <= 1024 else Tile(128, columns, 64, 6, 8, persistent=True)
+    depth, stages = (128, 3) if tokens <= 1024 else (64, 6)  # 26.5 µs at 512 tokens of 128 heads, 86.8 at 2048
+    return Tile(128, columns, depth, stages, 8, persistent=True)
 
 
 class _Device(NamedTuple):
@@ -350,19 +354,20 @@ def mla_v_up_group_fp8_quant(
     if tokens == 0:
         return
     tile = tile or group_tile(tokens, heads, width, group_size)
-    columns, tile_depth = math.gcd(width, max(tile.columns, group_size)), math.gcd(depth, tile.depth)
-    # vLLM's weights are contiguous along the columns or along the contraction, by how they were dequantised.
-    w_rows = w_uv.stride(2) == 1
+    columns = math.gcd(width, max(tile.columns, group_size))
+    if tile.fma and (depth & (depth - 1) or depth * columns > 2**16):  # registers of a multiprocessor hold twice as much
+        tile = Tile(16, tile.columns, 128, 5, 4, swap=True)
+    tile_depth = math.gcd(depth, tile.depth)
     gpu = _gpu(attn_out.device)
     # besides the stages: barriers, and codes on their way to another layout, unless a stage is free for them by then
     room = gpu.shared_memory - 1024 - (tile.tokens * columns if tile.persistent else 0)
-    if tile.fma and w_rows:  # as many rows as threads have at once, 8 columns each
-        tile_depth = math.gcd(depth, max(1, 256 * tile.num_warps // columns))
     stages = max(2, min(tile.stages, room // (2 * tile_depth * (tile.tokens + columns))))
     units = heads * (width // columns)
     token_tiles = triton.cdiv(tokens, tile.tokens)
     pdl = pdl_supported(attn_out.device) if pdl is None else pdl
 
+    # vLLM's weights are contiguous along the columns or along the contraction, by how they were dequantised.
+    w_rows = w_uv.stride(2) == 1
     x, w = attn_out.transpose(0, 1), w_uv if w_rows else w_uv.transpose(1, 2)
     w_describable = _describable(w)
     tma = tile.tma and not tile.fma and gpu.has_tma and w_describable and _describable(x)
