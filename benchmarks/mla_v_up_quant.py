@@ -19,6 +19,11 @@ from vllm_fusion_plugin.ops.mla_v_up_quant import scale_padding
 HEADS = (128, 64, 32, 16, 8)  # DeepSeek-V3's, whole and sharded
 L, P, V = 512, 128, 128
 SHARED = 227 * 1024  # what a program can have on Hopper
+# Tokens, warps and depth without the tensor core: what compiles without spilling, and with all loads first.
+FMA = (
+    (1, 8, 64), (1, 16, 64), (1, 16, 128), (2, 8, 64), (2, 8, 128), (2, 16, 128), (2, 32, 128), (2, 32, 256), (4, 8, 128),
+    (4, 8, 256), (4, 16, 128), (4, 16, 256),
+)  # fmt: skip
 
 
 class MLAVUp(grid.Workload):
@@ -56,27 +61,29 @@ class MLAVUp(grid.Workload):
         return {"unfused": unfused}
 
     def tiles(self, rows, width):
+        for tokens, warps, depth in FMA:
+            if rows <= tokens <= 2 * rows:
+                yield kernels.Tile(tokens, self.quant.group_size, depth, 1, warps, tma=False, fma=True)
         for tokens in (16, 32, 64, 128, 256):
-            if (tokens > 16 and tokens >= 2 * rows) or 16 * tokens < min(rows, 2048):
+            if (tokens > 16 and tokens >= 2 * rows) or 16 * tokens < min(rows, 1024):
                 continue
             few = tokens < 64
-            for columns, swap, warps, depth, share, tma, prefetch, persistent in itertools.product(
+            for columns, swap, warps, depth, share, prefetch, persistent, late in itertools.product(
                 (64, 128) if self.quant.group_size == 64 and few else (128,),
                 (False, True) if few else (False,),
-                (4, 8) if tokens < 128 else (8,) if tokens == 128 else (8, 16),
+                (4,) if tokens <= 64 else (8,),
                 (64, 128, 256) if tokens == 16 else (64, 128) if tokens < 256 else (64,),
-                (1,) if few else (1, 2),  # programs to a multiprocessor
-                (True, False) if few else (True,),
-                (True, False),
+                (1,) if few or tokens == 256 else (1, 2),  # programs to a multiprocessor
+                (False, True) if rows <= tokens and few else (False,),
                 (False,) if few else (False, True),
+                (False, True),
             ):
-                if (persistent and prefetch) or (share == 2 and tokens == 256):
-                    continue
                 stages = (SHARED // share - 1024 - tokens * columns * persistent) // (2 * depth * (tokens + columns))
                 stages = min(stages, L // depth + 1)
-                if stages < 2:
-                    continue
-                yield kernels.Tile(tokens, columns, depth, stages, warps, swap, tma, prefetch, persistent)
+                if stages >= 2 and columns * prefetch != 64 and share + persistent < 3:
+                    yield kernels.Tile(
+                        tokens, columns, depth, stages, warps, swap, True, prefetch, persistent, late=late
+                    )
 
     def tile(self, rows, width):
         return kernels.group_tile(rows, width, V, self.quant.group_size)

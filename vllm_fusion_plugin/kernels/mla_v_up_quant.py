@@ -5,11 +5,11 @@ A tile is one head, some tokens, and columns that make whole groups: the group's
 problems in one kernel, told apart by `Tile`:
 
 - For few tokens the weights are nearly all the traffic and each is read once. What counts is how soon all of them are
-  on their way: a program asks L2 for its weights before it waits for its producer, and its pipeline holds nearly all of
-  a head's. `swap` puts the columns, not the tokens, where the tensor core has 64 rows.
-- For some hundreds, tiles are as tall as registers allow, since each reads its head's weights again, from L2.
-- For many, programs are `persistent`: a multiprocessor has room for one such tile, and a program that goes on to the next
-  one loads while it quantises.
+  on their way: a program's pipeline holds all of a head's. `swap` puts the columns, not the tokens, where the tensor core
+  has 64 rows. With `prefetch`, L2 is asked for them before the producer is waited for; an H200 is a little slower with it
+  (3.86 µs instead of 3.61 for one token of 16 heads).
+- For more, tiles are as tall as it takes for all of them to run at once, since each reads its head's weights again, from L2.
+- For yet more, programs are `persistent`: one that goes on to the next tile loads while it quantises.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import quant
 from .launch import on_device, pdl_supported, wait_for_producer
-from .numerics import HAS_PTX
+from .numerics import HAS_PTX, rounded, widen
 
 # Both may come before the wait for the producer, whoever that is: nothing is read, and L2 is where later writes go too.
 
@@ -63,6 +63,59 @@ def _prefetch_rows(w_ptr, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 
 
 @triton.jit
+def _behind_wait(k):
+    """k, when the producer is done. To Triton a function of k like any other, hence what sets up a pipeline comes before it:
+    35 instructions are left between wait and first load, of 180. Further waits find the producer done.
+
+    Every load of a pipeline takes its k from here, and every store comes after loads.
+    """
+    return tl.inline_asm_elementwise(
+        "griddepcontrol.wait; mov.b32 $0, $1;", "=r,r", [k], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _sums_in_registers(
+    x_ptr,
+    w_ptr,
+    live,
+    x_token_stride,
+    x_stride,
+    w_row_stride,
+    w_column_stride,
+    L: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    W_ROWS: tl.constexpr,
+):
+    """Sums [TOKENS, COLUMNS] of a head by fp32 fma. All weights are asked for at once, 16 bytes a thread and request.
+
+    Where x has as many numbers as there are threads, it goes through shared memory. Not only because of its registers: the
+    barrier that comes with it is what keeps ptxas from asking for the last weights when it has used the first.
+    """
+    token = tl.arange(0, TOKENS).to(tl.int64)
+    column = tl.arange(0, COLUMNS).to(tl.int64)
+    if W_ROWS:
+        # [tokens, rows, columns]: a thread has 8 columns of some rows
+        row = tl.arange(0, L).to(tl.int64)[None, :, None]
+        x_ptrs = x_ptr + token[:, None, None] * x_token_stride + row * x_stride
+        w_ptrs = w_ptr + row * w_row_stride + column[None, None, :] * w_column_stride
+        x = tl.load(x_ptrs, mask=live[:, None, None], other=0.0)
+        w = tl.load(w_ptrs)
+        return tl.sum(widen(x) * widen(w), axis=1)
+    # [tokens, pieces, columns, threads, 8]: DEPTH / 8 threads share a column, each with 8 rows of every piece
+    piece = tl.arange(0, L // DEPTH)[None, :, None, None, None]
+    thread = tl.arange(0, DEPTH // 8)[None, None, None, :, None]
+    row = (piece * DEPTH + thread * 8 + tl.arange(0, 8)[None, None, None, None, :]).to(tl.int64)
+    x_ptrs = x_ptr + token[:, None, None, None, None] * x_token_stride + row * x_stride
+    w_ptrs = w_ptr + row * w_row_stride + column[None, None, :, None, None] * w_column_stride
+    x = tl.load(x_ptrs, mask=live[:, None, None, None, None], other=0.0)
+    w = tl.load(w_ptrs)
+    return tl.sum(tl.sum(tl.sum(widen(x) * widen(w), axis=4), axis=1), axis=2)  # only the last needs other threads
+
+
+@triton.jit
 def _tile(
     first_token,
     unit,
@@ -94,6 +147,8 @@ def _tile(
     STAGES: tl.constexpr,
     SWAP: tl.constexpr,
     TMA: tl.constexpr,
+    FMA: tl.constexpr,
+    LATE: tl.constexpr,
     W_ROWS: tl.constexpr,
     UE8M0: tl.constexpr,
 ):
@@ -104,35 +159,42 @@ def _tile(
     column = tl.arange(0, COLUMNS)
     live = first_token + token < tokens
     if not TMA:
-        depth = tl.arange(0, DEPTH).to(tl.int64)
         x_ptr += tl.cast(head, tl.int64) * x_head_stride + tl.cast(first_token, tl.int64) * x_token_stride
-        x_ptrs = x_ptr + token.to(tl.int64)[:, None] * x_token_stride + depth[None, :] * x_stride
         w_ptr += tl.cast(head, tl.int64) * w_head_stride + tl.cast(first_column, tl.int64) * w_column_stride
-        w_ptrs = w_ptr + depth[:, None] * w_row_stride + column.to(tl.int64)[None, :] * w_column_stride
-
-    if SWAP:
-        acc = tl.zeros((COLUMNS, TOKENS), tl.float32)
+    if FMA:
+        acc = _sums_in_registers(
+            x_ptr, w_ptr, live, x_token_stride, x_stride, w_row_stride, w_column_stride,
+            L, TOKENS, COLUMNS, DEPTH, W_ROWS,
+        )  # fmt: skip
     else:
-        acc = tl.zeros((TOKENS, COLUMNS), tl.float32)
-    for k in tl.range(0, L, DEPTH, num_stages=STAGES):
-        if TMA:
-            # rows behind the last token are zero
-            x = tl.reshape(x_desc.load([head, first_token, k]), (TOKENS, DEPTH))
-            if W_ROWS:
-                w = tl.reshape(w_desc.load([head, k, first_column]), (DEPTH, COLUMNS))
-            else:
-                w = tl.trans(tl.reshape(w_desc.load([head, first_column, k]), (COLUMNS, DEPTH)))
-        else:
-            x = tl.load(x_ptrs + tl.cast(k, tl.int64) * x_stride, mask=live[:, None], other=0.0)
-            w = tl.load(w_ptrs + tl.cast(k, tl.int64) * w_row_stride)
+        if not TMA:
+            depth = tl.arange(0, DEPTH).to(tl.int64)
+            x_ptrs = x_ptr + token.to(tl.int64)[:, None] * x_token_stride + depth[None, :] * x_stride
+            w_ptrs = w_ptr + depth[:, None] * w_row_stride + column.to(tl.int64)[None, :] * w_column_stride
         if SWAP:
-            acc = tl.dot(tl.trans(w), tl.trans(x), acc)
+            acc = tl.zeros((COLUMNS, TOKENS), tl.float32)
         else:
-            acc = tl.dot(x, w, acc)
-    if SWAP:
-        acc = tl.trans(acc)
+            acc = tl.zeros((TOKENS, COLUMNS), tl.float32)
+        for start in tl.range(0, L, DEPTH, num_stages=STAGES):
+            k = _behind_wait(start) if LATE else start
+            if TMA:
+                # rows behind the last token are zero
+                x = tl.reshape(x_desc.load([head, first_token, k]), (TOKENS, DEPTH))
+                if W_ROWS:
+                    w = tl.reshape(w_desc.load([head, k, first_column]), (DEPTH, COLUMNS))
+                else:
+                    w = tl.trans(tl.reshape(w_desc.load([head, first_column, k]), (COLUMNS, DEPTH)))
+            else:
+                x = tl.load(x_ptrs + tl.cast(k, tl.int64) * x_stride, mask=live[:, None], other=0.0)
+                w = tl.load(w_ptrs + tl.cast(k, tl.int64) * w_row_stride)
+            if SWAP:
+                acc = tl.dot(tl.trans(w), tl.trans(x), acc)
+            else:
+                acc = tl.dot(x, w, acc)
+        if SWAP:
+            acc = tl.trans(acc)
 
-    y = acc.to(x_ptr.dtype.element_ty).to(tl.float32)
+    y = rounded(acc, x_ptr.dtype.element_ty)
     y = tl.reshape(y, (TOKENS, COLUMNS // GROUP_SIZE, GROUP_SIZE))
     scale = quant.group_scale(y, eps, False, UE8M0)
     code = tl.reshape(quant.group_codes(y, scale, False, UE8M0), (TOKENS, COLUMNS))
@@ -182,6 +244,8 @@ def _group_kernel(
     WARPS: tl.constexpr,
     SWAP: tl.constexpr,
     TMA: tl.constexpr,
+    FMA: tl.constexpr,
+    LATE: tl.constexpr,
     PREFETCH: tl.constexpr,
     PERSISTENT: tl.constexpr,
     W_ROWS: tl.constexpr,
@@ -198,7 +262,7 @@ def _group_kernel(
             _prefetch_run(w_head, L * COLUMNS, WARPS)
         elif W_ROWS:
             _prefetch_rows(w_head, w_row_stride, L, COLUMNS, DEPTH)
-    wait_for_producer(PDL)
+    wait_for_producer(PDL and not LATE)
     if PERSISTENT:
         token_tiles = tl.cdiv(tokens, TOKENS)
         tiles = token_tiles * heads * (V // COLUMNS)
@@ -209,7 +273,7 @@ def _group_kernel(
                 x_ptr, w_ptr, x_desc, w_desc, codes_ptr, scales_ptr, tokens, padded_tokens, padded_groups,
                 x_token_stride, x_head_stride, x_stride, w_head_stride, w_row_stride, w_column_stride,
                 codes_stride, scale_token_stride, scale_group_stride, eps,
-                L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, W_ROWS, UE8M0,
+                L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, FMA, LATE, W_ROWS, UE8M0,
             )  # fmt: skip
     else:
         _tile(
@@ -217,7 +281,7 @@ def _group_kernel(
             x_ptr, w_ptr, x_desc, w_desc, codes_ptr, scales_ptr, tokens, padded_tokens, padded_groups,
             x_token_stride, x_head_stride, x_stride, w_head_stride, w_row_stride, w_column_stride,
             codes_stride, scale_token_stride, scale_group_stride, eps,
-            L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, W_ROWS, UE8M0,
+            L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, FMA, LATE, W_ROWS, UE8M0,
         )  # fmt: skip
 
 
@@ -233,30 +297,37 @@ class Tile(NamedTuple):
     tma: bool = True  # tensor descriptors instead of pointers, if the tensors lie so that there can be any
     prefetch: bool = False  # of weights into L2, before the producer is waited for
     persistent: bool = False
+    fma: bool = False  # no tensor core: weights go straight into registers, all at once; for a handful of tokens
+    late: bool = False  # of TMA's pipeline: what sets it up comes before the wait for the producer
 
 
 def group_tile(tokens: int, heads: int, width: int, group_size: int) -> Tile:
-    """Tile for `tokens` tokens of `heads` heads of `width` columns. Reasoned, and checked for what it compiles to, but not
-    tuned yet: benchmarks/mla_v_up_quant.py --tune.
+    """Tile for `tokens` tokens of `heads` heads of `width` columns.
+
+    Measured on an H200 with 1 to 2048 tokens of 128 and of 16 heads; between them by how many programs there are for its 132
+    multiprocessors.
     """
     columns = math.gcd(width, 128)
     if group_size == 64 and tokens <= 16 and heads * (width // columns) < 64:
         columns = 64  # more programs to load with
     units = heads * (width // columns)
-    tall = 256 if tokens > 512 or -(-tokens // 128) % 2 == 0 else 128  # 256 unless mostly empty
-    rows = min(tall, max(16, triton.next_power_of_2(tokens)))
-    while rows > 16 and units * -(-tokens // rows) < 48:
-        rows //= 2
-    if rows == 256:
-        return Tile(256, columns, 64, 4, 8, persistent=True)
-    if rows == 128:
-        # In one go, as deep a pipeline as there is room for; otherwise two programs to a multiprocessor.
-        alone = units * -(-tokens // rows) <= 132
-        return Tile(128, columns, 64, 7 if alone else 3, 8, prefetch=alone)
-    if rows == 64:
-        return Tile(64, columns, 128, 4, 4, prefetch=True)
-    # 5 stages: all 4 of a model's 512 numbers at once. Of 64 numbers it would take 9, and longer to set them up.
-    return Tile(rows, columns, 128, 5, 4, swap=True, prefetch=True)
+
+    def programs(rows: int) -> int:
+        return units * -(-tokens // rows)
+
+    # no taller than it takes for one program, or two tiles one after the other, a multiprocessor
+    rows = 16
+    while rows < min(64, tokens) and programs(rows) > 132:
+        rows *= 2
+    if rows < 64:
+        # 5 stages: all 4 of a model's 512 numbers at once. Of 64 numbers it would take 9, and longer to set them up.
+        return Tile(rows, columns, 128, 5, 4, swap=True)
+    if programs(64) <= 264 or tokens <= 64:
+        return Tile(64, columns, 128, 4, 4, persistent=programs(64) > 132)
+    if programs(128) <= 264:
+        return Tile(128, columns, 64, 3, 8)  # two to a multiprocessor
+    depth, stages = (128, 3) if tokens <= 1024 else (64, 6)  # 26.5 µs at 512 tokens of 128 heads, 86.8 at 2048
+    return Tile(128, columns, depth, stages, 8, persistent=True)
 
 
 class _Device(NamedTuple):
@@ -299,7 +370,10 @@ def mla_v_up_group_fp8_quant(
     if tokens == 0:
         return
     tile = tile or group_tile(tokens, heads, width, group_size)
-    columns, tile_depth = math.gcd(width, max(tile.columns, group_size)), math.gcd(depth, tile.depth)
+    columns = math.gcd(width, max(tile.columns, group_size))
+    if tile.fma and (depth & (depth - 1) or depth * columns > 2**16):  # half the registers of a multiprocessor
+        tile = Tile(16, tile.columns, 128, 5, 4, swap=True)
+    tile_depth = math.gcd(depth, tile.depth)
     gpu = _gpu(attn_out.device)
     # besides the stages: barriers, and codes on their way to another layout, unless a stage is free for them by then
     room = gpu.shared_memory - 1024 - (tile.tokens * columns if tile.persistent else 0)
@@ -312,7 +386,7 @@ def mla_v_up_group_fp8_quant(
     w_rows = w_uv.stride(2) == 1
     x, w = attn_out.transpose(0, 1), w_uv if w_rows else w_uv.transpose(1, 2)
     w_describable = _describable(w)
-    tma = tile.tma and gpu.has_tma and w_describable and _describable(x)
+    tma = tile.tma and not tile.fma and gpu.has_tma and w_describable and _describable(x)
     descriptors: tuple[Any, Any] = (None, None)
     if tma:
         w_block = [1, tile_depth, columns] if w_rows else [1, columns, tile_depth]
@@ -345,6 +419,8 @@ def mla_v_up_group_fp8_quant(
             WARPS=tile.num_warps,
             SWAP=tile.swap,
             TMA=tma,
+            FMA=tile.fma,
+            LATE=tile.late and pdl and tma,
             PREFETCH=tile.prefetch and pdl and w_describable and not tile.persistent,
             PERSISTENT=tile.persistent,
             W_ROWS=w_rows,
