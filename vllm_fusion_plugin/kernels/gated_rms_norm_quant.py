@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gated RMSNorm + FP8 quantiser: one pass over x and z, one program a tile of whole heads.
 
-For 5 bytes an element there is much to compute, and instructions are nearly as scarce as bandwidth. Hence the inline PTX
-below, which has the bits of what it stands for: 596 instructions for a thread's 16 elements instead of 654 (sm_90, two rows
-a tile), and no conversions one number at a time, for which the hardware has few units.
+For 5 bytes an element there is much to compute, and instructions are nearly as scarce as bandwidth: 28.7 an element (sm_90,
+2 rows by 8 heads in 2 parts; 26.3 in 4 parts). Hence the inline PTX below, which has the bits of what it stands for.
 """
 
 from __future__ import annotations
@@ -20,14 +19,16 @@ from .launch import on_device, pdl_supported, wait_for_producer
 
 
 @triton.jit
-def gate(z, SIGMOID: tl.constexpr, FIRST: tl.constexpr):
-    """sigmoid(z) or silu(z) with the bits of Inductor's kernel, for fp32 values of bf16 or fp16 numbers."""
+def gate(z, SIGMOID: tl.constexpr, FIRST: tl.constexpr = True):
+    """sigmoid(z) or silu(z) with the bits of Inductor's kernel, for fp32 values of bf16 or fp16 numbers.
+
+    Behind the norm, FIRST=False, silu is -0 below -87.3, where the reciprocal flushes, instead of -2**-119 and less: times
+    a normed number, at most sqrt(D) times the weight, that is far below the smallest scale.
+    """
     if SIGMOID:
         return tl.sigmoid(z)  # what Inductor calls; its exp is Triton's own
     if FIRST:
         return numerics.silu(z, False)
-    # silu, but -0 instead of -2**-119 and less below -87.3, where the reciprocal flushes: behind the norm, whose numbers
-    # are no more than sqrt(D) times the weight, that is far below the smallest scale.
     return z * numerics.reciprocal(numerics.one_plus_exp_of_negative(z))
 
 
@@ -155,26 +156,30 @@ def _group_kernel(
 LARGE = 2**23
 # What a warp has of a row: a 16-byte load of 8 elements a thread.
 WARP = 256
+MAX_WARPS = 32
 
 
 class Tile(NamedTuple):
-    """Rows and heads of a program. A row of the tile is one load a thread, the rows of the tile come one after the other.
+    """Rows and heads of a program. A part of a row of the tile is one load a thread; parts and rows come one after the other.
 
     So a thread has 8 neighbouring elements of a head in every tile, and a head's sum of squares is made in one order: 8 by
-    8, then by halves across the threads. It is also the order of Inductor's kernel (see ops/gated_rms_norm_quant.py).
+    8, then by halves, across the thread's parts first and then across the threads. It is also the order of Inductor's kernel
+    (see ops/gated_rms_norm_quant.py). With 2 parts a thread has 16 elements of a head, and half as many steps across threads.
     """
 
     rows: int
     heads: int
-    parts: int = 1
+    parts: int = 1  # more than one only where a head is one group
 
 
 def head_tile(rows: int, heads: int, head_dim: int) -> Tile:
     """Tile for `rows` rows of `heads` heads. Not tuned yet."""
-    least = max(WARP // triton.next_power_of_2(head_dim), 1)
+    block = triton.next_power_of_2(head_dim)
+    least = max(WARP // block, 1)
     if rows * heads * head_dim < LARGE // 8:
         return Tile(1, least)
-    return Tile(2, max(min(4 * least, triton.next_power_of_2(heads)), least))
+    fitting = max(min(4 * least, triton.next_power_of_2(heads), MAX_WARPS * WARP // block), least)
+    return Tile(2, fitting, 2 if fitting * block >= 2 * WARP else 1)
 
 
 def _strides(x: torch.Tensor, heads: int) -> tuple[int, int]:
@@ -244,7 +249,7 @@ def gated_rms_norm_group_fp8_quant(
             KEEP_FP32=(norm_form, quant_form) == ("native", "native"),
             NATIVE=quant_form == "native",
             PDL=pdl,
-            num_warps=max(min(tile.heads * block // (WARP * parts), 32), 1),
+            num_warps=max(min(tile.heads * block // (WARP * parts), MAX_WARPS), 1),
             enable_fp_fusion=True,  # squares are added by fma, as in Inductor's kernels; Triton's default will not last
             **({"launch_pdl": True} if pdl else {}),
         )
