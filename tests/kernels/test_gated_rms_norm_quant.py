@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
@@ -254,8 +255,8 @@ def test_shapes(shape: tuple[int, int, int], rows: int, device: torch.device) ->
 
 
 @pytest.mark.parametrize("rows_first", [False, True])
-@pytest.mark.parametrize("tile", [(1, 2), (2, 8), (4, 4), (8, 2), (1, 32)], ids=str)
-def test_tiles(tile: tuple[int, int], rows_first: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("tile", [(1, 2), (2, 8), (4, 4), (8, 2), (1, 32), (2, 4, 2), (1, 8, 4)], ids=str)
+def test_tiles(tile: tuple[int, ...], rows_first: bool, device: torch.device) -> None:
     """On rows and heads that they do not divide."""
     data = exact_input(9, 5, 128, QWEN3_NEXT, device, seed=3)
     check(data, QWEN3_NEXT, tile=kernels.Tile(*tile), rows_first=rows_first)
@@ -368,10 +369,15 @@ def print_sums() -> None:
     }
     found = []
     for head_dim, heads in ((64, 32), (128, 32), (192, 5)):
-        for tile in sorted({kernels.head_tile(rows, heads, head_dim) for rows in (1, 100, 8192)}):
+        tiles = {kernels.head_tile(rows, heads, head_dim) for rows in (1, 100, 8192)}
+        if head_dim == 128:
+            tiles |= {kernels.Tile(2, 8), kernels.Tile(4, 4, 2), kernels.Tile(2, 8, 4)}
+        for tile in sorted(tile if head_dim != 192 else tile._replace(parts=1) for tile in tiles):
             constants = {name: False for name in kernels._group_kernel.arg_names if name.isupper()}
             block = triton.next_power_of_2(head_dim)
-            constants.update(HEAD_DIM=head_dim, BLOCK=block, GROUP_SIZE=64, TILE_ROWS=tile.rows, TILE_HEADS=tile.heads)
+            group_size = block if tile.parts > 1 else 64
+            constants.update(HEAD_DIM=head_dim, BLOCK=block, GROUP_SIZE=group_size)
+            constants.update(TILE_ROWS=tile.rows, TILE_HEADS=tile.heads, PARTS=tile.parts)
             signature, fixed, attributes = {}, {}, {}
             for at, name in enumerate(kernels._group_kernel.arg_names):
                 if name in constants:
@@ -381,7 +387,7 @@ def print_sums() -> None:
                 if name in pointers or name.startswith(("x_", "z_")):
                     attributes[(at,)] = [["tt.divisibility", 16]]
             source = ASTSource(kernels._group_kernel, signature, fixed, attributes)
-            options = {"num_warps": tile.heads * block // kernels.WARP}
+            options = {"num_warps": tile.heads * block // (kernels.WARP * tile.parts)}
             code = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
             layouts = dict(re.findall(r"^(#\w+) = (#ttg\.blocked.*)$", code["ttgir"], re.MULTILINE))
             squares = re.search(r'"tt\.reduce"(?:.|\n)*?\}\) : \(tensor<[^<>]*?, (#\w+)>\)', code["ttgir"]).group(1)
@@ -398,7 +404,7 @@ def print_sums() -> None:
 
 
 def test_every_tile_adds_in_the_same_order() -> None:
-    """8 elements of a head to a thread, and the head in neighbouring threads of one warp: see `kernels.Tile`.
+    """8 elements of a head's part to a thread, and the part in neighbouring threads of one warp: see `kernels.Tile`.
 
     Triton chooses layouts, and a row's bytes would depend on the batch if it chose one for a tile and another for the next.
     """
@@ -410,12 +416,13 @@ def test_every_tile_adds_in_the_same_order() -> None:
     found = json.loads(done.stdout)
     assert len(found) > 5
     for sums in found:
-        threads = min(triton.next_power_of_2(sums["head_dim"]) // 8, 32)
-        assert sums["sizePerThread"] == [1, 1, 8], sums
-        assert sums["threadsPerWarp"][2] == threads, sums
-        assert sums["warpsPerCTA"][2] == 1, sums
-        rows, _ = sums["tile"]
-        assert sums["wide_loads"] == 2 * rows + 1, sums  # x and z by the row, and weight
+        rows, _, parts = sums["tile"]
+        threads = min(triton.next_power_of_2(sums["head_dim"]) // 8 // parts, 32)
+        assert sums["sizePerThread"] in ([1, 1, 1, 8], [1, 1, 1, 1, 8]), sums
+        assert math.prod(sums["threadsPerWarp"][3:]) == threads, sums
+        assert math.prod(sums["warpsPerCTA"][3:]) == 1, sums
+        assert sums["threadsPerWarp"][0] == sums["warpsPerCTA"][0] == 1, sums  # parts
+        assert sums["wide_loads"] == (2 * rows + 1) * parts, sums  # x and z by the row, and weight
         assert sums["local"] == 0, sums
 
 

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gated RMSNorm + FP8 quantiser: one pass over x and z, one program a tile of whole heads.
 
-For 5 bytes an element there is much to compute, and instructions are nearly as scarce as bandwidth. Hence the inline PTX
-below, which has the bits of what it stands for: 596 instructions for a thread's 16 elements instead of 654 (sm_90, two rows
-a tile), and no conversions one number at a time, for which the hardware has few units.
+For 5 bytes an element there is much to compute, and instructions are nearly as scarce as bandwidth: 28.7 an element (sm_90,
+2 rows by 8 heads in 2 parts; 26.3 in 4 parts). Hence the inline PTX below, which has the bits of what it stands for.
 """
 
 from __future__ import annotations
@@ -20,11 +19,28 @@ from .launch import on_device, pdl_supported, wait_for_producer
 
 
 @triton.jit
-def gate(z, SIGMOID: tl.constexpr):
-    """sigmoid(z) or silu(z) with the bits of Inductor's kernel, for fp32 values of bf16 or fp16 numbers."""
+def gate(z, SIGMOID: tl.constexpr, FIRST: tl.constexpr = True):
+    """sigmoid(z) or silu(z) with the bits of Inductor's kernel, for fp32 values of bf16 or fp16 numbers.
+
+    Behind the norm, FIRST=False, silu is -0 below -87.3, where the reciprocal flushes, instead of -2**-119 and less: times
+    a normed number, at most sqrt(D) times the weight, that is far below the smallest scale.
+    """
     if SIGMOID:
         return tl.sigmoid(z)  # what Inductor calls; its exp is Triton's own
-    return numerics.silu(z, False)
+    if FIRST:
+        return numerics.silu(z, False)
+    return z * numerics.reciprocal(numerics.one_plus_exp_of_negative(z))
+
+
+@triton.jit
+def sum_of_squares(y, PARTS: tl.constexpr):
+    """Sums [rows, heads] over y [PARTS, rows, heads, columns], 8 by 8 and then by halves, the parts being the first halves."""
+    if PARTS == 1:
+        return tl.sum(tl.sum(y * y, axis=3), axis=0)
+    eights = tl.sum(tl.reshape(y * y, (PARTS, y.shape[1], y.shape[2], y.shape[3] // 8, 8)), axis=4)
+    if PARTS == 4:
+        eights = tl.sum(tl.reshape(eights, (2, 2, y.shape[1], y.shape[2], y.shape[3] // 8)), axis=0)
+    return tl.sum(tl.sum(eights, axis=0), axis=2)
 
 
 @triton.jit
@@ -59,6 +75,7 @@ def _group_kernel(
     GROUP_SIZE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_HEADS: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS_FIRST: tl.constexpr,
     EVEN_HEADS: tl.constexpr,
     PADDED: tl.constexpr,
@@ -71,43 +88,59 @@ def _group_kernel(
 ):
     first_row = tl.program_id(0 if ROWS_FIRST else 1) * TILE_ROWS
     first_head = tl.program_id(1 if ROWS_FIRST else 0) * TILE_HEADS
-    row = first_row + tl.arange(0, TILE_ROWS)
-    head = (first_head + tl.arange(0, TILE_HEADS))[None, :, None]
-    column = tl.arange(0, BLOCK)[None, None, :]
-    row64, head64 = row.to(tl.int64)[:, None, None], head.to(tl.int64)
-    x_ptrs = x_ptr + row64 * x_row_stride + head64 * x_head_stride + column
-    z_ptrs = z_ptr + row64 * z_row_stride + head64 * z_head_stride + column
-    # One row of the tile, and not [1, 1, BLOCK]: Triton would spread that one's layout to all that meets it.
-    weight_ptrs = weight_ptr + tl.broadcast_to(column, (1, TILE_HEADS, BLOCK))
+    # [PARTS, rows, heads, columns of a part]; offsets in the tile have 32 bits, that of the tile 64
+    PART: tl.constexpr = BLOCK // PARTS
+    in_rows, in_heads = tl.arange(0, TILE_ROWS), tl.arange(0, TILE_HEADS)[None, None, :, None]
+    row, in_rows = first_row + in_rows, in_rows[None, :, None, None]
+    column = tl.arange(0, PARTS)[:, None, None, None] * PART + tl.arange(0, PART)[None, None, None, :]
+    # Rows beyond the last are the last once more, down to the bytes they store: a mask costs two instructions a row.
+    in_rows = tl.minimum(in_rows, rows - 1 - first_row)
+    row64, head64 = first_row.to(tl.int64), first_head.to(tl.int64)
+    x_ptrs = x_ptr + row64 * x_row_stride + head64 * x_head_stride
+    x_ptrs += in_rows * x_row_stride + (in_heads * x_head_stride + column)
+    z_ptrs = z_ptr + row64 * z_row_stride + head64 * z_head_stride
+    z_ptrs += in_rows * z_row_stride + (in_heads * z_head_stride + column)
+    # One row of the tile, and not one head: Triton would spread that one's layout to all that meets it.
+    weight_ptrs = weight_ptr + tl.broadcast_to(column, (PARTS, 1, TILE_HEADS, PART))
     wait_for_producer(PDL)
-    mask = (row < rows)[:, None, None]
-    if not EVEN_HEADS:
-        mask = mask & (head < heads)
-    if HEAD_DIM != BLOCK:
-        mask = mask & (column < HEAD_DIM)
-    x = tl.load(x_ptrs, mask=mask, other=0.0)
-    z = tl.load(z_ptrs, mask=mask, other=0.0)
-    weight = tl.load(weight_ptrs, mask=column < HEAD_DIM, other=0.0)
+    if HEAD_DIM == BLOCK and EVEN_HEADS:
+        x, z, weight = tl.load(x_ptrs), tl.load(z_ptrs), tl.load(weight_ptrs)
+    else:
+        mask = (first_head + in_heads < heads) & (column < HEAD_DIM)
+        x = tl.load(x_ptrs, mask=mask, other=0.0)
+        z = tl.load(z_ptrs, mask=mask, other=0.0)
+        weight = tl.load(weight_ptrs, mask=column < HEAD_DIM, other=0.0)
 
-    gates = gate(numerics.widen(z), SIGMOID)
+    gates = gate(numerics.widen(z), SIGMOID, GATE_FIRST)
     y = numerics.widen(x)
     if GATE_FIRST:
         y = y * gates
-    mean = tl.sum(y * y, axis=2, keep_dims=True) / HEAD_DIM
+    mean = sum_of_squares(y, PARTS)[None, :, :, None] / HEAD_DIM
     y = y * rsqrt(mean + epsilon) * numerics.widen(weight)
     if not GATE_FIRST:
         y = y * gates
-    if not KEEP_FP32:
-        y = numerics.rounded(y, x.dtype)
 
     BLOCK_GROUPS: tl.constexpr = BLOCK // GROUP_SIZE
     HEAD_GROUPS: tl.constexpr = HEAD_DIM // GROUP_SIZE
-    y = tl.reshape(y, (TILE_ROWS, TILE_HEADS * BLOCK_GROUPS, GROUP_SIZE))
-    scale = quant.group_scale(y, eps, NATIVE, UE8M0)
-    codes = tl.reshape(quant.group_codes(y, scale, NATIVE, UE8M0), (TILE_ROWS, TILE_HEADS, BLOCK))
-    codes_ptrs = codes_ptr + row64 * (heads * HEAD_DIM) + head * HEAD_DIM + column
+    GROUPS: tl.constexpr = TILE_HEADS * BLOCK_GROUPS
+    # The parts of a thread side by side: where in a group a number is does not matter to the quantiser.
+    y = tl.reshape(tl.permute(y, (1, 2, 0, 3)), (TILE_ROWS, GROUPS, GROUP_SIZE))
+    if numerics.HAS_PTX and x.dtype == tl.bfloat16 and not NATIVE:
+        scale, codes = quant.group_of_bf16(y, eps, UE8M0)
+    else:
+        if not KEEP_FP32:
+            y = numerics.rounded(y, x.dtype)
+        scale = quant.group_scale(y, eps, NATIVE, UE8M0)
+        codes = quant.group_codes(y, scale, NATIVE, UE8M0)
+    codes = tl.permute(tl.reshape(codes, (TILE_ROWS, TILE_HEADS, PARTS, PART)), (2, 0, 1, 3))
+    codes_ptrs = codes_ptr + row64 * (heads * HEAD_DIM) + head64 * HEAD_DIM
+    codes_ptrs += in_rows * (heads * HEAD_DIM) + (in_heads * HEAD_DIM + column)
     # See `Tile`: 16 codes would be one store, and Triton would then give 16 elements to a thread everywhere.
-    tl.store(tl.max_contiguous(codes_ptrs, (1, 1, 8)), codes, mask=mask)
+    codes_ptrs = tl.max_contiguous(codes_ptrs, (1, 1, 1, 8))
+    if HEAD_DIM == BLOCK and EVEN_HEADS:
+        tl.store(codes_ptrs, codes)
+    else:
+        tl.store(codes_ptrs, codes, mask=mask)
 
     in_tile = tl.arange(0, TILE_HEADS * BLOCK_GROUPS)
     group_head, in_head = first_head + in_tile // BLOCK_GROUPS, in_tile % BLOCK_GROUPS
@@ -123,25 +156,30 @@ def _group_kernel(
 LARGE = 2**23
 # What a warp has of a row: a 16-byte load of 8 elements a thread.
 WARP = 256
+MAX_WARPS = 32
 
 
 class Tile(NamedTuple):
-    """Rows and heads of a program. A row of the tile is one load a thread, the rows of the tile come one after the other.
+    """Rows and heads of a program. A part of a row of the tile is one load a thread; parts and rows come one after the other.
 
     So a thread has 8 neighbouring elements of a head in every tile, and a head's sum of squares is made in one order: 8 by
-    8, then by halves across the threads. It is also the order of Inductor's kernel (see ops/gated_rms_norm_quant.py).
+    8, then by halves, across the thread's parts first and then across the threads. It is also the order of Inductor's kernel
+    (see ops/gated_rms_norm_quant.py). With 2 parts a thread has 16 elements of a head, and half as many steps across threads.
     """
 
     rows: int
     heads: int
+    parts: int = 1  # more than one only where a head is one group
 
 
 def head_tile(rows: int, heads: int, head_dim: int) -> Tile:
     """Tile for `rows` rows of `heads` heads. Not tuned yet."""
-    least = max(WARP // triton.next_power_of_2(head_dim), 1)
+    block = triton.next_power_of_2(head_dim)
+    least = max(WARP // block, 1)
     if rows * heads * head_dim < LARGE // 8:
         return Tile(1, least)
-    return Tile(2, max(min(4 * least, triton.next_power_of_2(heads)), least))
+    fitting = max(min(4 * least, triton.next_power_of_2(heads), MAX_WARPS * WARP // block), least)
+    return Tile(2, fitting, 2 if fitting * block >= 2 * WARP else 1)
 
 
 def _strides(x: torch.Tensor, heads: int) -> tuple[int, int]:
@@ -174,6 +212,7 @@ def gated_rms_norm_group_fp8_quant(
         return
     block = triton.next_power_of_2(head_dim)
     tile = tile or head_tile(rows, num_heads, head_dim)
+    parts = tile.parts if group_size == block else 1
     # TMA-aligned scales have longer columns than there are rows
     padded_rows = scales.stride(1) if scales.stride(0) == 1 else rows
     pdl = pdl_supported(x.device) and codes.numel() < LARGE if pdl is None else pdl
@@ -200,6 +239,7 @@ def gated_rms_norm_group_fp8_quant(
             GROUP_SIZE=group_size,
             TILE_ROWS=tile.rows,
             TILE_HEADS=tile.heads,
+            PARTS=parts,
             ROWS_FIRST=rows_first,
             EVEN_HEADS=num_heads % tile.heads == 0,
             PADDED=padded_rows > rows,
@@ -209,7 +249,7 @@ def gated_rms_norm_group_fp8_quant(
             KEEP_FP32=(norm_form, quant_form) == ("native", "native"),
             NATIVE=quant_form == "native",
             PDL=pdl,
-            num_warps=tile.heads * block // WARP,
+            num_warps=max(min(tile.heads * block // (WARP * parts), MAX_WARPS), 1),
             enable_fp_fusion=True,  # squares are added by fma, as in Inductor's kernels; Triton's default will not last
             **({"launch_pdl": True} if pdl else {}),
         )

@@ -53,32 +53,62 @@ def rounded(y, dtype: tl.constexpr):
 
 
 @triton.jit
+def rounded_pairs(even, odd):
+    """Two fp32 numbers rounded to bf16: both in 32 bits, and each as fp32. Needs PTX."""
+    return tl.inline_asm_elementwise(
+        "cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 $1, $0, 16; and.b32 $2, $0, 0xffff0000;",
+        "=&r,=&r,=r,r,r",
+        [even, odd],
+        dtype=(tl.int32, tl.float32, tl.float32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def exp_of_negative_in_parts(x):
+    """p and 2**n, whose product is expf(-x) of CUDA's library: its own instructions but the last, with the sign in the
+    constants and the clamp in the first fma. Needs PTX.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .f32 exponent, shifted, fraction;
+        .reg .b32 power;
+        fma.rn.ftz.sat.f32 exponent, $2, 0fBBBB989D, 0f3F000000;
+        fma.rm.ftz.f32 shifted, exponent, 0f437C0000, 0f4B400001;
+        add.f32 exponent, shifted, 0fCB40007F;
+        neg.f32 exponent, exponent;
+        fma.rn.ftz.f32 fraction, $2, 0fBFB8AA3B, exponent;
+        fma.rn.ftz.f32 fraction, $2, 0fB2A57060, fraction;
+        mov.b32 power, shifted;
+        shl.b32 power, power, 23;
+        mov.b32 $1, power;
+        ex2.approx.ftz.f32 $0, fraction;
+        }""",
+        "=&r,=&r,r",
+        [x],
+        dtype=(tl.float32, tl.float32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
 def exp_of_negative(x):
-    """expf(-x) of CUDA's library: its own instructions, with the sign in the constants and the clamp in the first fma."""
+    """expf(-x) of CUDA's library."""
     if HAS_PTX:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .f32 exponent, shifted, fraction;
-            .reg .b32 power;
-            fma.rn.ftz.sat.f32 exponent, $1, 0fBBBB989D, 0f3F000000;
-            fma.rm.ftz.f32 shifted, exponent, 0f437C0000, 0f4B400001;
-            add.f32 exponent, shifted, 0fCB40007F;
-            neg.f32 exponent, exponent;
-            fma.rn.ftz.f32 fraction, $1, 0fBFB8AA3B, exponent;
-            fma.rn.ftz.f32 fraction, $1, 0fB2A57060, fraction;
-            mov.b32 power, shifted;
-            shl.b32 power, power, 23;
-            mov.b32 shifted, power;
-            ex2.approx.ftz.f32 fraction, fraction;
-            mul.f32 $0, fraction, shifted;
-            }""",
-            "=r,r",
-            [x],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
+        p, power = exp_of_negative_in_parts(x)
+        return p * power
     return exp(-x)
+
+
+@triton.jit
+def one_plus_exp_of_negative(x):
+    """1 + expf(-x). p * 2**n is exact, or infinite, or far too small to count, so that one fma has the bits of both steps."""
+    if HAS_PTX:
+        p, power = exp_of_negative_in_parts(x)
+        return tl.fma(p, power, 1.0)
+    return 1.0 + exp(-x)
 
 
 @triton.jit
@@ -155,11 +185,13 @@ def exp2_ceil_log2(x):
 def divide(x, scale):
     """x / scale close enough to IEEE division that e4m3 codes are the same for every bf16 or fp16 x and its group's scale.
 
-    A product with the reciprocal is not: x / scale is often within an ulp of halfway between two codes. One residual step
-    on the quotient settles these. scale is positive, maybe infinite (then ±0, and NaN for x infinite).
+    A product with the reciprocal is not: x / scale is often within an ulp of halfway between two codes. A reciprocal in two
+    parts is, at two instructions an x (checked as above; between a quotient h / (1 + e) for h halfway, e the rounding of
+    scale, and where IEEE division would round the other way there are at least 2**-36 of it). scale is positive, maybe
+    infinite (then ±0, and NaN for x infinite).
     """
     inverse = reciprocal(scale)
     finite = tl.where(scale == float("inf"), 0.0, scale)
-    quotient = x * inverse
-    residual = tl.fma(quotient, finite, x * -1.0)  # signs of zeros as in silu above
-    return tl.fma(residual, inverse * -1.0, quotient)
+    high = inverse * (1.0 - 2.0**-22)  # certainly too small: low must not be negative, lest -0 become +0
+    low = tl.fma(finite * -1.0, high, 1.0) * inverse
+    return tl.fma(x, high, x * low)

@@ -27,6 +27,12 @@ def group_scale(y, eps, NATIVE: tl.constexpr, UE8M0: tl.constexpr):
         scale = tl.maximum(scale, FP8_MIN_SCALE)
         has_nan = tl.max((y != y).to(tl.int32), axis=2) > 0
         return tl.where(has_nan, float("nan"), scale)
+    return scale_of_maximum(top, eps, UE8M0)
+
+
+@triton.jit
+def scale_of_maximum(top, eps, UE8M0: tl.constexpr):
+    """Scale of a group with the largest magnitude `top`, not NATIVE."""
     scale = numerics.divide_by_448(tl.maximum(top, eps))
     if UE8M0:
         scale = numerics.round_up_to_power_of_two(tl.maximum(scale, UE8M0_MIN_SCALE))
@@ -34,17 +40,42 @@ def group_scale(y, eps, NATIVE: tl.constexpr, UE8M0: tl.constexpr):
 
 
 @triton.jit
+def _quotients(y, scale, NATIVE: tl.constexpr, UE8M0: tl.constexpr):
+    """What becomes e4m3 codes of y [rows, groups, numbers of a group]."""
+    if NATIVE:
+        return y / scale[:, :, None]  # div.full.f32, as in Inductor's kernel
+    if UE8M0:
+        quotients = y * numerics.reciprocal(scale)[:, :, None]  # a power of two: exact
+    else:
+        quotients = numerics.divide(y, scale[:, :, None])
+    return tl.maximum(quotients, -448.0)  # NaN becomes -448, as fmaxf does; the conversion saturates the rest
+
+
+@triton.jit
 def group_codes(y, scale, NATIVE: tl.constexpr, UE8M0: tl.constexpr):
     """e4m3 codes of y [rows, groups, group_size] with scale [rows, groups]."""
-    if NATIVE:
-        code = y / scale[:, :, None]  # div.full.f32, as in Inductor's kernel
-    elif UE8M0:
-        code = y * numerics.reciprocal(scale)[:, :, None]  # a power of two: exact
-    else:
-        code = numerics.divide(y, scale[:, :, None])
-    if not NATIVE:
-        code = tl.maximum(code, -448.0)  # NaN becomes -448, as fmaxf does; the conversion saturates the rest
-    return code.to(tl.float8e4nv)
+    return _quotients(y, scale, NATIVE, UE8M0).to(tl.float8e4nv)
+
+
+@triton.jit
+def _larger_pair(a, b):
+    """Of each of two bf16 numbers in 32 bits the larger magnitude, with a sign of no meaning; ignores NaN."""
+    return tl.inline_asm_elementwise(
+        "max.xorsign.abs.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def group_of_bf16(y, eps, UE8M0: tl.constexpr):
+    """Scale and codes, not NATIVE, of fp32 y [rows, groups, group_size] rounded to bf16, two numbers at a time. Needs PTX."""
+    even, odd = tl.split(tl.reshape(y, (y.shape[0], y.shape[1], y.shape[2] // 2, 2)))
+    pairs, even, odd = numerics.rounded_pairs(even, odd)
+    top = tl.reduce(pairs, 2, _larger_pair)
+    low, high = (top << 16).to(tl.float32, bitcast=True), (top & -65536).to(tl.float32, bitcast=True)
+    scale = scale_of_maximum(tl.maximum(tl.abs(low), tl.abs(high)), eps, UE8M0)
+    # Joined only now: Triton would move the numbers, and not the scale, to where the other one is.
+    codes = tl.join(_quotients(even, scale, False, UE8M0), _quotients(odd, scale, False, UE8M0))
+    return scale, tl.reshape(codes, y.shape).to(tl.float8e4nv)
 
 
 @triton.jit
