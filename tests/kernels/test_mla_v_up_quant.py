@@ -306,12 +306,11 @@ def test_vllms_layouts_go_the_fast_way(
             128,
             False,
             EPS,
-            kernels.Tile(16, 128, 64, 3, 4, prefetch=True, late=True),
+            kernels.Tile(16, 128, 64, 3, 4, prefetch=True),
             pdl=True,
         )
         fit = weights in WEIGHT_LAYOUTS[:3]
         assert launched["TMA"] == (has_tma and fit and attn in ATTN_LAYOUTS[:3])
-        assert launched["LATE"] == launched["TMA"]
         assert launched["PREFETCH"] == fit
         assert launched["W_WHOLE"] == (weights == "output first")
 

@@ -134,7 +134,7 @@ SHAPES = (  # tokens, depth, stages, warps, swap
     (256, 64, 4, 8, False),
 )
 TILES = [
-    kernels.Tile(tokens, 128, depth, stages, num_warps, swap, tma, not persistent, persistent, late=depth == 64)
+    kernels.Tile(tokens, 128, depth, stages, num_warps, swap, tma, prefetch=not persistent, persistent=persistent)
     for (tokens, depth, stages, num_warps, swap), tma, persistent in itertools.product(
         SHAPES, (False, True), (False, True)
     )
@@ -264,16 +264,14 @@ def test_more_than_two_to_the_31_elements(tma: bool, unfused: Unfused, device: t
         del codes, scales
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["", "late"])
 @pytest.mark.parametrize("tokens", [1, 64, 700])
-def test_chain_in_a_cuda_graph(tokens: int, late: bool, device: torch.device) -> None:
+def test_chain_in_a_cuda_graph(tokens: int, device: torch.device) -> None:
     """Kernels that read what the one before has just written, attention's output first and then weights. A PDL launch that
     did not wait, or that read weights early, would read old bytes.
 
     FP8 codes, two by two, are the next kernel's bf16 input: bit patterns, not activations, which is as good here.
     """
     heads, depth = 16, V // 2
-    tile = kernels.group_tile(tokens, heads, V, 128)._replace(late=late)
     x = torch.empty(tokens, heads, depth, dtype=torch.bfloat16, device=device)
     w = torch.empty(heads, depth, V, dtype=torch.bfloat16, device=device)
     source_x, source_w = torch.empty_like(x), torch.empty_like(w)
@@ -287,7 +285,7 @@ def test_chain_in_a_cuda_graph(tokens: int, late: bool, device: torch.device) ->
             torch.mul(source_w, 1.0, out=w)  # a kernel, which copy_ need not be
             wait()
             for _ in range(2):
-                codes, scales = fused(current, w, Mode(), tile)
+                codes, scales = fused(current, w, Mode())
                 wait()
                 results += [codes, scales]
                 current = codes.view(torch.bfloat16).view(x.shape)

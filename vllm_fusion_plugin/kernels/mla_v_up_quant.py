@@ -63,18 +63,6 @@ def _prefetch_rows(w_ptr, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 
 
 @triton.jit
-def _behind_wait(k):
-    """k, when the producer is done. To Triton a function of k like any other, hence what sets up a pipeline comes before it:
-    35 instructions are left between wait and first load, of 180. Further waits find the producer done.
-
-    Every load of a pipeline takes its k from here, and every store comes after loads.
-    """
-    return tl.inline_asm_elementwise(
-        "griddepcontrol.wait; mov.b32 $0, $1;", "=r,r", [k], dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
 def _sums_in_registers(
     x_ptr,
     w_ptr,
@@ -148,7 +136,6 @@ def _tile(
     SWAP: tl.constexpr,
     TMA: tl.constexpr,
     FMA: tl.constexpr,
-    LATE: tl.constexpr,
     W_ROWS: tl.constexpr,
     UE8M0: tl.constexpr,
 ):
@@ -175,8 +162,7 @@ def _tile(
             acc = tl.zeros((COLUMNS, TOKENS), tl.float32)
         else:
             acc = tl.zeros((TOKENS, COLUMNS), tl.float32)
-        for start in tl.range(0, L, DEPTH, num_stages=STAGES):
-            k = _behind_wait(start) if LATE else start
+        for k in tl.range(0, L, DEPTH, num_stages=STAGES):
             if TMA:
                 # rows behind the last token are zero
                 x = tl.reshape(x_desc.load([head, first_token, k]), (TOKENS, DEPTH))
@@ -245,7 +231,6 @@ def _group_kernel(
     SWAP: tl.constexpr,
     TMA: tl.constexpr,
     FMA: tl.constexpr,
-    LATE: tl.constexpr,
     PREFETCH: tl.constexpr,
     PERSISTENT: tl.constexpr,
     W_ROWS: tl.constexpr,
@@ -262,7 +247,7 @@ def _group_kernel(
             _prefetch_run(w_head, L * COLUMNS, WARPS)
         elif W_ROWS:
             _prefetch_rows(w_head, w_row_stride, L, COLUMNS, DEPTH)
-    wait_for_producer(PDL and not LATE)
+    wait_for_producer(PDL)
     if PERSISTENT:
         token_tiles = tl.cdiv(tokens, TOKENS)
         tiles = token_tiles * heads * (V // COLUMNS)
@@ -273,7 +258,7 @@ def _group_kernel(
                 x_ptr, w_ptr, x_desc, w_desc, codes_ptr, scales_ptr, tokens, padded_tokens, padded_groups,
                 x_token_stride, x_head_stride, x_stride, w_head_stride, w_row_stride, w_column_stride,
                 codes_stride, scale_token_stride, scale_group_stride, eps,
-                L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, FMA, LATE, W_ROWS, UE8M0,
+                L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, FMA, W_ROWS, UE8M0,
             )  # fmt: skip
     else:
         _tile(
@@ -281,7 +266,7 @@ def _group_kernel(
             x_ptr, w_ptr, x_desc, w_desc, codes_ptr, scales_ptr, tokens, padded_tokens, padded_groups,
             x_token_stride, x_head_stride, x_stride, w_head_stride, w_row_stride, w_column_stride,
             codes_stride, scale_token_stride, scale_group_stride, eps,
-            L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, FMA, LATE, W_ROWS, UE8M0,
+            L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, FMA, W_ROWS, UE8M0,
         )  # fmt: skip
 
 
@@ -298,7 +283,6 @@ class Tile(NamedTuple):
     prefetch: bool = False  # of weights into L2, before the producer is waited for
     persistent: bool = False
     fma: bool = False  # no tensor core: weights go straight into registers, all at once; for a handful of tokens
-    late: bool = False  # of TMA's pipeline: what sets it up comes before the wait for the producer
 
 
 def group_tile(tokens: int, heads: int, width: int, group_size: int) -> Tile:
@@ -371,7 +355,7 @@ def mla_v_up_group_fp8_quant(
         return
     tile = tile or group_tile(tokens, heads, width, group_size)
     columns = math.gcd(width, max(tile.columns, group_size))
-    if tile.fma and (depth & (depth - 1) or depth * columns > 2**16):  # half the registers of a multiprocessor
+    if tile.fma and (depth & (depth - 1) or depth * columns > 2**16):  # registers of a multiprocessor hold twice as much
         tile = Tile(16, tile.columns, 128, 5, 4, swap=True)
     tile_depth = math.gcd(depth, tile.depth)
     gpu = _gpu(attn_out.device)
@@ -420,7 +404,6 @@ def mla_v_up_group_fp8_quant(
             SWAP=tile.swap,
             TMA=tma,
             FMA=tile.fma,
-            LATE=tile.late and pdl and tma,
             PREFETCH=tile.prefetch and pdl and w_describable and not tile.persistent,
             PERSISTENT=tile.persistent,
             W_ROWS=w_rows,
