@@ -63,11 +63,14 @@ class GatedRMSNormGroup(grid.Workload):
         return {"unfused": unfused, "inductor_norm": inductor_norm, "inductor": inductor}
 
     def tiles(self, rows, width):
-        for parts, heads, tile_rows in itertools.product((1, 2, 4), (2, 4, 8, 16, 32), (1, 2, 4, 8)):
-            # at least a warp; 64 elements a thread at most
-            if 2 * parts <= heads and parts * tile_rows <= 8 and heads * HEAD_DIM < 2 * width and tile_rows <= rows:
-                if parts == 1 or self.quant.group_size == HEAD_DIM:
-                    yield kernels.Tile(tile_rows, heads, parts)
+        for parts, heads, tile_rows, rows_first in itertools.product(
+            (1, 2, 4), (2, 4, 8, 16, 32), (1, 2, 4, 8), (False, True)
+        ):
+            # several parts: a thread's numbers are of one group, and still in registers
+            if parts > 1 and (2 * parts > heads or parts * tile_rows > 8 or self.quant.group_size != HEAD_DIM):
+                continue
+            if heads * HEAD_DIM < 2 * width and tile_rows <= rows:
+                yield kernels.Tile(tile_rows, heads, parts, rows_first)
 
     def tile(self, rows, width):
         return kernels.head_tile(rows, width // HEAD_DIM, HEAD_DIM)

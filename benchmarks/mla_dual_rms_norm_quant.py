@@ -86,7 +86,7 @@ class MLADualRMSNorm(grid.Workload):
                 yield kernels.Tile(tile_rows, 2048, warps, 8)
 
     def tile(self, rows, width):
-        return kernels.dual_tile(rows, width, KV, native_quant=False)
+        return kernels.dual_tile(width, KV, native_quant=False)
 
 
 if __name__ == "__main__":

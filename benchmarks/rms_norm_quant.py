@@ -118,7 +118,7 @@ class RMSNorm(grid.Workload):
                 yield kernels.Tile(tile_rows, whole, warps, sum_warps)
 
     def tile(self, rows, width):
-        return kernels.row_tile(width, native_quant=False)
+        return kernels.folded(kernels.row_tile(width, native_quant=False), rows, self.add)
 
 
 class RMSNormGroup(RMSNorm):

@@ -259,7 +259,7 @@ def test_shapes(shape: tuple[int, int, int], rows: int, device: torch.device) ->
 def test_tiles(tile: tuple[int, ...], rows_first: bool, device: torch.device) -> None:
     """On rows and heads that they do not divide."""
     data = exact_input(9, 5, 128, QWEN3_NEXT, device, seed=3)
-    check(data, QWEN3_NEXT, tile=kernels.Tile(*tile), rows_first=rows_first)
+    check(data, QWEN3_NEXT, tile=kernels.Tile(*tile)._replace(rows_first=rows_first))
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -416,7 +416,7 @@ def test_every_tile_adds_in_the_same_order() -> None:
     found = json.loads(done.stdout)
     assert len(found) > 5
     for sums in found:
-        rows, _, parts = sums["tile"]
+        rows, _, parts, _ = sums["tile"]
         threads = min(triton.next_power_of_2(sums["head_dim"]) // 8 // parts, 32)
         assert sums["sizePerThread"] in ([1, 1, 1, 8], [1, 1, 1, 1, 8]), sums
         assert math.prod(sums["threadsPerWarp"][3:]) == threads, sums

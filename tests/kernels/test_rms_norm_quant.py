@@ -169,10 +169,23 @@ def _inverse_rms_kernel(
     TILE_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     CUSTOM_OP: tl.constexpr,
+    SUM_WARPS: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
     row = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     _, total = kernels.load_rows(
-        x_ptr, residual_ptr, residual_out_ptr, row, rows, x_stride, residual_stride, WIDTH, CHUNK, CUSTOM_OP
+        x_ptr,
+        residual_ptr,
+        residual_out_ptr,
+        row,
+        rows,
+        x_stride,
+        residual_stride,
+        WIDTH,
+        CHUNK,
+        CUSTOM_OP,
+        SUM_WARPS,
+        FOLD,
     )
     tl.store(out_ptr + row, kernels.inverse_rms(total, epsilon, WIDTH, CUSTOM_OP), mask=row < rows)
 
@@ -186,7 +199,7 @@ def inverse_rms(
 ) -> torch.Tensor:
     """rsqrt(mean + epsilon) [rows, 1] with the kernels' bits."""
     rows, width = x.shape
-    tile = tile or kernels.row_tile(width, mode.quant_form == "native")
+    tile = tile or kernels.folded(kernels.row_tile(width, mode.quant_form == "native"), rows, residual is not None)
     out = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     if rows:
         _inverse_rms_kernel[(triton.cdiv(rows, tile.rows),)](
@@ -201,6 +214,8 @@ def inverse_rms(
             WIDTH=width,
             TILE_ROWS=tile.rows,
             CHUNK=tile.chunk,
+            SUM_WARPS=tile.sum_warps,
+            FOLD=max(1, tile.sum_warps // tile.num_warps),
             CUSTOM_OP=mode.norm_form == "custom_op",
             num_warps=tile.num_warps,
         )
@@ -304,7 +319,8 @@ def check_token(
 ) -> None:
     rows, width = x.shape
     native = mode.quant_form == "native"
-    given, tile = tile, tile or kernels.row_tile(width, native, native and residual is not None)
+    add = residual is not None
+    given, tile = tile, tile or kernels.folded(kernels.row_tile(width, native, native and add), rows, add, most=2)
     codes = Guarded(x.new_empty(x.shape, dtype=quant.FP8_DTYPE))
     scales = Guarded(x.new_empty((rows, 1), dtype=torch.float32))
     extras = guarded_extras(x, residual, mode)

@@ -34,7 +34,7 @@ def gate(z, SIGMOID: tl.constexpr, FIRST: tl.constexpr = True):
 
 @triton.jit
 def sum_of_squares(y, PARTS: tl.constexpr):
-    """Sums [rows, heads] over y [PARTS, rows, heads, columns], 8 by 8 and then by halves, the parts being the first halves."""
+    """Sums [rows, heads] over y [PARTS, rows, heads, columns], 8 by 8 and then by halves, parts being the first halves."""
     if PARTS == 1:
         return tl.sum(tl.sum(y * y, axis=3), axis=0)
     eights = tl.sum(tl.reshape(y * y, (PARTS, y.shape[1], y.shape[2], y.shape[3] // 8, 8)), axis=4)
@@ -152,7 +152,7 @@ def _group_kernel(
         quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride)
 
 
-# From so many elements on memory is busy throughout, and starting early only makes two kernels share it.
+# From so many elements on memory is busy throughout.
 LARGE = 2**23
 # What a warp has of a row: a 16-byte load of 8 elements a thread.
 WARP = 256
@@ -160,26 +160,32 @@ MAX_WARPS = 32
 
 
 class Tile(NamedTuple):
-    """Rows and heads of a program. A part of a row of the tile is one load a thread; parts and rows come one after the other.
+    """Rows and heads of a program. A part of a tile's row is one load a thread; parts and rows come one after the other.
 
     So a thread has 8 neighbouring elements of a head in every tile, and a head's sum of squares is made in one order: 8 by
     8, then by halves, across the thread's parts first and then across the threads. It is also the order of Inductor's kernel
-    (see ops/gated_rms_norm_quant.py). With 2 parts a thread has 16 elements of a head, and half as many steps across threads.
+    (see ops/gated_rms_norm_quant.py). With 2 parts a thread has 16 elements of a head, and one step less across threads.
     """
 
     rows: int
     heads: int
-    parts: int = 1  # more than one only where a head is one group
+    parts: int = 1  # more than one only where a head is one group and squares are exact
+    rows_first: bool = False  # neighbouring programs have neighbouring rows, not heads
 
 
 def head_tile(rows: int, heads: int, head_dim: int) -> Tile:
-    """Tile for `rows` rows of `heads` heads. Not tuned yet."""
+    """Tile for `rows` rows of `heads` heads, tuned on an H200 with heads of 128 (--tune in its benchmark)."""
     block = triton.next_power_of_2(head_dim)
     least = max(WARP // block, 1)
-    if rows * heads * head_dim < LARGE // 8:
+    most = max(min(triton.next_power_of_2(heads), MAX_WARPS * WARP // block), least)
+    elements = rows * heads * head_dim
+    if elements < 2**19:
         return Tile(1, least)
-    fitting = max(min(4 * least, triton.next_power_of_2(heads), MAX_WARPS * WARP // block), least)
-    return Tile(2, fitting, 2 if fitting * block >= 2 * WARP else 1)
+    if elements < LARGE:
+        return Tile(1, min(4 * least, most))
+    fitting = min(2 * least, most)
+    parts = 2 if fitting * block >= 2 * WARP else 1
+    return Tile(2 if elements >= 2**25 else 1, fitting, parts, rows_first=elements >= 2**25)
 
 
 def _strides(x: torch.Tensor, heads: int) -> tuple[int, int]:
@@ -203,7 +209,6 @@ def gated_rms_norm_group_fp8_quant(
     norm_form: str,
     quant_form: str,
     tile: Tile | None = None,
-    rows_first: bool | None = None,
     pdl: bool | None = None,
 ) -> None:
     """Write codes [N, num_heads * D] and scales [N, num_heads * D / group_size]; arguments as the op checked them."""
@@ -212,12 +217,13 @@ def gated_rms_norm_group_fp8_quant(
         return
     block = triton.next_power_of_2(head_dim)
     tile = tile or head_tile(rows, num_heads, head_dim)
-    parts = tile.parts if group_size == block else 1
+    # the compiler contracts sums of inexact squares, those of gated numbers, in one way with parts and in another without
+    parts = tile.parts if group_size == block and norm_before_gate else 1
     # TMA-aligned scales have longer columns than there are rows
     padded_rows = scales.stride(1) if scales.stride(0) == 1 else rows
-    pdl = pdl_supported(x.device) and codes.numel() < LARGE if pdl is None else pdl
+    pdl = pdl_supported(x.device) if pdl is None else pdl
     row_tiles, head_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(num_heads, tile.heads)
-    rows_first = row_tiles > 65535 if rows_first is None else rows_first  # axis 0 alone may exceed 65535
+    rows_first = tile.rows_first or row_tiles > 65535  # axis 0 alone may exceed 65535
     with on_device(x.device):
         _group_kernel[(row_tiles, head_tiles) if rows_first else (head_tiles, row_tiles)](
             x,

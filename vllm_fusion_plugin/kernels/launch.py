@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .numerics import INTERPRETED
+from .numerics import HAS_PTX, INTERPRETED
 
 ENV = "FUSION_PLUGIN_PDL"  # set by the plugin from its setting `use_pdl`; kernels know no settings
 
@@ -40,6 +40,27 @@ else:
     @triton.jit
     def wait_for_producer(PDL: tl.constexpr):
         pass
+
+
+@triton.jit
+def prefetch(ptr, BYTES: tl.constexpr, WARPS: tl.constexpr):
+    """Ask L2 for BYTES bytes, a multiple of 16 for each of the WARPS warps, from `ptr` on, itself such a multiple.
+
+    May come before the wait for the producer, whoever that is: nothing is read, and L2 is where later writes go too. By one
+    program: hundreds that ask for the same lines at once take turns.
+    """
+    if HAS_PTX:
+        # One address a warp, because the instruction takes only one: lanes with different ones would take turns.
+        warp = tl.arange(0, 32 * WARPS) // 32
+        size: tl.constexpr = BYTES // WARPS
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
+            "=r,l,r",
+            [ptr.to(tl.int64) + warp * size, tl.full(warp.shape, size, tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from .rms_norm_quant import (
     inverse_rms,
     load_weight,
     norm_and_quantise_groups,
-    prefetch,
+    prefetch_weight,
     row_tile,
     start,
     times_weight,
@@ -79,10 +79,12 @@ def _dual_kernel(
     NATIVE: tl.constexpr,
     EARLY: tl.constexpr,
     PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
     first_row = tl.program_id(0) * TILE_ROWS
-    prefetch(q_weight_ptr, Q_WIDTH, PDL)
-    prefetch(kv_weight_ptr, KV_WIDTH, PDL)
+    prefetch_weight(q_weight_ptr, Q_WIDTH, PREFETCH, WARPS)
+    prefetch_weight(kv_weight_ptr, KV_WIDTH, PREFETCH, WARPS)
     wait_for_producer(PDL)
     # kv is loaded before q and computed with after it, so that both are on their way at once
     row = first_row + tl.arange(0, TILE_ROWS)
@@ -102,8 +104,8 @@ def _dual_kernel(
     tl.store(kv_normed_ptr + row64 * KV_WIDTH + column, y.to(kv.dtype), mask=mask)
 
 
-def dual_tile(rows: int, width: int, kv_width: int, native_quant: bool) -> Tile:
-    """Tile for `rows` rows, q's of `width` and kv's of `kv_width`; all in one order."""
+def dual_tile(width: int, kv_width: int, native_quant: bool) -> Tile:
+    """Tile for rows of `width` and, kv's, `kv_width`, in Inductor's order; 4 warps, where they can, are faster than 8."""
     if 1024 < width <= 2048 and kv_width == 512:
         return Tile(1, 2048, 4, 8)
     return row_tile(width, native_quant)
@@ -135,7 +137,7 @@ def mla_dual_rms_norm_group_fp8_quant(
     rows, width = q.shape
     if rows == 0:
         return
-    tile = tile or dual_tile(rows, width, kv.shape[1], quant_form == "native")
+    tile = tile or dual_tile(width, kv.shape[1], quant_form == "native")
     # TMA-aligned scales have longer columns than there are rows
     padded_rows = q_scales.stride(1) if q_scales.stride(0) == 1 else rows
     q_forms = forms(q, q_weight, False, norm_form, quant_form)
@@ -173,6 +175,5 @@ def mla_dual_rms_norm_group_fp8_quant(
             KV_ROUND_SCALED=forms(kv, kv_weight, False, norm_form, quant_form)["ROUND_SCALED"],
             KEEP_FP32=q_forms["KEEP_FP32"],
             NATIVE=q_forms["NATIVE"],
-            **start(q, pdl),
-            num_warps=tile.num_warps,
+            **start(q, [q_weight, kv_weight], tile.num_warps, pdl),
         )

@@ -104,7 +104,7 @@ def exp_of_negative(x):
 
 @triton.jit
 def one_plus_exp_of_negative(x):
-    """1 + expf(-x). p * 2**n is exact, or infinite, or far too small to count, so that one fma has the bits of both steps."""
+    """1 + expf(-x). p * 2**n is exact, or infinite, or far too small to count, so one fma has the bits of both steps."""
     if HAS_PTX:
         p, power = exp_of_negative_in_parts(x)
         return tl.fma(p, power, 1.0)

@@ -67,7 +67,7 @@ def _larger_pair(a, b):
 
 @triton.jit
 def group_of_bf16(y, eps, UE8M0: tl.constexpr):
-    """Scale and codes, not NATIVE, of fp32 y [rows, groups, group_size] rounded to bf16, two numbers at a time. Needs PTX."""
+    """Scale and codes, not NATIVE, of fp32 y [rows, groups, group_size] rounded to bf16, two at a time. Needs PTX."""
     even, odd = tl.split(tl.reshape(y, (y.shape[0], y.shape[1], y.shape[2] // 2, 2)))
     pairs, even, odd = numerics.rounded_pairs(even, odd)
     top = tl.reduce(pairs, 2, _larger_pair)

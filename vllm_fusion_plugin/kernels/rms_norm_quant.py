@@ -11,26 +11,18 @@ import triton
 import triton.language as tl
 
 from . import numerics, quant
-from .launch import on_device, pdl_supported, wait_for_producer
+from .launch import on_device, pdl_supported, prefetch, wait_for_producer
 
 # Up to here Inductor keeps a row in one warp and adds up its squares with fma; see row_tile.
 WARP_WIDTH = tl.constexpr(1024)
 
 
 @triton.jit
-def prefetch(ptr, WIDTH: tl.constexpr, PDL: tl.constexpr):
-    """Bring WIDTH elements into the L2 while the kernel before still runs.
-
-    A norm's weight was last read a whole step ago and comes from memory, x from the L2 that its producer has just written.
-    A prefetch and not a load, because it is harmless even if that producer writes the weight.
-    """
-    if PDL and numerics.HAS_PTX and ptr is not None:
-        line: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth
-        first = tl.arange(0, triton.next_power_of_2((WIDTH + line - 1) // line)) * line
-        address = (ptr + tl.minimum(first, WIDTH - 1)).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-        )
+def prefetch_weight(weight_ptr, WIDTH: tl.constexpr, PREFETCH: tl.constexpr, WARPS: tl.constexpr):
+    """Bring a weight into L2 while the kernel before still runs. It was last read a whole step ago and comes from memory; x
+    comes from the L2 that its producer has just written."""
+    if PREFETCH and weight_ptr is not None and tl.program_id(0) == 0:
+        prefetch(weight_ptr, WIDTH * weight_ptr.dtype.element_ty.primitive_bitwidth // 8, WARPS)
 
 
 @triton.jit
@@ -284,6 +276,8 @@ def _group_kernel(
     NATIVE: tl.constexpr,
     EARLY: tl.constexpr,
     PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    WARPS: tl.constexpr,
     x_addend_ptr=None,
     residual_addend_ptr=None,
     x_addend_stride=0,
@@ -291,7 +285,7 @@ def _group_kernel(
     X_ADDEND_SCALE: tl.constexpr = 1.0,
 ):
     first_row = tl.program_id(0) * TILE_ROWS
-    prefetch(weight_ptr, WIDTH, PDL)
+    prefetch_weight(weight_ptr, WIDTH, PREFETCH, WARPS)
     wait_for_producer(PDL)
     norm_and_quantise_groups(
         x_ptr, residual_ptr, weight_ptr, codes_ptr, scales_ptr, normed_ptr, residual_out_ptr, first_row, rows,
@@ -328,6 +322,8 @@ def _token_kernel(
     NATIVE: tl.constexpr,
     EARLY: tl.constexpr,
     PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    WARPS: tl.constexpr,
     x_addend_ptr=None,
     residual_addend_ptr=None,
     x_addend_stride=0,
@@ -335,7 +331,7 @@ def _token_kernel(
     X_ADDEND_SCALE: tl.constexpr = 1.0,
 ):
     row = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    prefetch(weight_ptr, WIDTH, PDL)
+    prefetch_weight(weight_ptr, WIDTH, PREFETCH, WARPS)
     wait_for_producer(PDL)
     weights = load_weights(weight_ptr, WIDTH, CHUNK, EARLY)
     chunks, total = load_rows(
@@ -396,6 +392,8 @@ def _static_kernel(
     NATIVE: tl.constexpr,
     EARLY: tl.constexpr,
     PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    WARPS: tl.constexpr,
     x_addend_ptr=None,
     residual_addend_ptr=None,
     x_addend_stride=0,
@@ -403,7 +401,7 @@ def _static_kernel(
     X_ADDEND_SCALE: tl.constexpr = 1.0,
 ):
     row = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    prefetch(weight_ptr, WIDTH, PDL)
+    prefetch_weight(weight_ptr, WIDTH, PREFETCH, WARPS)
     wait_for_producer(PDL)
     scale_inverse = quant.static_inverse(tl.load(scale_ptr), NATIVE)
     weights = load_weights(weight_ptr, WIDTH, CHUNK, EARLY)
@@ -430,6 +428,10 @@ def _static_kernel(
         tl.store(tl.multiple_of(codes_ptr + offset, (1, ALIGNED)), codes, mask=mask)
 
 
+# From so many elements on memory is busy throughout, and starting early only makes two kernels share it.
+LARGE = 2**23
+
+
 class Tile(NamedTuple):
     rows: int
     chunk: int
@@ -439,7 +441,7 @@ class Tile(NamedTuple):
 
 def row_tile(width: int, native_quant: bool, crowded: bool = False, sum_columns: int = 0) -> Tile:
     """Tile for rows of `width`, never for a number of them: the order in which a row's squares are added, and with it the
-    row's bytes, comes from chunk and num_warps.
+    row's bytes, comes from chunk and num_warps. `folded` may run it with fewer.
 
     That order is Inductor's: 8 columns a thread, or as many as there are, chunks one onto the other, then within a thread, a
     warp, the block. Inductor has one order up to 2048 columns and before a native group quantiser. Otherwise it times two
@@ -458,6 +460,18 @@ def row_tile(width: int, native_quant: bool, crowded: bool = False, sum_columns:
     if native_quant or whole > 16384 or sum_columns == 2048:
         return Tile(1, 2048, 16)
     return Tile(1, whole, 16 if whole <= 8192 else 32)
+
+
+def folded(tile: Tile, rows: int, add: bool, most: int = 4) -> Tile:
+    """`tile` with fewer warps, up to `most` times, that add up in its order; for `rows` rows, with a residual or without.
+
+    Tuned on an H200 (benchmarks/rms_norm_quant.py --tune). Many rows with a residual keep memory busy anyhow.
+    """
+    warps = tile.num_warps
+    if warps < 8 or tile.chunk < 256 * warps or (add and rows * tile.chunk >= LARGE):
+        return tile
+    few_wide = add and rows <= 16 and tile.chunk == 8192  # 2.33 µs with 8 warps, 2.38 with 4 or 16
+    return Tile(tile.rows, tile.chunk, warps // min(most, 2 if warps == 8 or few_wide else 4), warps)
 
 
 def aligned(width: int, native_quant: bool) -> int:
@@ -491,15 +505,22 @@ def addends(
     }
 
 
-# From so many elements on memory is busy throughout; as in kernels/silu_mul_quant.py.
-LARGE = 2**23
-
-
-def start(x: torch.Tensor, pdl: bool | None) -> dict[str, bool]:
-    """How a kernel on x begins."""
+def start(
+    x: torch.Tensor, weights: list[torch.Tensor | None], num_warps: int, pdl: bool | None
+) -> dict[str, bool | int]:
+    """How a kernel of num_warps warps on x begins."""
     early = x.numel() < LARGE
     pdl = pdl_supported(x.device) and early if pdl is None else pdl
-    return {"EARLY": early, "PDL": pdl, **({"launch_pdl": True} if pdl else {})}
+    known = [w for w in weights if w is not None]
+    whole = all(w.data_ptr() % 16 == 0 and w.numel() * w.element_size() % (16 * num_warps) == 0 for w in known)
+    return {
+        "EARLY": early,
+        "PDL": pdl,
+        "PREFETCH": pdl and whole,
+        "WARPS": num_warps,
+        "num_warps": num_warps,
+        **({"launch_pdl": True} if pdl else {}),
+    }
 
 
 def rms_norm_group_fp8_quant(
@@ -530,7 +551,8 @@ def rms_norm_group_fp8_quant(
     if rows == 0:
         return
     four_addends = x_addend is not None and residual_addend is not None
-    tile = tile or row_tile(width, quant_form == "native", four_addends and quant_form != "native", sum_columns)
+    order = row_tile(width, quant_form == "native", four_addends and quant_form != "native", sum_columns)
+    tile = tile or folded(order, rows, residual is not None)
     # TMA-aligned scales have longer columns than there are rows
     padded_rows = scales.stride(1) if scales.stride(0) == 1 else rows
     with on_device(x.device):
@@ -561,8 +583,7 @@ def rms_norm_group_fp8_quant(
             UE8M0=use_ue8m0,
             **forms(x, weight, gemma_weight, norm_form, quant_form),
             **addends(x_addend, x_addend_scale, residual_addend),
-            **start(x, pdl),
-            num_warps=tile.num_warps,
+            **start(x, [weight], tile.num_warps, pdl),
         )
 
 
@@ -593,7 +614,8 @@ def rms_norm_token_fp8_quant(
         return
     native = quant_form == "native"
     crowded = residual is not None and (native or (x_addend is not None and residual_addend is not None))
-    tile = tile or row_tile(width, native, crowded, sum_columns)
+    # two at most: this kernel has a row in registers twice
+    tile = tile or folded(row_tile(width, native, crowded, sum_columns), rows, residual is not None, most=2)
     with on_device(x.device):
         _token_kernel[(triton.cdiv(rows, tile.rows),)](
             x,
@@ -616,8 +638,7 @@ def rms_norm_token_fp8_quant(
             ALIGNED=aligned(width, quant_form == "native"),
             **forms(x, weight, gemma_weight, norm_form, quant_form),
             **addends(x_addend, x_addend_scale, residual_addend),
-            **start(x, pdl),
-            num_warps=tile.num_warps,
+            **start(x, [weight], tile.num_warps, pdl),
         )
 
 
@@ -645,7 +666,8 @@ def rms_norm_static_fp8_quant(
     if rows == 0:
         return
     four_addends = x_addend is not None and residual_addend is not None
-    tile = tile or row_tile(width, quant_form == "native", four_addends and quant_form != "native", sum_columns)
+    order = row_tile(width, quant_form == "native", four_addends and quant_form != "native", sum_columns)
+    tile = tile or folded(order, rows, residual is not None)
     with on_device(x.device):
         _static_kernel[(triton.cdiv(rows, tile.rows),)](
             x,
@@ -667,6 +689,5 @@ def rms_norm_static_fp8_quant(
             ALIGNED=aligned(width, quant_form == "native"),
             **forms(x, weight, gemma_weight, norm_form, quant_form),
             **addends(x_addend, x_addend_scale, residual_addend),
-            **start(x, pdl),
-            num_warps=tile.num_warps,
+            **start(x, [weight], tile.num_warps, pdl),
         )

@@ -126,7 +126,7 @@ def group_tile(rows: int, groups: int, group_size: int) -> Tile:
     """Tile for `rows` rows of `groups` groups, tuned on an H200 (benchmarks/silu_mul_quant.py --tune).
 
     What counts is the number of elements: while there is too little work to fill the GPU, tiles are small and threads many;
-    once there is enough, 1024 or 2048 elements and 16 or 32 a thread keep the most loads in flight. More rows instead of
+    once there is enough, 1024 elements and 16 or 32 a thread keep the most loads in flight. More rows instead of
     groups that are not there.
     """
     per_128 = 128 // group_size
@@ -137,12 +137,16 @@ def group_tile(rows: int, groups: int, group_size: int) -> Tile:
         tile = Tile(2, (4 if elements > 150_000 else 2) * per_128, 4)
     elif elements < 440_000:
         tile = Tile(2, 4 * per_128, 8)
-    elif elements < 2**23:
+    elif elements < 2**22:
         tile = Tile(8, per_128, 4)
-    elif elements < 2**25:
-        tile = Tile(1, 16 * per_128, 4, rows_first=True)
-    else:
+    elif elements < 2**23:
+        tile = Tile(1, 4 * per_128, 1)
+    elif elements >= 2**26:
         tile = Tile(2, 4 * per_128, 1)
+    elif groups % (8 * per_128) == 0:
+        tile = Tile(1, 8 * per_128, 2)
+    else:
+        tile = Tile(2, 4 * per_128, 2)
     fitting = min(tile.groups, triton.next_power_of_2(groups))
     return tile._replace(rows=tile.rows * tile.groups // fitting, groups=fitting)
 
