@@ -176,6 +176,10 @@ def serve(args: argparse.Namespace) -> None:
         answer(commands[ask.pop("do")](**ask))
 
 
+# (phase, batch, clock) -> configuration -> milliseconds of each round
+Times = dict[tuple[str, int, str], dict[str, list[float]]]
+
+
 class Engine:
     def __init__(self, name: str, args: argparse.Namespace, folder: str) -> None:
         self.name = name
@@ -218,6 +222,9 @@ class Engine:
 def measure(args: argparse.Namespace) -> None:
     import timing
 
+    marks = [mark for mark in ("attention", "deterministic") if getattr(args, mark)]
+    out = args.out or timing.RESULTS / ".".join(["end_to_end", args.model.name, args.linear, *marks, "json"])
+    out.parent.mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix="end_to_end-")
     start = time.time()
     engines: dict[str, Engine] = {}
@@ -232,42 +239,42 @@ def measure(args: argparse.Namespace) -> None:
         reports = {name: engine.ask("report") for name, engine in engines.items()}
         for name, report in reports.items():
             print(name, report["match_table"], report["linear_kernels"])
+            if report["report"]:
+                write_report(out.with_name(f"{out.stem}.{name}.report.json"), name, report["report"])
         asked = {name: engine.ask("tokens") for name, engine in engines.items()}
         again = {name: engine.ask("tokens") for name, engine in engines.items()}
-        agreement = compare(asked, again)
-        print(json.dumps(agreement, indent=1))
-        times = {} if args.tokens_only else take_turns(engines, args)
+        found = compare(asked, again)
+        print(json.dumps(found, indent=1), flush=True)
+        write(out, args, reports, found, {})  # what is known by now survives a run cut short
+        if args.tokens_only:
+            return
+        times = take_turns(engines, args)
     finally:
         for engine in engines.values():
             engine.process.kill()
+    write(out, args, reports, found, times)
 
-    rows = summaries(args.model.name, times)
-    for row in rows:
-        print(row)
-    differences = paired(times)
-    for difference in differences:
-        print(difference)
-    marks = [mark for mark in ("attention", "deterministic") if getattr(args, mark)]
-    out = args.out or timing.RESULTS / ".".join(["end_to_end", args.model.name, args.linear, *marks, "json"])
+
+def write(
+    out: pathlib.Path, args: argparse.Namespace, reports: dict[str, Any], found: dict[str, Any], times: Times
+) -> None:
+    import timing
+
+    rows, differences = summaries(args.model.name, times), paired(times)
+    for line in (*rows, *differences):
+        print(line)
     timing.write(
         out,
         [row for row in rows if row["config"] in CONFIGS_IN_ROWS],
         more_rows=[row for row in rows if row["config"] not in CONFIGS_IN_ROWS],
         differences=differences,
-        agreement=agreement,
+        agreement=found,
         linear_kernels={name: report["linear_kernels"] for name, report in reports.items()},
         linear_environment=LINEAR[args.linear],
         match_tables={name: report["match_table"] for name, report in reports.items()},
         prefill_tokens=args.prefill,
         rounds=args.rounds,
     )
-    for name, report in reports.items():
-        if report["report"]:
-            write_report(out.with_name(f"{out.stem}.{name}.report.json"), name, report["report"])
-
-
-# (phase, batch, clock) -> configuration -> milliseconds of each round
-Times = dict[tuple[str, int, str], dict[str, list[float]]]
 
 
 def take_turns(engines: dict[str, Engine], args: argparse.Namespace) -> Times:

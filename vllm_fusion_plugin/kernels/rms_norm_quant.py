@@ -90,35 +90,51 @@ def load_rows(
 ):
     """s = x + residual of each chunk of the rows, and the sum of s squared [rows]; s is stored too, if it is asked for."""
     row64 = row.to(tl.int64)[:, None]
-    chunks = ()
-    total = tl.zeros([row.shape[0], CHUNK], tl.float32)
+    # Everything is asked for before anything is stored: no load may pass a store, whose memory it might read, and a row in
+    # nine chunks would go to memory nine times, one after the other.
+    xs, addends, residuals, residual_addends = (), (), (), ()
     for first in tl.static_range(0, WIDTH, CHUNK):
         column = first + tl.arange(0, CHUNK)[None, :]
         mask = chunk_mask(row, rows, first, CHUNK, WIDTH)
         x = tl.load(x_ptr + row64 * x_stride + column, mask=mask, other=0.0)
-        s = numerics.widen(x)
+        xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no unpacking
         if x_addend_ptr is not None:
-            addend = numerics.widen(tl.load(x_addend_ptr + row64 * x_addend_stride + column, mask=mask, other=0.0))
+            x = tl.load(x_addend_ptr + row64 * x_addend_stride + column, mask=mask, other=0.0)
+            addends = addends + (x,)  # type: ignore[assignment]  # noqa: RUF005
+        if residual_ptr is not None:
+            x = tl.load(residual_ptr + row64 * residual_stride + column, mask=mask, other=0.0)
+            residuals = residuals + (x,)  # type: ignore[assignment]  # noqa: RUF005
+        if residual_addend_ptr is not None:
+            x = tl.load(residual_addend_ptr + row64 * residual_addend_stride + column, mask=mask, other=0.0)
+            residual_addends = residual_addends + (x,)  # type: ignore[assignment]  # noqa: RUF005
+    chunks = ()
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    total = tl.zeros([row.shape[0], CHUNK], tl.float32)
+    for first in tl.static_range(0, WIDTH, CHUNK):
+        mask = chunk_mask(row, rows, first, CHUNK, WIDTH)
+        s = numerics.widen(xs[first // CHUNK])
+        if x_addend_ptr is not None:
+            addend = numerics.widen(addends[first // CHUNK])
             if X_ADDEND_SCALE == 1.0:
                 s += addend
             else:
                 s = tl.fma(addend, X_ADDEND_SCALE, s)  # what the compiler makes of Inductor's product and sum
         if residual_ptr is not None:
-            r = numerics.widen(tl.load(residual_ptr + row64 * residual_stride + column, mask=mask, other=0.0))
+            r = numerics.widen(residuals[first // CHUNK])
             if residual_addend_ptr is not None:
-                ptrs = residual_addend_ptr + row64 * residual_addend_stride + column
-                r += numerics.widen(tl.load(ptrs, mask=mask, other=0.0))
+                r += numerics.widen(residual_addends[first // CHUNK])
             s += r
             if residual_out_ptr is not None:
-                tl.store(residual_out_ptr + row64 * WIDTH + column, s.to(x.dtype), mask=mask)
+                ptrs = residual_out_ptr + row64 * WIDTH + (first + tl.arange(0, CHUNK)[None, :])
+                tl.store(ptrs, s.to(dtype), mask=mask)
             if ROUND_SUM:
-                s = numerics.rounded(s, x.dtype)
+                s = numerics.rounded(s, dtype)
         # As Inductor writes it, so that the compiler makes the same of it: fma where it makes one there.
         if WIDTH > WARP_WIDTH or CHUNK < WIDTH:
             total = tl.where(mask, total + s * s, total)
         else:
             total = tl.where(mask, s * s, 0.0)
-        chunks = chunks + (s,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no unpacking
+        chunks = chunks + (s,)  # type: ignore[assignment]  # noqa: RUF005
     return chunks, row_sums(total, SUM_WARPS, FOLD)
 
 

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels compile for Hopper, in the variants that Triton's interpreter does not have (TMA, PDL, inline PTX).
+
+The interpreter runs Python: it takes what the compiler refuses, a constexpr assigned twice for example.
+"""
+
+from __future__ import annotations
+
+import fake_gpu
+import pytest
+
+if reason := fake_gpu.unavailable():
+    pytest.skip(reason, allow_module_level=True)
+fake_gpu.install()
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from vllm_fusion_plugin.kernels import (  # noqa: E402
+    gated_rms_norm_quant,
+    group_quant,
+    mla_dual_rms_norm_quant,
+    mla_v_up_quant,
+    rms_norm_quant,
+    silu_mul_quant,
+)
+
+DTYPES = [torch.bfloat16, torch.float16]
+EPSILON, EPS = 1e-6, 1e-10
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Launches only compile, to what is in this list afterwards."""
+    kernels = []
+
+    def launcher(kernel, grid):
+        def launch(*args, launch_pdl=False, **kwargs):
+            kernels.append(JITFunction.run(kernel, *args, grid=grid, warmup=True, **kwargs))
+
+        return launch
+
+    monkeypatch.setattr(JITFunction, "__getitem__", launcher)
+    monkeypatch.setattr(type(triton.runtime.driver.active), "get_current_stream", lambda *_: 0, raising=False)
+    return kernels
+
+
+def check(compiled: list, count: int) -> None:
+    assert len(compiled) == count
+    for kernel in compiled:
+        assert kernel.metadata.target.arch == 90
+        assert kernel.asm["cubin"]
+        assert "griddepcontrol.wait" in kernel.asm["ptx"]
+
+
+def rows_of(width: int, dtype: torch.dtype, rows: int = 5) -> torch.Tensor:
+    return torch.zeros(rows, width, dtype=dtype)
+
+
+def outputs(x: torch.Tensor, width: int, group: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = x.shape[0]
+    return torch.zeros(rows, width, dtype=torch.float8_e4m3fn), torch.zeros(width // group, rows).t()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_silu_mul(dtype, compiled):
+    x = rows_of(4096, dtype)
+    for act_form, quant_form, ue8m0 in (("native", "custom_op", False), ("custom_op", "custom_op", True)):
+        silu_mul_quant.silu_mul_group_fp8_quant(x, *outputs(x, 2048), 128, ue8m0, EPS, act_form, quant_form, pdl=True)
+    check(compiled, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_group(dtype, compiled):
+    x = rows_of(2048, dtype)
+    for quant_form in ("custom_op", "native"):
+        group_quant.group_fp8_quant(x, *outputs(x, 2048), 128, True, EPS, quant_form, pdl=True)
+    check(compiled, 2)
+
+
+@pytest.mark.parametrize("addends", [False, True], ids=["", "addends"])
+@pytest.mark.parametrize("width", [512, 2048, 4096, 7168, 18432])
+def test_rms_norm(width, addends, compiled):
+    x, weight = rows_of(width, torch.bfloat16), torch.zeros(width, dtype=torch.bfloat16)
+    more = {"x_addend": x, "x_addend_scale": 2.5, "residual_addend": x} if addends else {}
+    more |= {"normed": torch.zeros_like(x), "residual_out": torch.zeros_like(x), "pdl": True}
+    codes, scales = outputs(x, width)
+    forms = (EPSILON, False, "native", "custom_op")
+    rms_norm_quant.rms_norm_group_fp8_quant(
+        x, weight, x, codes, scales, EPSILON, False, 128, False, EPS, "native", "custom_op", **more
+    )
+    rms_norm_quant.rms_norm_token_fp8_quant(x, weight, x, None, codes, torch.zeros(5, 1), *forms, **more)
+    rms_norm_quant.rms_norm_static_fp8_quant(x, weight, x, torch.ones(1), codes, *forms, **more)
+    check(compiled, 3)
+    assert all("cp.async.bulk.prefetch" in kernel.asm["ptx"] for kernel in compiled)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 700, 9000])
+def test_gated_rms_norm(rows, dtype, compiled):
+    x = torch.zeros(rows, 32, 128, dtype=dtype)
+    for norm_first, activation, quant_form in ((True, "silu", "custom_op"), (False, "sigmoid", "native")):
+        gated_rms_norm_quant.gated_rms_norm_group_fp8_quant(
+            x, x, torch.zeros(128, dtype=dtype), *outputs(x, 4096), EPSILON, 32, norm_first, activation, 128, False, EPS,
+            "native", quant_form, pdl=True,
+        )  # fmt: skip
+    check(compiled, 2)
+
+
+def test_mla_dual_rms_norm(compiled):
+    q, kv, _ = rows_of(2112, torch.bfloat16).split((1536, 512, 64), dim=1)
+    mla_dual_rms_norm_quant.mla_dual_rms_norm_group_fp8_quant(
+        q, kv, torch.zeros(1536).bfloat16(), torch.zeros(512).bfloat16(), *outputs(q, 1536), torch.zeros(5, 512).bfloat16(),
+        EPSILON, EPSILON, 128, False, EPS, "native", "custom_op", pdl=True,
+    )  # fmt: skip
+    check(compiled, 1)
+
+
+@pytest.mark.parametrize("input_first", [False, True], ids=["", "input_first"])
+@pytest.mark.parametrize("tokens", [1, 16, 200, 2000])
+def test_mla_v_up(tokens, input_first, compiled):
+    x = torch.zeros(tokens, 16, 512, dtype=torch.bfloat16)
+    w = torch.zeros(16, 512, 128) if input_first else torch.zeros(16, 128, 512).transpose(1, 2)
+    mla_v_up_quant.mla_v_up_group_fp8_quant(
+        x, w.bfloat16(), *outputs(x, 16 * 128), (tokens, 0), 128, False, EPS, pdl=True
+    )
+    check(compiled, 1)
