@@ -23,8 +23,15 @@ PROMPTS = (tuple(range(3, 12)), (100, 7, 9), tuple(range(200, 260, 3)))
 # and without fusions the last bits differ, and so, sooner or later, do tokens. With this it rounds where eager does.
 INDUCTOR_CONFIG = {"emulate_precision_casts": True}
 
-# The fused ops of the demo's model, and the modules that define them.
-FUSED_OPS = {"silu_mul_group_fp8_quant": "silu_mul_quant", "rms_norm_group_fp8_quant": "rms_norm_quant"}
+# The fused ops of the demo's model.
+FUSED_OPS = ("silu_mul_group_fp8_quant", "rms_norm_group_fp8_quant")
+# Ops that a run may break, and the modules that define them.
+OP_MODULES = {
+    "silu_mul_group_fp8_quant": "silu_mul_quant",
+    "rms_norm_group_fp8_quant": "rms_norm_quant",
+    "gated_rms_norm_group_fp8_quant": "gated_rms_norm_quant",
+    "mla_dual_rms_norm_group_fp8_quant": "mla_dual_rms_norm_quant",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +44,10 @@ class EngineJob:
     """Generate once for each of these, with the fused ops that it names wrong: a comparison that does not notice shows
     nothing."""
     max_tokens: int = 16
+    engine: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further arguments of LLM."""
+    prepare: str = ""
+    """Worker method to call before the first generation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +90,7 @@ class WorkerProbe:
         self._broken = []
         for name in names:
             library = torch.library.Library("vllm_fusion_plugin", "IMPL")
-            module = importlib.import_module(f"{__package__}.ops.{FUSED_OPS[name]}")
+            module = importlib.import_module(f"{__package__}.ops.{OP_MODULES[name]}")
             library.impl(name, _halved(getattr(module, f"{name}_reference")), "CPU", allow_override=True)
             self._broken.append(library)
 
@@ -96,18 +107,20 @@ def run(job: EngineJob) -> EngineResult:
     from vllm import LLM, SamplingParams
 
     start = time.monotonic()
-    llm = LLM(
-        job.model,
-        tensor_parallel_size=job.tensor_parallel_size,
-        compilation_config={"pass_config": job.pass_config, "inductor_compile_config": INDUCTOR_CONFIG},
-        additional_config=job.additional_config,
-        worker_extension_cls=f"{WorkerProbe.__module__}.{WorkerProbe.__qualname__}",
-        skip_tokenizer_init=True,
-        enable_prefix_caching=False,  # a later generation has to compute what an earlier one did
-        max_model_len=128,
-        max_num_seqs=4,
-        disable_log_stats=True,
-    )
+    arguments: dict[str, Any] = {
+        "tensor_parallel_size": job.tensor_parallel_size,
+        "compilation_config": {"pass_config": job.pass_config, "inductor_compile_config": INDUCTOR_CONFIG},
+        "additional_config": job.additional_config,
+        "worker_extension_cls": f"{WorkerProbe.__module__}.{WorkerProbe.__qualname__}",
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": False,  # a later generation has to compute what an earlier one did
+        "max_model_len": 128,
+        "max_num_seqs": 4,
+        "disable_log_stats": True,
+    }
+    llm = LLM(job.model, **arguments | job.engine)
+    if job.prepare:
+        llm.collective_rpc(job.prepare)
     sampling = SamplingParams(temperature=0, max_tokens=job.max_tokens, ignore_eos=True, detokenize=False, logprobs=1)
     prompts: Any = [{"prompt_token_ids": list(prompt)} for prompt in PROMPTS]
     generations: list[list[Any]] = []

@@ -66,7 +66,7 @@ def test_every_layer_fuses_on_every_rank(two_ranks):
 @pytest.mark.parametrize("op", FUSED_OPS)
 def test_a_wrong_op_changes_the_tokens(with_plugin, op):
     """Without this, equal tokens could mean that the layers do not matter or that the fused op never runs."""
-    right, wrong = with_plugin.result.tokens, with_plugin.result.later_tokens[list(FUSED_OPS).index(op)]
+    right, wrong = with_plugin.result.tokens, with_plugin.result.later_tokens[FUSED_OPS.index(op)]
     changed = [a != b for a, b in zip(right, wrong, strict=True)]
     assert all(changed), f"prompts whose tokens changed: {changed}"
 

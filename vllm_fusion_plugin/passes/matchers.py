@@ -7,6 +7,7 @@ aten. A form whose op this build of vLLM lacks is not available, and no pattern 
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -394,10 +395,15 @@ def _quant_fp8(**arguments: Any) -> QuantFP8:
     return _layer(QuantFP8, **arguments, **compat.uncompiled_layer(QuantFP8))
 
 
+@functools.cache
+def _any_config() -> VllmConfig:
+    return VllmConfig()  # once: it logs, and takes longer than the layers
+
+
 def _layer(layer: Callable[..., Any], **arguments: Any) -> Any:
     # Any config will do: vLLM's CustomOp layers only look up there which forward is theirs, and forward_native is called
     # by name. Patterns are traced while compiling, when vLLM has no current config set.
-    with set_current_vllm_config(VllmConfig(), check_compile=False):
+    with set_current_vllm_config(_any_config(), check_compile=False):
         return layer(**arguments)
 
 
