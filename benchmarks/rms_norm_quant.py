@@ -11,6 +11,7 @@ weight, to which 1 is added), `keep_norm` (the normed rows are an output too), `
 from __future__ import annotations
 
 import itertools
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import grid
@@ -65,13 +66,13 @@ class RMSNorm(grid.Workload):
         more = {"normed": y if self.keep_norm else None, "residual_out": residual_out, "tile": tile}
         self.launch(x, residual, weight, codes, scales, more)
 
+    @abstractmethod
     def launch(self, x, residual, weight, codes, scales, more: dict[str, Any]) -> None:
         """Our kernel; `more` goes to it as it is."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stock_fused(self, x, residual, weight, y, residual_out, codes, scales):
         """vLLM's fused op."""
-        raise NotImplementedError
 
     def others(self) -> dict[str, grid.Launch]:
         quant, gemma, keep_norm, c = self.quant, self.gemma, self.keep_norm, torch.ops._C

@@ -8,7 +8,6 @@ counts and environment belong to a process, and because a run must inherit nothi
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import sys
 import time
@@ -25,13 +24,6 @@ INDUCTOR_CONFIG = {"emulate_precision_casts": True}
 
 # The fused ops of the demo's model.
 FUSED_OPS = ("silu_mul_group_fp8_quant", "rms_norm_group_fp8_quant")
-# Ops that a run may break, and the modules that define them.
-OP_MODULES = {
-    "silu_mul_group_fp8_quant": "silu_mul_quant",
-    "rms_norm_group_fp8_quant": "rms_norm_quant",
-    "gated_rms_norm_group_fp8_quant": "gated_rms_norm_quant",
-    "mla_dual_rms_norm_group_fp8_quant": "mla_dual_rms_norm_quant",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +78,13 @@ class WorkerProbe:
         code finds them by name."""
         import torch
 
+        from .ops import registry
+
         # Kept on the worker: a kernel goes away with its library.
         self._broken = []
         for name in names:
             library = torch.library.Library("vllm_fusion_plugin", "IMPL")
-            module = importlib.import_module(f"{__package__}.ops.{OP_MODULES[name]}")
-            library.impl(name, _halved(getattr(module, f"{name}_reference")), "CPU", allow_override=True)
+            library.impl(name, _halved(registry.CPU_IMPLEMENTATIONS[name]), "CPU", allow_override=True)
             self._broken.append(library)
 
 

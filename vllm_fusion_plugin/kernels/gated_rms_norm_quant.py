@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gated RMSNorm + FP8 quantiser: one pass over x and z, one program a tile of whole heads.
 
-For 5 bytes an element there is much to compute, and instructions are nearly as scarce as bandwidth: 28.7 an element (sm_90,
-2 rows by 8 heads in 2 parts; 26.3 in 4 parts). Hence the inline PTX below, which has the bits of what it stands for.
+For 5 bytes an element there is much to compute, and instructions are nearly as scarce as bandwidth: 29.0 an element (sm_90,
+2 rows by 4 heads in 2 parts). Hence the inline PTX below, which has the bits of what it stands for.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from . import numerics, quant
-from .launch import on_device, pdl_supported, wait_for_producer
+from .launch import on_device, pdl_options, rows_with_padding, tile_grid, wait_for_producer
 
 
 @triton.jit
@@ -219,13 +219,10 @@ def gated_rms_norm_group_fp8_quant(
     tile = tile or head_tile(rows, num_heads, head_dim)
     # the compiler contracts sums of inexact squares, those of gated numbers, in one way with parts and in another without
     parts = tile.parts if group_size == block and norm_before_gate else 1
-    # TMA-aligned scales have longer columns than there are rows
-    padded_rows = scales.stride(1) if scales.stride(0) == 1 else rows
-    pdl = pdl_supported(x.device) if pdl is None else pdl
-    row_tiles, head_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(num_heads, tile.heads)
-    rows_first = tile.rows_first or row_tiles > 65535  # axis 0 alone may exceed 65535
+    padded_rows = rows_with_padding(scales, rows)
+    grid, rows_first = tile_grid(triton.cdiv(rows, tile.rows), triton.cdiv(num_heads, tile.heads), tile.rows_first)
     with on_device(x.device):
-        _group_kernel[(row_tiles, head_tiles) if rows_first else (head_tiles, row_tiles)](
+        _group_kernel[grid](
             x,
             z,
             weight,
@@ -254,8 +251,7 @@ def gated_rms_norm_group_fp8_quant(
             SIGMOID=activation == "sigmoid",
             KEEP_FP32=(norm_form, quant_form) == ("native", "native"),
             NATIVE=quant_form == "native",
-            PDL=pdl,
             num_warps=max(min(tile.heads * block // (WARP * parts), MAX_WARPS), 1),
             enable_fp_fusion=True,  # squares are added by fma, as in Inductor's kernels; Triton's default will not last
-            **({"launch_pdl": True} if pdl else {}),
+            **pdl_options(x.device, pdl),
         )

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from . import quant
-from .launch import on_device, pdl_supported, wait_for_producer
+from .launch import GroupTile as Tile
+from .launch import on_device, pdl_options, rows_with_padding, tile_grid, wait_for_producer
 
 
 # What changes with the number of tokens is not specialised on: a server would meet a new specialisation, and half a second
@@ -58,13 +57,6 @@ def _kernel(
         quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride)
 
 
-class Tile(NamedTuple):
-    rows: int
-    groups: int
-    num_warps: int
-    rows_first: bool = False  # neighbouring programs have neighbouring rows, not columns
-
-
 def group_tile(rows: int, groups: int, group_size: int) -> Tile:
     """Tile for `rows` rows of `groups` groups.
 
@@ -85,8 +77,7 @@ def group_tile(rows: int, groups: int, group_size: int) -> Tile:
         tile = Tile(8, per_128, 2)
     else:
         tile = Tile(8, 4 * per_128, 8)
-    fitting = min(tile.groups, triton.next_power_of_2(groups))
-    return tile._replace(rows=tile.rows * tile.groups // fitting, groups=fitting)
+    return tile.fitting(groups)
 
 
 def group_fp8_quant(
@@ -106,13 +97,10 @@ def group_fp8_quant(
         return
     groups = width // group_size
     tile = tile or group_tile(rows, groups, group_size)
-    # TMA-aligned scales have longer columns than there are rows
-    padded_rows = scales.stride(1) if scales.stride(0) == 1 else rows
-    pdl = pdl_supported(x.device) if pdl is None else pdl
-    row_tiles, group_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(groups, tile.groups)
-    rows_first = tile.rows_first or row_tiles > 65535  # axis 0 alone may exceed 65535
+    padded_rows = rows_with_padding(scales, rows)
+    grid, rows_first = tile_grid(triton.cdiv(rows, tile.rows), triton.cdiv(groups, tile.groups), tile.rows_first)
     with on_device(x.device):
-        _kernel[(row_tiles, group_tiles) if rows_first else (group_tiles, row_tiles)](
+        _kernel[grid](
             x,
             codes,
             scales,
@@ -131,7 +119,6 @@ def group_fp8_quant(
             PADDED=padded_rows > rows,
             UE8M0=use_ue8m0,
             NATIVE=quant_form == "native",
-            PDL=pdl,
             num_warps=tile.num_warps,
-            **({"launch_pdl": True} if pdl else {}),
+            **pdl_options(x.device, pdl),
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from typing import NamedTuple
 
 import torch
 import triton
@@ -73,6 +74,37 @@ def pdl_supported(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     return _supported(device.index or 0, os.environ.get(ENV, "1"))
+
+
+def pdl_options(device: torch.device, pdl: bool | None) -> dict[str, bool]:
+    """PDL for a kernel and for its launch; pdl None: where it is supported."""
+    pdl = pdl_supported(device) if pdl is None else pdl
+    return {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
+
+
+class GroupTile(NamedTuple):
+    """What a program has of rows of groups."""
+
+    rows: int
+    groups: int
+    num_warps: int
+    rows_first: bool = False  # neighbouring programs have neighbouring rows, not columns
+
+    def fitting(self, groups: int) -> GroupTile:
+        """More rows instead of groups that a row of `groups` has not."""
+        fitting = min(self.groups, triton.next_power_of_2(groups))
+        return self._replace(rows=self.rows * self.groups // fitting, groups=fitting)
+
+
+def tile_grid(row_tiles: int, column_tiles: int, rows_first: bool) -> tuple[tuple[int, int], bool]:
+    """The grid, and whether its axis 0 goes along rows: as asked for, or because axis 0 alone may exceed 65535."""
+    rows_first = rows_first or row_tiles > 65535
+    return ((row_tiles, column_tiles) if rows_first else (column_tiles, row_tiles)), rows_first
+
+
+def rows_with_padding(scales: torch.Tensor, rows: int) -> int:
+    """Rows of the scales [rows, groups] in memory: TMA-aligned scales have longer columns than there are rows."""
+    return scales.stride(1) if scales.stride(0) == 1 else rows
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import numerics
-from .launch import on_device, wait_for_producer
+from .launch import on_device, rows_with_padding, wait_for_producer
 from .rms_norm_quant import (
     Tile,
     forms,
@@ -138,8 +138,7 @@ def mla_dual_rms_norm_group_fp8_quant(
     if rows == 0:
         return
     tile = tile or dual_tile(width, kv.shape[1], quant_form == "native")
-    # TMA-aligned scales have longer columns than there are rows
-    padded_rows = q_scales.stride(1) if q_scales.stride(0) == 1 else rows
+    padded_rows = rows_with_padding(q_scales, rows)
     q_forms = forms(q, q_weight, False, norm_form, quant_form)
     with on_device(q.device):
         _dual_kernel[(triton.cdiv(rows, tile.rows),)](
@@ -162,10 +161,7 @@ def mla_dual_rms_norm_group_fp8_quant(
             Q_WIDTH=width,
             KV_WIDTH=kv.shape[1],
             GROUP_SIZE=group_size,
-            TILE_ROWS=tile.rows,
-            CHUNK=tile.chunk,
-            SUM_WARPS=tile.sum_warps,
-            FOLD=max(1, tile.sum_warps // tile.num_warps),
+            **tile.constants(),
             KV_BLOCK=triton.next_power_of_2(kv.shape[1]),
             ALIGNED=math.gcd(width, 8),
             PADDED=padded_rows > rows,

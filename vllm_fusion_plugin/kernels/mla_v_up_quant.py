@@ -24,7 +24,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import quant
-from .launch import on_device, pdl_supported, prefetch, wait_for_producer
+from .launch import on_device, pdl_options, prefetch, wait_for_producer
 from .numerics import HAS_PTX, rounded, widen
 
 
@@ -351,7 +351,7 @@ def mla_v_up_group_fp8_quant(
     stages = max(2, min(tile.stages, room // (2 * tile_depth * (tile.tokens + columns))))
     units = heads * (width // columns)
     token_tiles = triton.cdiv(tokens, tile.tokens)
-    pdl = pdl_supported(attn_out.device) if pdl is None else pdl
+    pdl_given = pdl_options(attn_out.device, pdl)
 
     # vLLM's weights are contiguous along the columns or along the contraction, by how they were dequantised.
     w_rows = w_uv.stride(2) == 1
@@ -391,12 +391,11 @@ def mla_v_up_group_fp8_quant(
             SWAP=tile.swap,
             TMA=tma,
             FMA=tile.fma,
-            PREFETCH=tile.prefetch and pdl and w_describable and not tile.persistent,
+            PREFETCH=tile.prefetch and pdl_given["PDL"] and w_describable and not tile.persistent,
             PERSISTENT=tile.persistent,
             W_ROWS=w_rows,
             W_WHOLE=w_uv.stride(1) == 1 and w_uv.stride(2) == depth,
             UE8M0=use_ue8m0,
-            PDL=pdl,
             num_warps=tile.num_warps,
-            **({"launch_pdl": True} if pdl else {}),
+            **pdl_given,
         )

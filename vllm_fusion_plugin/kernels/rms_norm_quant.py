@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import numerics, quant
-from .launch import on_device, pdl_supported, prefetch, wait_for_producer
+from .launch import on_device, pdl_options, prefetch, rows_with_padding, wait_for_producer
 
 # Up to here Inductor keeps a row in one warp and adds up its squares with fma; see row_tile.
 WARP_WIDTH = tl.constexpr(1024)
@@ -454,6 +454,15 @@ class Tile(NamedTuple):
     num_warps: int
     sum_warps: int = 0  # see row_sums; a multiple of num_warps, up to 4 times that
 
+    def constants(self) -> dict[str, int]:
+        """What kernels are told of it."""
+        return {
+            "TILE_ROWS": self.rows,
+            "CHUNK": self.chunk,
+            "SUM_WARPS": self.sum_warps,
+            "FOLD": max(1, self.sum_warps // self.num_warps),
+        }
+
 
 def row_tile(width: int, native_quant: bool, crowded: bool = False, sum_columns: int = 0) -> Tile:
     """Tile for rows of `width`, never for a number of them: the order in which a row's squares are added, and with it the
@@ -526,16 +535,17 @@ def start(
 ) -> dict[str, bool | int]:
     """How a kernel of num_warps warps on x begins."""
     early = x.numel() < LARGE
-    pdl = pdl_supported(x.device) and early if pdl is None else pdl
+    if pdl is None and not early:
+        pdl = False
+    given = pdl_options(x.device, pdl)
     known = [w for w in weights if w is not None]
     whole = all(w.data_ptr() % 16 == 0 and w.numel() * w.element_size() % (16 * num_warps) == 0 for w in known)
     return {
         "EARLY": early,
-        "PDL": pdl,
-        "PREFETCH": pdl and whole,
+        "PREFETCH": given["PDL"] and whole,
         "WARPS": num_warps,
         "num_warps": num_warps,
-        **({"launch_pdl": True} if pdl else {}),
+        **given,
     }
 
 
@@ -566,11 +576,10 @@ def rms_norm_group_fp8_quant(
     rows, width = x.shape
     if rows == 0:
         return
-    four_addends = x_addend is not None and residual_addend is not None
-    order = row_tile(width, quant_form == "native", four_addends and quant_form != "native", sum_columns)
-    tile = tile or folded(order, rows, residual is not None)
-    # TMA-aligned scales have longer columns than there are rows
-    padded_rows = scales.stride(1) if scales.stride(0) == 1 else rows
+    native = quant_form == "native"
+    crowded = not native and x_addend is not None and residual_addend is not None
+    tile = tile or folded(row_tile(width, native, crowded, sum_columns), rows, residual is not None)
+    padded_rows = rows_with_padding(scales, rows)
     with on_device(x.device):
         _group_kernel[(triton.cdiv(rows, tile.rows),)](
             x,
@@ -590,10 +599,7 @@ def rms_norm_group_fp8_quant(
             eps,
             WIDTH=width,
             GROUP_SIZE=group_size,
-            TILE_ROWS=tile.rows,
-            CHUNK=tile.chunk,
-            SUM_WARPS=tile.sum_warps,
-            FOLD=max(1, tile.sum_warps // tile.num_warps),
+            **tile.constants(),
             ALIGNED=math.gcd(width, 8),
             PADDED=padded_rows > rows,
             UE8M0=use_ue8m0,
@@ -647,11 +653,8 @@ def rms_norm_token_fp8_quant(
             residual.stride(0) if residual is not None else 0,
             epsilon,
             WIDTH=width,
-            TILE_ROWS=tile.rows,
-            CHUNK=tile.chunk,
-            SUM_WARPS=tile.sum_warps,
-            FOLD=max(1, tile.sum_warps // tile.num_warps),
-            ALIGNED=aligned(width, quant_form == "native"),
+            **tile.constants(),
+            ALIGNED=aligned(width, native),
             **forms(x, weight, gemma_weight, norm_form, quant_form),
             **addends(x_addend, x_addend_scale, residual_addend),
             **start(x, [weight], tile.num_warps, pdl),
@@ -681,9 +684,9 @@ def rms_norm_static_fp8_quant(
     rows, width = x.shape
     if rows == 0:
         return
-    four_addends = x_addend is not None and residual_addend is not None
-    order = row_tile(width, quant_form == "native", four_addends and quant_form != "native", sum_columns)
-    tile = tile or folded(order, rows, residual is not None)
+    native = quant_form == "native"
+    crowded = not native and x_addend is not None and residual_addend is not None
+    tile = tile or folded(row_tile(width, native, crowded, sum_columns), rows, residual is not None)
     with on_device(x.device):
         _static_kernel[(triton.cdiv(rows, tile.rows),)](
             x,
@@ -698,11 +701,8 @@ def rms_norm_static_fp8_quant(
             residual.stride(0) if residual is not None else 0,
             epsilon,
             WIDTH=width,
-            TILE_ROWS=tile.rows,
-            CHUNK=tile.chunk,
-            SUM_WARPS=tile.sum_warps,
-            FOLD=max(1, tile.sum_warps // tile.num_warps),
-            ALIGNED=aligned(width, quant_form == "native"),
+            **tile.constants(),
+            ALIGNED=aligned(width, native),
             **forms(x, weight, gemma_weight, norm_form, quant_form),
             **addends(x_addend, x_addend_scale, residual_addend),
             **start(x, [weight], tile.num_warps, pdl),

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from . import numerics, nvfp4, quant
-from .launch import on_device, pdl_supported, wait_for_producer
+from .launch import GroupTile as Tile
+from .launch import on_device, pdl_options, rows_with_padding, tile_grid, wait_for_producer
 
 
 @triton.jit
@@ -115,13 +114,6 @@ def _static_kernel(
         tl.store(codes_ptr + row * width + column, code, mask=column < width)
 
 
-class Tile(NamedTuple):
-    rows: int
-    groups: int
-    num_warps: int
-    rows_first: bool = False  # neighbouring programs have neighbouring rows, not columns
-
-
 def group_tile(rows: int, groups: int, group_size: int) -> Tile:
     """Tile for `rows` rows of `groups` groups, tuned on an H200 (benchmarks/silu_mul_quant.py --tune).
 
@@ -147,8 +139,7 @@ def group_tile(rows: int, groups: int, group_size: int) -> Tile:
         tile = Tile(1, 8 * per_128, 2)
     else:
         tile = Tile(2, 4 * per_128, 2)
-    fitting = min(tile.groups, triton.next_power_of_2(groups))
-    return tile._replace(rows=tile.rows * tile.groups // fitting, groups=fitting)
+    return tile.fitting(groups)
 
 
 def _forms(x: torch.Tensor, act_form: str, quant_form: str) -> dict[str, bool]:
@@ -180,13 +171,10 @@ def silu_mul_group_fp8_quant(
         return
     groups = width // group_size
     tile = tile or group_tile(rows, groups, group_size)
-    # TMA-aligned scales have longer columns than there are rows
-    padded_rows = scales.stride(1) if scales.stride(0) == 1 else rows
-    pdl = pdl_supported(x.device) if pdl is None else pdl
-    row_tiles, group_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(groups, tile.groups)
-    rows_first = tile.rows_first or row_tiles > 65535  # axis 0 alone may exceed 65535
+    padded_rows = rows_with_padding(scales, rows)
+    grid, rows_first = tile_grid(triton.cdiv(rows, tile.rows), triton.cdiv(groups, tile.groups), tile.rows_first)
     with on_device(x.device):
-        _group_kernel[(row_tiles, group_tiles) if rows_first else (group_tiles, row_tiles)](
+        _group_kernel[grid](
             x,
             codes,
             scales,
@@ -205,9 +193,8 @@ def silu_mul_group_fp8_quant(
             PADDED=padded_rows > rows,
             UE8M0=use_ue8m0,
             **_forms(x, act_form, quant_form),
-            PDL=pdl,
             num_warps=tile.num_warps,
-            **({"launch_pdl": True} if pdl else {}),
+            **pdl_options(x.device, pdl),
         )
 
 
@@ -219,7 +206,6 @@ def silu_mul_static_fp8_quant(
     if rows == 0:
         return
     block = 2048 if width % 2048 == 0 and rows > 16 else 512
-    pdl = pdl_supported(x.device)
     with on_device(x.device):
         _static_kernel[rows, triton.cdiv(width, block)](
             x,
@@ -230,9 +216,8 @@ def silu_mul_static_fp8_quant(
             BLOCK=block,
             EVEN=width % block == 0,
             **_forms(x, act_form, quant_form),
-            PDL=pdl,
             num_warps=2 if block == 2048 else 1,
-            **({"launch_pdl": True} if pdl else {}),
+            **pdl_options(x.device, None),
         )
 
 
@@ -298,7 +283,6 @@ def silu_mul_nvfp4_quant(
     # 1024 elements; untuned, for want of the GPUs that have FP4 GEMMs
     tile = tile or Tile(4, min(16, 4 * triton.next_power_of_2(quads)), 2)
     forms = _forms(x, act_form, "custom_op")
-    pdl = pdl_supported(x.device)
     with on_device(x.device):
         _nvfp4_kernel[padded_rows // tile.rows, triton.cdiv(4 * quads, tile.groups)](
             x,
@@ -314,7 +298,6 @@ def silu_mul_nvfp4_quant(
             TWICE=forms["TWICE"],
             ADD_ZERO=forms["ADD_ZERO"],
             EXACT=forms["EXACT"],
-            PDL=pdl,
             num_warps=tile.num_warps,
-            **({"launch_pdl": True} if pdl else {}),
+            **pdl_options(x.device, None),
         )

@@ -13,6 +13,9 @@ import torch
 
 NAMESPACE = "vllm_fusion_plugin"
 
+CPU_IMPLEMENTATIONS: dict[str, Callable[..., object]] = {}
+"""Of each op by its name."""
+
 # Held for the life of the process: the registrations go away with the object.
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -27,6 +30,7 @@ def register(
     gets its buffers from there: its schema marks what it writes ("Tensor(a!) codes"), and it returns nothing.
     """
     name = schema.partition("(")[0]
+    CPU_IMPLEMENTATIONS[name] = cpu
     if not hasattr(getattr(torch.ops, NAMESPACE), name):
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
         _LIBRARY.impl(name, cuda, "CUDA")
