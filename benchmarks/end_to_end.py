@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from itertools import pairwise
 from typing import Any
 
@@ -82,6 +83,14 @@ def prompts(count: int, length: int, vocabulary: int) -> list[Any]:
     return [{"prompt_token_ids": [(7919 * (i + 1) + 31 * j) % vocabulary for j in range(length)]} for i in range(count)]
 
 
+def over_ranks(counts: list[dict[str, int]]) -> dict[str, int]:
+    """Counts of all ranks; a count of 0 says something and stays."""
+    total: Counter[str] = Counter()
+    for of_rank in counts:
+        total.update(of_rank)
+    return dict(total)
+
+
 def serve(args: argparse.Namespace) -> None:
     """Child process: one engine; a JSON command a line on stdin, a JSON answer a line on what was stdout."""
     answers = os.fdopen(os.dup(1), "w")
@@ -107,6 +116,7 @@ def serve(args: argparse.Namespace) -> None:
         gpu_memory_utilization=args.memory or 0.9 / len(args.configs),
         kv_cache_memory_bytes=int(args.kv_gib * 2**30),
         enable_prefix_caching=False,
+        tensor_parallel_size=args.tensor_parallel_size,
         worker_extension_cls="engine_worker.EngineWorker",
         compilation_config={"cudagraph_capture_sizes": args.capture, "pass_config": pass_config} | partition | inductor,
         additional_config={"fusion_plugin": config["settings"]} if "settings" in config else {},
@@ -159,8 +169,8 @@ def serve(args: argparse.Namespace) -> None:
 
     def report() -> dict[str, Any]:
         return {
-            "match_table": llm.collective_rpc("get_compilation_match_table")[0],
-            "linear_kernels": llm.collective_rpc("linear_kernels")[0],
+            "match_table": over_ranks(llm.collective_rpc("get_compilation_match_table")),
+            "linear_kernels": over_ranks(llm.collective_rpc("linear_kernels")),
             "report": llm.collective_rpc("get_fusion_report") if config["plugin"] else None,
         }
 
@@ -223,6 +233,8 @@ def measure(args: argparse.Namespace) -> None:
     import timing
 
     marks = [mark for mark in ("attention", "deterministic") if getattr(args, mark)]
+    if args.tensor_parallel_size > 1:
+        marks.append(f"tp{args.tensor_parallel_size}")
     out = args.out or timing.RESULTS / ".".join(["end_to_end", args.model.name, args.linear, *marks, "json"])
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix="end_to_end-")
@@ -371,6 +383,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--memory", type=float, help="part of the GPU's memory for an engine; default: as much for each"
+    )
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, default=1, help="GPUs of an engine; counts are summed over them"
     )
     parser.add_argument("--tokens-only", action="store_true", help="compare tokens, measure no times")
     parser.add_argument("--prefill", type=int, default=8192, help="tokens of the prefill")

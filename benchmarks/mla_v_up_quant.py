@@ -68,19 +68,18 @@ class MLAVUp(grid.Workload):
             if (tokens > 16 and tokens >= 2 * rows) or 16 * tokens < min(rows, 1024):
                 continue
             few = tokens < 64
-            for columns, swap, warps, depth, share, prefetch, persistent in itertools.product(
+            for columns, swap, warps, depth, share, persistent in itertools.product(
                 (64, 128) if self.quant.group_size == 64 and few else (128,),
                 (False, True) if few else (False,),
                 (4, 8) if few else (4,) if tokens == 64 else (8,),
                 (64, 128, 256) if tokens == 16 else (64, 128) if tokens < 256 else (64,),
                 (1,) if few or tokens == 256 else (1, 2),  # programs to a multiprocessor
-                (False, True) if rows <= tokens and few else (False,),
                 (False,) if few else (False, True),
             ):
                 stages = (SHARED // share - 1024 - tokens * columns * persistent) // (2 * depth * (tokens + columns))
                 stages = min(stages, L // depth + 1)
-                if stages >= 2 and columns * prefetch != 64:
-                    yield kernels.Tile(tokens, columns, depth, stages, warps, swap, True, prefetch, persistent)
+                if stages >= 2:
+                    yield kernels.Tile(tokens, columns, depth, stages, warps, swap, True, persistent)
 
     def tile(self, rows, width):
         return kernels.group_tile(rows, width, V, self.quant.group_size)

@@ -180,6 +180,12 @@ def test_every_round_asks_each_engine_for_each_case_and_begins_with_another():
     assert asked[6:8] == [(two, "prefill", 1), (one, "prefill", 1)]
 
 
+def test_counts_of_ranks_are_summed_and_a_count_of_none_stays():
+    import end_to_end
+
+    assert end_to_end.over_ranks([{"a": 5, "b": 0}, {"a": 5, "b": 0}]) == {"a": 10, "b": 0}
+
+
 def test_agreement_of_tokens_and_logprobs():
     import end_to_end
 

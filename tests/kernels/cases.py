@@ -7,13 +7,14 @@ The caller chooses rows and widths: those of real models are for the GPU, Triton
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 DTYPES = (torch.bfloat16, torch.float16)
 GROUP_SIZES = (64, 128)
 FORMS = ("custom_op", "native")
+EPS = 1e-10  # vLLM's, below which no group's maximum counts
 
 
 class GroupMode(NamedTuple):
@@ -28,9 +29,7 @@ class GroupMode(NamedTuple):
     quant_form: str
 
     def __str__(self) -> str:
-        layout = "tma" if self.tma_aligned_scales else "column" if self.column_major_scales else "row"
-        scale = "ue8m0" if self.use_ue8m0 else "fp32"
-        return f"{short(self.dtype)}-{self.group_size}-{layout}-{scale}-act_{self.act_form}-quant_{self.quant_form}"
+        return f"{short(self.dtype)}-{scales_name(self)}-act_{self.act_form}-quant_{self.quant_form}"
 
     def arguments(self) -> dict[str, object]:
         return {name: value for name, value in self._asdict().items() if name != "dtype"}
@@ -47,6 +46,12 @@ class StaticMode(NamedTuple):
 
 def short(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def scales_name(mode: Any) -> str:
+    """Of a mode of any group quantiser: its groups, and the layout and type of its scales."""
+    layout = "tma" if mode.tma_aligned_scales else "column" if mode.column_major_scales else "row"
+    return f"{mode.group_size}-{layout}-{'ue8m0' if mode.use_ue8m0 else 'fp32'}"
 
 
 def group_modes(quant_forms: tuple[str, ...] = FORMS) -> list[GroupMode]:
@@ -113,3 +118,8 @@ def strided(x: torch.Tensor) -> torch.Tensor:
     wide = x.new_full((rows, columns + 16), float("nan"))
     wide[:, :columns] = x
     return wide[:, :columns]
+
+
+def zeros_laid_out_as(t: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """On another device, where a copy of t would be contiguous, strided columns too."""
+    return torch.zeros(1024, dtype=t.dtype, device=device).as_strided(t.shape, t.stride())

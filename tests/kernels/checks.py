@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparison by bytes, and output buffers that show what a kernel did not write, or wrote outside of them."""
+"""Comparison by bytes, output buffers that show what a kernel did not write, or wrote outside of them, and what tests of
+several ops check in the same way."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pytest
 import torch
 
-from vllm_fusion_plugin.ops.quant import FP8_DTYPE, empty_group_scales
+from vllm_fusion_plugin.kernels import launch
+from vllm_fusion_plugin.ops.quant import FP8_DTYPE, FP8_MAX, empty_group_scales, padded_rows
+
+from .cases import EPS
 
 POISON = 0xA5
 GUARD = 4096  # bytes before and after a guarded tensor
@@ -40,6 +48,13 @@ def assert_same_bytes(actual: torch.Tensor, expected: torch.Tensor, what: str) -
         f"  {tuple(at)}: {actual[tuple(at)].item()} for {expected[tuple(at)].item()}" for at in where[:8].tolist()
     )
     raise AssertionError(f"{what}: {len(where)} of {actual.numel()} differ, the first being\n{first}")
+
+
+def assert_same_outputs(actual: Iterable[torch.Tensor], expected: Iterable[torch.Tensor], what: str = "op") -> None:
+    """The strides and the bytes of an op's outputs, one by one."""
+    for number, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        assert one.stride() == other.stride(), f"{what}: output {number}"
+        assert_same_bytes(one, other, f"{what}: output {number}")
 
 
 def code_steps(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
@@ -82,3 +97,148 @@ def guarded_codes(x: torch.Tensor) -> Guarded:
 def guarded_scales(x: torch.Tensor, group_size: int, column_major_scales: bool, tma_aligned_scales: bool) -> Guarded:
     groups = x.shape[1] // 2 // group_size
     return Guarded(empty_group_scales(x, x.shape[0], groups, column_major_scales, tma_aligned_scales))
+
+
+# ---- what tests of several ops check ---------------------------------------------------------------------------------
+
+
+def check_guarded(codes: Guarded, scales: Guarded, expected_codes: torch.Tensor, expected_scales: torch.Tensor) -> None:
+    """What a group kernel wrote is what a reference returns, whatever their NaN."""
+    assert scales.tensor.stride() == expected_scales.stride()
+    assert_same_bytes(codes.tensor, one_nan(expected_codes), "codes")
+    assert_same_bytes(one_nan(scales.tensor), one_nan(expected_scales), "scales")
+    # Storage and not tensor: TMA-aligned scales have padding, which must be zero. The buffer was poisoned.
+    storage = torch.empty(0, device=expected_scales.device).set_(expected_scales.untyped_storage())
+    assert_same_bytes(one_nan(scales.storage().view(torch.float32)), one_nan(storage), "scales and padding")
+
+
+def check_tma_outputs(outputs: Sequence[torch.Tensor], expected: Iterable[Guarded]) -> None:
+    """An op, asked for TMA-aligned scales, allocates them so, and returns what its kernel wrote."""
+    codes, scales = outputs
+    assert codes.is_contiguous()
+    assert scales.stride() == (1, (len(codes) + 3) // 4 * 4)
+    assert_same_outputs(outputs, [guarded.tensor for guarded in expected])
+
+
+def check_deterministic(op: Callable[..., Iterable[torch.Tensor]], *inputs: torch.Tensor) -> None:
+    """The same bytes twice, and inputs as they were."""
+    before = [as_bits(t).clone() for t in inputs]
+    assert_same_outputs(op(*inputs), op(*inputs))
+    assert all(torch.equal(as_bits(t), bits) for t, bits in zip(inputs, before, strict=True))
+
+
+def check_columns(scales: torch.Tensor, expected: torch.Tensor, tma_aligned_scales: bool) -> None:
+    """Column-major scales, all of their storage, so that initcheck sees padding that was never written."""
+    rows = len(scales)
+    column = padded_rows(rows) if tma_aligned_scales else rows
+    storage = torch.empty(0, device=scales.device).set_(scales.untyped_storage()).view(-1, column).cpu()
+    assert_same_bytes(storage[:, :rows].contiguous(), expected.t().cpu().contiguous(), "scales")
+    assert not storage[:, rows:].any()
+
+
+EDGE = 300
+ENDS = (slice(None, EDGE), slice(-EDGE, None))
+
+
+def check_ends(
+    outputs: Sequence[torch.Tensor], expected: Iterable[Sequence[torch.Tensor]], either_zero: bool = False
+) -> None:
+    """More than 2**31 codes, so every 32-bit index overflows somewhere, of rows that are zero but for both ENDS.
+
+    expected: the outputs for each end alone. either_zero: zeros times a negative weight have -0 as their code.
+    """
+    codes = outputs[0]
+    assert codes.numel() > 2**31
+    for end, alone in zip(ENDS, expected, strict=True):
+        for number, (whole, part) in enumerate(zip(outputs, alone, strict=True)):
+            assert_same_bytes(whole[end].contiguous(), part.contiguous(), f"output {number} of {end}")
+    between = as_bits(codes[EDGE:-EDGE])
+    assert int(torch.count_nonzero(between & 0x7F if either_zero else between)) == 0
+
+
+Wait = Callable[[], None]
+
+
+def check_cuda_graph(
+    chain: Callable[[Wait], list[torch.Tensor]], fill: Callable[[int], object], first_seed: int
+) -> None:
+    """Kernels that read what the one before has just written. A PDL launch that did not wait would read old bytes.
+
+    `fill` makes another input from a seed. `chain` launches the kernels, the first of them a copy of that input, and calls
+    what it is given after each. Captured once without a wait, replayed on 20 inputs, compared with launches that wait.
+    """
+    fill(first_seed)
+    chain(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(lambda: None)
+    for seed in range(first_seed + 1, first_seed + 21):
+        fill(seed)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same_outputs(captured, chain(torch.cuda.synchronize), f"seed {seed}")
+
+
+def check_cuda_graph_of_group_op(
+    op: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    make: Callable[[int], torch.Tensor],
+    links: int,
+    first_seed: int,
+) -> None:
+    """A chain of one op, on bf16 inputs that `make` makes from a seed.
+
+    FP8 codes, two by two, are the next kernel's bf16 input: bit patterns, not activations, which is as good here.
+    """
+    source = make(first_seed)
+    x = torch.empty_like(source)
+
+    def chain(wait: Wait) -> list[torch.Tensor]:
+        outputs = []
+        x.copy_(source)
+        wait()
+        current = x
+        for _ in range(links):
+            codes, scales = op(current)
+            wait()
+            outputs += [codes, scales]
+            current = codes.view(torch.bfloat16)
+        return outputs
+
+    check_cuda_graph(chain, lambda seed: source.copy_(make(seed)), first_seed)
+
+
+def check_pdl_switch(
+    outputs: Callable[[], Iterable[torch.Tensor]], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It changes no byte."""
+    monkeypatch.setenv(launch.ENV, "1")
+    with_pdl = outputs()
+    monkeypatch.setenv(launch.ENV, "0")
+    assert not launch.pdl_supported(device)
+    assert_same_outputs(with_pdl, outputs(), "PDL")
+
+
+# ---- vLLM's quantisers -----------------------------------------------------------------------------------------------
+
+
+def vllms_group_quant(y: torch.Tensor, mode: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """By vLLM's op, which takes contiguous rows only; `mode` has the fields of `cases.GroupMode` that say what scales.
+
+    Needs torch.ops._C, which an import of vllm._custom_ops loads.
+    """
+    layout = (mode.column_major_scales, mode.tma_aligned_scales)
+    codes = torch.empty_like(y, dtype=FP8_DTYPE)
+    scales = empty_group_scales(y, y.shape[0], y.shape[1] // mode.group_size, *layout)
+    torch.ops._C.per_token_group_fp8_quant(
+        y, codes, scales, mode.group_size, EPS, -FP8_MAX, FP8_MAX, mode.use_ue8m0, *layout
+    )
+    return codes, scales
+
+
+def native_quantiser(**arguments: object) -> Callable:
+    """vLLM's QuantFP8 in torch's operations, for Inductor to compile."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+
+    with set_current_vllm_config(VllmConfig()):
+        return QuantFP8(**arguments).forward_native

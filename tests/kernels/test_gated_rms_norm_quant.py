@@ -30,11 +30,29 @@ from vllm_fusion_plugin.ops.gated_rms_norm_quant import (
 )
 from vllm_fusion_plugin.ops.quant import FP8_DTYPE, empty_group_scales, group_fp8_quant_reference
 
-from .cases import DTYPES, FORMS, GROUP_SIZES, all_values, random_input, short, special_values
-from .checks import Guarded, as_bits, assert_same_bytes, code_steps, one_nan
+from .cases import (
+    DTYPES,
+    EPS,
+    FORMS,
+    GROUP_SIZES,
+    all_values,
+    random_input,
+    scales_name,
+    short,
+    special_values,
+    zeros_laid_out_as,
+)
+from .checks import (
+    Guarded,
+    assert_same_bytes,
+    assert_same_outputs,
+    check_deterministic,
+    check_guarded,
+    check_tma_outputs,
+    code_steps,
+)
 from .test_numerics import run
 
-EPS = 1e-10
 EPSILON = 1e-6
 OP = torch.ops.vllm_fusion_plugin.gated_rms_norm_group_fp8_quant.default
 
@@ -53,11 +71,9 @@ class Mode(NamedTuple):
     quant_form: str = "custom_op"
 
     def __str__(self) -> str:
-        layout = "tma" if self.tma_aligned_scales else "column" if self.column_major_scales else "row"
-        scale = "ue8m0" if self.use_ue8m0 else "fp32"
         order = "norm_first" if self.norm_before_gate else "gate_first"
         forms = f"norm_{self.norm_form}-quant_{self.quant_form}"
-        return f"{short(self.dtype)}-{order}-{self.activation}-{self.group_size}-{layout}-{scale}-{forms}"
+        return f"{short(self.dtype)}-{order}-{self.activation}-{scales_name(self)}-{forms}"
 
     def arguments(self) -> dict[str, object]:
         return {name: value for name, value in self._asdict().items() if name != "dtype"}
@@ -208,16 +224,9 @@ def run_kernel(data: Input, mode: Mode, **launch: object) -> tuple[Guarded, Guar
 
 
 def check(data: Input, mode: Mode, **launch: object) -> None:
-    codes, scales = run_kernel(data, mode, **launch)
     layout = (mode.group_size, mode.column_major_scales, mode.tma_aligned_scales)
-    y = norm(data, mode)
-    expected_codes, expected_scales = group_fp8_quant_reference(y, *layout, mode.use_ue8m0, EPS, mode.quant_form)
-    assert scales.tensor.stride() == expected_scales.stride()
-    assert_same_bytes(codes.tensor, one_nan(expected_codes), "codes")
-    assert_same_bytes(one_nan(scales.tensor), one_nan(expected_scales), "scales")
-    # Storage and not tensor: TMA-aligned scales have padding, which must be zero. The buffer was poisoned.
-    storage = torch.empty(0, device=y.device).set_(expected_scales.untyped_storage())
-    assert_same_bytes(one_nan(scales.storage().view(torch.float32)), one_nan(storage), "scales and padding")
+    expected = group_fp8_quant_reference(norm(data, mode), *layout, mode.use_ue8m0, EPS, mode.quant_form)
+    check_guarded(*run_kernel(data, mode, **launch), *expected)
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
@@ -432,15 +441,11 @@ def test_every_tile_adds_in_the_same_order() -> None:
 @pytest.mark.parametrize("rows", [0, 1, 5])
 def test_op_is_its_kernel(rows: int, device: torch.device) -> None:
     data = exact_input(rows, 4, 128, QWEN3_NEXT, device, seed=11)
-    expected_codes, expected_scales = run_kernel(data, QWEN3_NEXT)
+    expected = run_kernel(data, QWEN3_NEXT)
     flat = Input(data.x.reshape(-1, 128), data.z.reshape(-1, 128), data.weight)
     strided = data._replace(x=views(data.x, "head by head"), z=views(data.z, "heads of a wider row"))
     for form in (data, flat, strided):
-        codes, scales = gated_rms_norm_group_fp8_quant(*form, EPSILON, 4, **QWEN3_NEXT.arguments())
-        assert codes.is_contiguous()
-        assert scales.stride() == (1, (rows + 3) // 4 * 4)
-        assert_same_bytes(codes, expected_codes.tensor, "codes")
-        assert_same_bytes(scales, expected_scales.tensor, "scales")
+        check_tma_outputs(gated_rms_norm_group_fp8_quant(*form, EPSILON, 4, **QWEN3_NEXT.arguments()), expected)
 
 
 @pytest.mark.parametrize("mode", [*norm_modes(), *quant_modes()], ids=str)
@@ -483,22 +488,13 @@ def test_compiled_op_with_dynamic_tokens(device: torch.device) -> None:
 
     for rows in (5, 2, 33):
         data = exact_input(rows, 4, 128, QWEN3_NEXT, device, seed=rows)
-        expected_codes, expected_scales = gated_rms_norm_group_fp8_quant(*data, EPSILON, 4, **QWEN3_NEXT.arguments())
-        codes, scales, flat_codes, flat_scales = compiled(*data)
-        for actual in (codes, flat_codes):
-            assert_same_bytes(actual, expected_codes, "codes")
-        for actual in (scales, flat_scales):
-            assert actual.stride() == expected_scales.stride()
-            assert_same_bytes(actual, expected_scales, "scales")
+        expected = gated_rms_norm_group_fp8_quant(*data, EPSILON, 4, **QWEN3_NEXT.arguments())
+        assert_same_outputs(compiled(*data), (*expected, *expected))
 
 
 def test_op_is_deterministic_and_leaves_its_input(device: torch.device) -> None:
     data = heads_input(5, 3, 128, torch.bfloat16, device, seed=14, kind="special")
-    before = [as_bits(t).clone() for t in data]
-    first, second = (gated_rms_norm_group_fp8_quant(*data, EPSILON, 3) for _ in range(2))
-    assert_same_bytes(first[0], second[0], "codes")
-    assert_same_bytes(first[1], second[1], "scales")
-    assert all(torch.equal(as_bits(t), bits) for t, bits in zip(data, before, strict=True))
+    check_deterministic(lambda *tensors: gated_rms_norm_group_fp8_quant(*tensors, EPSILON, 3), *data)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -550,8 +546,7 @@ BAD_INPUTS = {
 def test_bad_input_is_refused(bad: str, device: torch.device) -> None:
     *tensors, heads, message = BAD_INPUTS[bad]
     for where in (device, torch.device("meta")):
-        # as_strided: a copy to another device would make strided columns contiguous
-        moved = [torch.zeros(1024, dtype=t.dtype, device=where).as_strided(t.shape, t.stride()) for t in tensors]
+        moved = [zeros_laid_out_as(t, where) for t in tensors]
         for call in (gated_rms_norm_group_fp8_quant, gated_rms_norm_group_fp8_quant_reference):
             with pytest.raises(ValueError, match=message):
                 call(*moved, EPSILON, heads, **({"group_size": 64} if bad.startswith("strided") else {}))

@@ -23,18 +23,25 @@ from triton.language.extra import libdevice
 from vllm_fusion_plugin.kernels import gated_rms_norm_quant as kernels
 from vllm_fusion_plugin.kernels import numerics
 from vllm_fusion_plugin.ops.gated_rms_norm_quant import gated_rms_norm_group_fp8_quant
-from vllm_fusion_plugin.ops.quant import (
-    FP8_DTYPE,
-    FP8_MAX,
-    empty_group_scales,
-    group_fp8_quant_reference,
-    padded_rows,
-)
+from vllm_fusion_plugin.ops.quant import empty_group_scales, group_fp8_quant_reference
 
-from .cases import DTYPES, all_values, random_input, short
-from .checks import as_bits, assert_same_bytes, code_steps, count_differing, one_nan
+from .cases import DTYPES, EPS, all_values, random_input, short
+from .checks import (
+    EDGE,
+    ENDS,
+    assert_same_bytes,
+    assert_same_outputs,
+    check_columns,
+    check_cuda_graph_of_group_op,
+    check_ends,
+    check_pdl_switch,
+    code_steps,
+    count_differing,
+    native_quantiser,
+    one_nan,
+    vllms_group_quant,
+)
 from .test_gated_rms_norm_quant import (
-    EPS,
     EPSILON,
     LAYOUTS,
     QWEN3_NEXT,
@@ -196,32 +203,23 @@ class Unfused:
 
         self.native: dict[tuple, Callable] = {}
 
-    def native_quantiser(self, mode: Mode) -> Callable:
-        from vllm.config import VllmConfig, set_current_vllm_config
-        from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+    def compiled_quantiser(self, mode: Mode) -> Callable:
         from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 
         key = (mode.group_size, mode.use_ue8m0)
         if key not in self.native:
-            with set_current_vllm_config(VllmConfig()):
-                quantiser = QuantFP8(static=False, group_shape=GroupShape(1, key[0]), use_ue8m0=key[1])
-            self.native[key] = torch.compile(quantiser.forward_native, dynamic=True)
+            quantise = native_quantiser(static=False, group_shape=GroupShape(1, key[0]), use_ue8m0=key[1])
+            self.native[key] = torch.compile(quantise, dynamic=True)
         return self.native[key]
 
     def quantise(self, y: torch.Tensor, mode: Mode) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, width = y.shape
-        layout = (mode.column_major_scales, mode.tma_aligned_scales)
-        scales = empty_group_scales(y, rows, width // mode.group_size, *layout)
-        if mode.quant_form == "native":
-            # dtypes, and one row or more: beyond the limit it would run eagerly, which divides exactly
-            with torch._dynamo.config.patch(recompile_limit=64):
-                codes, found = self.native_quantiser(mode)(y)
-            return codes, scales.copy_(found)
-        codes = torch.empty_like(y, dtype=FP8_DTYPE)
-        torch.ops._C.per_token_group_fp8_quant(
-            y, codes, scales, mode.group_size, EPS, -FP8_MAX, FP8_MAX, mode.use_ue8m0, *layout
-        )
-        return codes, scales
+        if mode.quant_form != "native":
+            return vllms_group_quant(y, mode)
+        # dtypes, and one row or more: beyond the limit it would run eagerly, which divides exactly
+        with torch._dynamo.config.patch(recompile_limit=64):
+            codes, found = self.compiled_quantiser(mode)(y)
+        scales = empty_group_scales(y, *found.shape, mode.column_major_scales, mode.tma_aligned_scales)
+        return codes, scales.copy_(found)
 
     def __call__(self, data: Input, mode: Mode) -> tuple[torch.Tensor, torch.Tensor]:
         return self.quantise(inductors_norm(data, mode), mode)
@@ -278,11 +276,10 @@ def test_model_shapes(rows: int, heads: int, unfused: Unfused, device: torch.dev
     data = heads_input(rows, heads, HEAD_DIM, torch.bfloat16, device, seed=rows)
     check(data, QWEN3_NEXT, unfused, "tma")
     check(data, QWEN3_NEXT._replace(tma_aligned_scales=False, group_size=64), unfused, "column, groups of 64")
-    codes, scales = op(data, QWEN3_NEXT)
+    expected = op(data, QWEN3_NEXT)
     for layout in LAYOUTS:
-        strided = op(data._replace(x=views(data.x, layout), z=views(data.z, layout)), QWEN3_NEXT)
-        assert_same_bytes(strided[0], codes, f"{layout}: codes")
-        assert_same_bytes(strided[1], scales, f"{layout}: scales")
+        strided = data._replace(x=views(data.x, layout), z=views(data.z, layout))
+        assert_same_outputs(op(strided, QWEN3_NEXT), expected, layout)
 
 
 @pytest.mark.parametrize("head_dim, group_size", [(64, 64), (128, 64), (256, 128), (256, 64)])
@@ -359,24 +356,16 @@ def test_against_the_compiled_layer(
 
 
 def test_more_than_two_to_the_31_elements(unfused: Unfused, device: torch.device) -> None:
-    """More than 2**31 codes, so every 32-bit index overflows somewhere; 11 GB, twice of it head by head."""
-    width, edge = HEADS * HEAD_DIM, 300
-    rows = 2**31 // width + edge
+    """11 GB, twice of it head by head."""
+    rows = 2**31 // (HEADS * HEAD_DIM) + EDGE
     x, z = (torch.zeros(rows, HEADS, HEAD_DIM, dtype=torch.bfloat16, device=device) for _ in range(2))
-    ends = (slice(None, edge), slice(-edge, None))
-    for seed, end in enumerate(ends):
-        some = heads_input(edge, HEADS, HEAD_DIM, x.dtype, device, seed=seed)
+    for seed, end in enumerate(ENDS):
+        some = heads_input(EDGE, HEADS, HEAD_DIM, x.dtype, device, seed=seed)
         x[end], z[end] = some.x, some.z
     for mode in (QWEN3_NEXT, QWEN3_NEXT._replace(column_major_scales=False, tma_aligned_scales=False)):
         for layout in (x, views(x, "head by head")):
-            codes, scales = op(Input(layout, z, some.weight), mode)
-            assert codes.numel() > 2**31
-            for end in ends:
-                expected_codes, expected_scales = unfused(Input(x[end], z[end], some.weight), mode)
-                assert_same_bytes(codes[end], expected_codes, f"codes of {end}")
-                assert_same_bytes(scales[end].contiguous(), expected_scales.contiguous(), f"scales of {end}")
-            assert int(torch.count_nonzero(as_bits(codes[edge:-edge]) & 0x7F)) == 0  # -0 where weight is negative
-            del codes, scales
+            expected = [unfused(Input(x[end], z[end], some.weight), mode) for end in ENDS]
+            check_ends(op(Input(layout, z, some.weight), mode), expected, either_zero=True)
 
 
 def test_more_rows_than_a_grid_has_in_its_second_axis(unfused: Unfused, device: torch.device) -> None:
@@ -385,53 +374,23 @@ def test_more_rows_than_a_grid_has_in_its_second_axis(unfused: Unfused, device: 
 
 
 def test_chain_in_a_cuda_graph(device: torch.device) -> None:
-    """Kernels that read what the one before has just written. A PDL launch that did not wait would read old bytes.
-
-    FP8 codes, two by two, are the next kernel's bf16 input: bit patterns, not activations, which is as good here.
-    """
-    x = torch.empty(512, HEADS, HEAD_DIM, dtype=torch.bfloat16, device=device)
-    source = torch.empty_like(x)
     weight = torch.randn(HEAD_DIM, dtype=torch.bfloat16, device=device)
 
-    def fill(seed: int) -> None:
-        source.copy_(heads_input(512, HEADS, HEAD_DIM, x.dtype, device, seed=seed).x)
+    def of_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = rows.view(512, -1, HEAD_DIM)
+        return op(Input(x, x, weight), QWEN3_NEXT)
 
-    def chain(wait: Callable[[], None]) -> list[torch.Tensor]:
-        outputs = []
-        x.copy_(source)
-        wait()
-        current = x
-        for _ in range(4):
-            codes, scales = op(Input(current, current, weight), QWEN3_NEXT)
-            wait()
-            outputs += [codes, scales]
-            current = codes.view(torch.bfloat16).view(512, -1, HEAD_DIM)
-        return outputs
-
-    fill(3)
-    chain(torch.cuda.synchronize)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = chain(lambda: None)
-    for seed in range(4, 24):
-        fill(seed)
-        graph.replay()
-        torch.cuda.synchronize()
-        for actual, expected in zip(captured, chain(torch.cuda.synchronize), strict=True):
-            assert_same_bytes(actual, expected, f"seed {seed}")
+    check_cuda_graph_of_group_op(
+        of_rows,
+        lambda seed: heads_input(512, HEADS, HEAD_DIM, torch.bfloat16, device, seed=seed).x,
+        links=4,
+        first_seed=3,
+    )
 
 
 def test_pdl_switch_changes_no_byte(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    from vllm_fusion_plugin.kernels import launch
-
     data = heads_input(33, HEADS, HEAD_DIM, torch.bfloat16, device, seed=24)
-    monkeypatch.setenv(launch.ENV, "1")
-    with_pdl = op(data, QWEN3_NEXT)
-    monkeypatch.setenv(launch.ENV, "0")
-    assert not launch.pdl_supported(data.x.device)
-    without = op(data, QWEN3_NEXT)
-    assert_same_bytes(with_pdl[0], without[0], "codes")
-    assert_same_bytes(with_pdl[1], without[1], "scales")
+    check_pdl_switch(lambda: op(data, QWEN3_NEXT), data.x.device, monkeypatch)
 
 
 # ---- compute-sanitizer -----------------------------------------------------------------------------------------------
@@ -445,16 +404,12 @@ def test_sanitizer_op(rows: int, head_dim: int, mode: Mode, device: torch.device
     mode = mode._replace(group_size=64) if head_dim == 192 else mode
     data = exact_input(rows, 3, head_dim, mode, device, seed=25)
     codes, scales = op(data, mode)
-    # all of the storage, so that initcheck sees padding that was never written
-    column = padded_rows(rows) if mode.tma_aligned_scales else rows
-    storage = torch.empty(0, device=device).set_(scales.untyped_storage()).view(-1, column).cpu()
     layout = (mode.group_size, mode.column_major_scales, mode.tma_aligned_scales)
     expected_codes, expected_scales = group_fp8_quant_reference(
         norm(data, mode), *layout, mode.use_ue8m0, EPS, mode.quant_form
     )
     assert_same_bytes(codes.cpu(), expected_codes.cpu(), "codes")
-    assert_same_bytes(storage[:, :rows].contiguous(), expected_scales.t().cpu().contiguous(), "scales")
-    assert not storage[:, rows:].any()
+    check_columns(scales, expected_scales, mode.tma_aligned_scales)
 
 
 def test_sanitizer_strided(device: torch.device) -> None:
@@ -463,7 +418,4 @@ def test_sanitizer_strided(device: torch.device) -> None:
     wide = random_input(5, 3 * 128, torch.bfloat16, device, seed=27).view(5, 3, 256)
     x = wide[:, :, 128:]
     x.copy_(data.x)
-    expected = op(data, QWEN3_NEXT)
-    actual = op(data._replace(x=x), QWEN3_NEXT)
-    assert_same_bytes(actual[0], expected[0], "codes")
-    assert_same_bytes(actual[1], expected[1], "scales")
+    assert_same_outputs(op(data._replace(x=x), QWEN3_NEXT), op(data, QWEN3_NEXT))

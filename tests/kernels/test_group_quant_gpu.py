@@ -16,17 +16,25 @@ import torch
 
 from vllm_fusion_plugin.kernels import group_quant as kernels
 from vllm_fusion_plugin.ops.group_quant import group_fp8_quant
-from vllm_fusion_plugin.ops.quant import (
-    FP8_DTYPE,
-    FP8_MAX,
-    empty_group_scales,
-    group_fp8_quant_reference,
-    padded_rows,
-)
+from vllm_fusion_plugin.ops.quant import empty_group_scales, group_fp8_quant_reference
 
-from .cases import DTYPES, all_values, from_bits, short, strided
-from .checks import as_bits, assert_same_bytes, code_steps, count_differing, one_nan
-from .test_group_quant import DEEPSEEK, EPS, Mode, activations, modes
+from .cases import DTYPES, EPS, all_values, from_bits, short, strided
+from .checks import (
+    EDGE,
+    ENDS,
+    assert_same_bytes,
+    assert_same_outputs,
+    check_columns,
+    check_cuda_graph_of_group_op,
+    check_ends,
+    check_pdl_switch,
+    code_steps,
+    count_differing,
+    native_quantiser,
+    one_nan,
+    vllms_group_quant,
+)
+from .test_group_quant import DEEPSEEK, Mode, activations, modes
 
 pytestmark = pytest.mark.gpu
 
@@ -37,28 +45,12 @@ MODES = modes(quant_forms=("custom_op",))
 
 @pytest.fixture(scope="module")
 def stock() -> Callable[[torch.Tensor, Mode], tuple[torch.Tensor, torch.Tensor]]:
-    """vLLM's op, which takes contiguous rows only."""
     pytest.importorskip("vllm._custom_ops")  # loads the extension that defines torch.ops._C
-
-    def quantise(x: torch.Tensor, mode: Mode) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, width = x.shape
-        layout = (mode.column_major_scales, mode.tma_aligned_scales)
-        codes = torch.empty((rows, width), dtype=FP8_DTYPE, device=x.device)
-        scales = empty_group_scales(x, rows, width // mode.group_size, *layout)
-        torch.ops._C.per_token_group_fp8_quant(
-            x.contiguous(), codes, scales, mode.group_size, EPS, -FP8_MAX, FP8_MAX, mode.use_ue8m0, *layout
-        )
-        return codes, scales
-
-    return quantise
+    return lambda x, mode: vllms_group_quant(x.contiguous(), mode)
 
 
 def check(x: torch.Tensor, mode: Mode, stock: Callable, what: str) -> None:
-    codes, scales = group_fp8_quant(x, **mode.arguments())
-    expected_codes, expected_scales = stock(x, mode)
-    assert scales.stride() == expected_scales.stride()
-    assert_same_bytes(codes, expected_codes, f"{what}: codes")
-    assert_same_bytes(scales, expected_scales, f"{what}: scales")
+    assert_same_outputs(group_fp8_quant(x, **mode.arguments()), stock(x, mode), what)
 
 
 # ---- all inputs ------------------------------------------------------------------------------------------------------
@@ -126,13 +118,10 @@ def test_model_shapes(rows: int, width: int, stock: Callable, device: torch.devi
 )
 def test_native(mode: Mode, device: torch.device) -> None:
     pytest.importorskip("vllm")
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
     from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 
-    with set_current_vllm_config(VllmConfig()):
-        quantiser = QuantFP8(static=False, group_shape=GroupShape(1, mode.group_size), use_ue8m0=mode.use_ue8m0)
-    compiled = torch.compile(quantiser.forward_native)
+    quantise = native_quantiser(static=False, group_shape=GroupShape(1, mode.group_size), use_ue8m0=mode.use_ue8m0)
+    compiled = torch.compile(quantise)
     for kind in ("normal", "special"):
         x = activations(1024, 4096, mode.dtype, device, seed=10, kind=kind)
         codes, scales = group_fp8_quant(x, **mode.arguments())
@@ -150,22 +139,14 @@ def test_native(mode: Mode, device: torch.device) -> None:
 
 
 def test_more_than_two_to_the_31_elements(stock: Callable, device: torch.device) -> None:
-    """More than 2**31 codes, so every 32-bit index overflows somewhere; 7 GB, and 13 GB in strided rows."""
-    width, edge = 12288, 300
-    rows = 2**31 // width + edge
+    """7 GB, and 13 GB in strided rows."""
+    width = 12288
     for row_stride in (width, 2 * width):
-        x = torch.zeros(rows, row_stride, dtype=torch.bfloat16, device=device)[:, :width]
-        x[:edge] = activations(edge, width, x.dtype, device, seed=11)
-        x[-edge:] = activations(edge, width, x.dtype, device, seed=12)
+        x = torch.zeros(2**31 // width + EDGE, row_stride, dtype=torch.bfloat16, device=device)[:, :width]
+        for end, seed in zip(ENDS, (11, 12), strict=True):
+            x[end] = activations(EDGE, width, x.dtype, device, seed)
         for mode in (DEEPSEEK, DEEPSEEK._replace(column_major_scales=False, tma_aligned_scales=False)):
-            codes, scales = group_fp8_quant(x, **mode.arguments())
-            assert codes.numel() > 2**31
-            for end in (slice(None, edge), slice(-edge, None)):
-                expected_codes, expected_scales = stock(x[end], mode)
-                assert_same_bytes(codes[end], expected_codes, f"codes of {end}")
-                assert_same_bytes(scales[end].contiguous(), expected_scales.contiguous(), f"scales of {end}")
-            assert int(torch.count_nonzero(as_bits(codes[edge:-edge]))) == 0
-            del codes, scales
+            check_ends(group_fp8_quant(x, **mode.arguments()), [stock(x[end], mode) for end in ENDS])
         del x
 
 
@@ -175,49 +156,17 @@ def test_more_rows_than_a_grid_has_in_its_second_axis(stock: Callable, device: t
 
 
 def test_chain_in_a_cuda_graph(device: torch.device) -> None:
-    """Kernels that read what the one before has just written. A PDL launch that did not wait would read old bytes.
-
-    FP8 codes, two by two, are the next kernel's bf16 input: bit patterns, not activations, which is as good here.
-    """
-    x = torch.empty(512, 8192, dtype=torch.bfloat16, device=device)
-    source = torch.empty_like(x)
-
-    def chain(wait: Callable[[], None]) -> list[torch.Tensor]:
-        outputs = []
-        x.copy_(source)
-        wait()
-        current = x
-        for _ in range(4):
-            codes, scales = group_fp8_quant(current, **DEEPSEEK.arguments())
-            wait()
-            outputs += [codes, scales]
-            current = codes.view(torch.bfloat16)
-        return outputs
-
-    source.copy_(activations(512, 8192, x.dtype, device, seed=14))
-    chain(torch.cuda.synchronize)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = chain(lambda: None)
-    for seed in range(15, 35):
-        source.copy_(activations(512, 8192, x.dtype, device, seed=seed))
-        graph.replay()
-        torch.cuda.synchronize()
-        for actual, expected in zip(captured, chain(torch.cuda.synchronize), strict=True):
-            assert_same_bytes(actual, expected, f"seed {seed}")
+    check_cuda_graph_of_group_op(
+        lambda x: group_fp8_quant(x, **DEEPSEEK.arguments()),
+        lambda seed: activations(512, 8192, torch.bfloat16, device, seed),
+        links=4,
+        first_seed=14,
+    )
 
 
 def test_pdl_switch_changes_no_byte(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    from vllm_fusion_plugin.kernels import launch
-
     x = activations(33, 1536, torch.bfloat16, device, seed=35)
-    monkeypatch.setenv(launch.ENV, "1")
-    with_pdl = group_fp8_quant(x, **DEEPSEEK.arguments())
-    monkeypatch.setenv(launch.ENV, "0")
-    assert not launch.pdl_supported(x.device)
-    without = group_fp8_quant(x, **DEEPSEEK.arguments())
-    assert_same_bytes(with_pdl[0], without[0], "codes")
-    assert_same_bytes(with_pdl[1], without[1], "scales")
+    check_pdl_switch(lambda: group_fp8_quant(x, **DEEPSEEK.arguments()), x.device, monkeypatch)
 
 
 # ---- compute-sanitizer -----------------------------------------------------------------------------------------------
@@ -229,23 +178,18 @@ def test_sanitizer_op(rows: int, mode: Mode, device: torch.device) -> None:
     """The op's own allocations, unlike the guarded ones of the other tests: an access past their end is out of bounds."""
     x = strided(activations(rows, 3 * 128, mode.dtype, device, seed=36))
     codes, scales = group_fp8_quant(x, **mode.arguments())
-    # all of the storage, so that initcheck sees padding that was never written
-    column = padded_rows(rows) if mode.tma_aligned_scales else rows
-    storage = torch.empty(0, device=device).set_(scales.untyped_storage()).view(-1, column).cpu()
     *layout, quant_form = mode[1:]
     expected_codes, expected_scales = group_fp8_quant_reference(x, *layout, EPS, quant_form)
     assert_same_bytes(codes.cpu(), expected_codes.cpu(), "codes")
-    assert_same_bytes(storage[:, :rows].contiguous(), expected_scales.t().cpu().contiguous(), "scales")
-    assert not storage[:, rows:].any()
+    check_columns(scales, expected_scales, mode.tma_aligned_scales)
 
 
 def test_sanitizer_tiles(device: torch.device) -> None:
     """Tiles that rows and groups do not fill, each tile shape forced rather than chosen."""
     x = activations(5, 3 * 128, torch.bfloat16, device, seed=37)
-    expected_codes, expected_scales = group_fp8_quant_reference(x, 128, True, True, False, EPS, "custom_op")
+    expected = group_fp8_quant_reference(x, 128, True, True, False, EPS, "custom_op")
     for tile in (kernels.Tile(1, 4, 1), kernels.Tile(2, 2, 2), kernels.Tile(8, 1, 4), kernels.Tile(2, 8, 2)):
-        codes = torch.empty_like(expected_codes)
+        codes = torch.empty_like(expected[0])
         scales = empty_group_scales(x, 5, 3, True, True)
         kernels.group_fp8_quant(x, codes, scales, 128, False, EPS, "custom_op", tile=tile)
-        assert_same_bytes(codes, expected_codes, f"{tile}: codes")
-        assert_same_bytes(scales, expected_scales, f"{tile}: scales")
+        assert_same_outputs((codes, scales), expected, str(tile))

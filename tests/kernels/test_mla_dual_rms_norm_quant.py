@@ -20,9 +20,9 @@ from vllm_fusion_plugin.ops.mla_dual_rms_norm_quant import (
 )
 from vllm_fusion_plugin.ops.rms_norm_quant import rms_norm_reference
 
-from .cases import DTYPES, FORMS, random_input, special_values
-from .checks import Guarded, as_bits, assert_same_bytes, one_nan
-from .test_rms_norm_quant import BF16, DEEPSEEK, EPS, Layout, Norm, exact_input, layouts, run_group, zeros
+from .cases import DTYPES, EPS, FORMS, random_input, special_values
+from .checks import Guarded, as_bits, assert_same_bytes, assert_same_outputs, one_nan
+from .test_rms_norm_quant import BF16, DEEPSEEK, Layout, Norm, exact_input, layouts, run_group, zeros
 
 Q_EPSILON, KV_EPSILON = 1e-6, 1e-5
 OP = torch.ops.vllm_fusion_plugin.mla_dual_rms_norm_group_fp8_quant.default
@@ -136,9 +136,7 @@ def test_op_is_its_kernel(rows: int, device: torch.device) -> None:
     outputs = mla_dual_rms_norm_group_fp8_quant(
         q, kv, q_weight, kv_weight, Q_EPSILON, KV_EPSILON, column_major_scales=True, tma_aligned_scales=True
     )
-    for actual, expected in zip(outputs, run(q, kv, q_weight, kv_weight, mode), strict=True):
-        assert actual.stride() == expected.tensor.stride()
-        assert_same_bytes(actual, expected.tensor, "output")
+    assert_same_outputs(outputs, [guarded.tensor for guarded in run(q, kv, q_weight, kv_weight, mode)])
 
 
 @pytest.mark.parametrize("quant_form", FORMS)
@@ -163,9 +161,7 @@ def test_compiled_op_with_dynamic_tokens(device: torch.device) -> None:
         expected = mla_dual_rms_norm_group_fp8_quant(
             q, kv, q_weight, kv_weight, Q_EPSILON, KV_EPSILON, column_major_scales=True, tma_aligned_scales=True
         )
-        for actual, want in zip(compiled(x, q_weight, kv_weight), expected, strict=True):
-            assert actual.stride() == want.stride()
-            assert_same_bytes(actual, want, "output")
+        assert_same_outputs(compiled(x, q_weight, kv_weight), expected)
 
 
 BAD = {

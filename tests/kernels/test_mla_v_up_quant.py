@@ -23,11 +23,10 @@ from vllm_fusion_plugin.ops.mla_v_up_quant import (
 )
 from vllm_fusion_plugin.ops.quant import FP8_DTYPE, empty_group_scales
 
-from .cases import DTYPES, GROUP_SIZES, short
+from .cases import DTYPES, EPS, GROUP_SIZES, scales_name, short
 from .checks import POISON, Guarded, as_bits, assert_same_bytes, code_steps
 from .conftest import INTERPRETED
 
-EPS = 1e-10
 OP = torch.ops.vllm_fusion_plugin.mla_v_up_group_fp8_quant
 
 
@@ -58,8 +57,7 @@ class Mode(NamedTuple):
     use_ue8m0: bool = False
 
     def __str__(self) -> str:
-        layout = "tma" if self.tma_aligned_scales else "column" if self.column_major_scales else "row"
-        return f"{short(self.dtype)}-{self.group_size}-{layout}-{'ue8m0' if self.use_ue8m0 else 'fp32'}"
+        return f"{short(self.dtype)}-{scales_name(self)}"
 
 
 MODES = [
@@ -183,17 +181,17 @@ def test_shapes(tokens: int, depth: int, width: int, device: torch.device) -> No
 
 
 TILES = [
-    kernels.Tile(tokens, columns, 32, 3, 4, swap=swap, tma=tma, prefetch=not persistent, persistent=persistent)
+    kernels.Tile(tokens, columns, 32, 3, 4, swap=swap, tma=tma, persistent=persistent)
     for tokens, columns in ((16, 64), (64, 128))
     for swap, tma, persistent in itertools.product((False, True), repeat=3)
 ] + [
-    kernels.Tile(tokens, columns, depth, 1, 4, tma=False, prefetch=True, fma=True)
+    kernels.Tile(tokens, columns, depth, 1, 4, tma=False, fma=True)
     for tokens, columns, depth in ((1, 128, 16), (4, 64, 64))
 ]
 
 
 def name(tile: kernels.Tile) -> str:
-    ways = [way for way in ("swap", "tma", "prefetch", "persistent", "fma") if getattr(tile, way)]
+    ways = [way for way in ("swap", "tma", "persistent", "fma") if getattr(tile, way)]
     return "-".join([f"{tile.tokens}x{tile.columns}", *ways])
 
 
@@ -291,7 +289,7 @@ def test_stages_fit_the_device(
 def test_vllms_layouts_go_the_fast_way(
     attn: str, weights: str, launched: dict[str, object], monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    """Descriptors and prefetching, and not for layouts that have none or on GPUs that do not gain by them."""
+    """Descriptors, and not for layouts that have none or on GPUs that do not gain by them."""
     x, w = exact_inputs(5, 3, 64, 128, torch.bfloat16, device, seed=5)
     codes, scales = outputs(x, w, Mode())
     x, w = laid_out_attn(x, attn), laid_out_weights(w, weights)
@@ -306,13 +304,11 @@ def test_vllms_layouts_go_the_fast_way(
             128,
             False,
             EPS,
-            kernels.Tile(16, 128, 64, 3, 4, prefetch=True),
+            kernels.Tile(16, 128, 64, 3, 4),
             pdl=True,
         )
         fit = weights in WEIGHT_LAYOUTS[:3]
         assert launched["TMA"] == (has_tma and fit and attn in ATTN_LAYOUTS[:3])
-        assert launched["PREFETCH"] == fit
-        assert launched["W_WHOLE"] == (weights == "output first")
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)

@@ -21,12 +21,23 @@ from vllm_fusion_plugin.ops.mla_v_up_quant import (
     mla_v_up_group_fp8_quant_reference,
     scale_padding,
 )
-from vllm_fusion_plugin.ops.quant import FP8_DTYPE, FP8_MAX, padded_rows
+from vllm_fusion_plugin.ops.quant import FP8_DTYPE
 
-from .cases import DTYPES, GROUP_SIZES, short
-from .checks import as_bits, assert_same_bytes, code_steps, count_differing
+from .cases import DTYPES, EPS, GROUP_SIZES, short
+from .checks import (
+    EDGE,
+    ENDS,
+    Wait,
+    assert_same_bytes,
+    assert_same_outputs,
+    check_columns,
+    check_cuda_graph,
+    check_ends,
+    code_steps,
+    count_differing,
+    vllms_group_quant,
+)
 from .test_mla_v_up_quant import (
-    EPS,
     MODES,
     Mode,
     exact_inputs,
@@ -48,15 +59,10 @@ class Unfused:
     def __init__(self) -> None:
         import vllm._custom_ops  # noqa: F401  (loads the extension that defines torch.ops._C)
 
-        self.quant = torch.ops._C.per_token_group_fp8_quant
-
     def __call__(self, x: torch.Tensor, w: torch.Tensor, mode: Mode) -> tuple[torch.Tensor, torch.Tensor]:
-        codes, scales = outputs(x, w, mode)
-        y = x.new_empty(codes.shape)
+        y = x.new_empty(x.shape[0], w.shape[0] * w.shape[2])
         torch.bmm(x.transpose(0, 1), w, out=y.view(x.shape[0], x.shape[1], -1).transpose(0, 1))
-        layout = (mode.column_major_scales, mode.tma_aligned_scales)
-        self.quant(y, codes, scales, mode.group_size, EPS, -FP8_MAX, FP8_MAX, mode.use_ue8m0, *layout)
-        return codes, scales
+        return vllms_group_quant(y, mode)
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +89,7 @@ def fused(
 
 
 def check(x: torch.Tensor, w: torch.Tensor, mode: Mode, unfused: Unfused, tile: kernels.Tile | None = None) -> None:
-    codes, scales = fused(x, w, mode, tile)
-    expected_codes, expected_scales = unfused(x, w, mode)
-    assert scales.stride() == expected_scales.stride()
-    assert_same_bytes(codes, expected_codes, "codes")
-    assert_same_bytes(scales, expected_scales, "scales")
+    assert_same_outputs(fused(x, w, mode, tile), unfused(x, w, mode))
 
 
 # ---- where sums are exact --------------------------------------------------------------------------------------------
@@ -118,10 +120,7 @@ def test_exact_shapes(heads: int, weights: str, unfused: Unfused, device: torch.
 def test_exact_layouts(layout: str, unfused: Unfused, device: torch.device) -> None:
     for tokens in (1, 64, 700):
         x, w = exact_inputs(tokens, 16, L, V, torch.bfloat16, device, seed=tokens)
-        codes, scales = fused(laid_out_attn(x, layout), w, Mode())
-        expected_codes, expected_scales = unfused(x, w, Mode())
-        assert_same_bytes(codes, expected_codes, f"{tokens} tokens: codes")
-        assert_same_bytes(scales, expected_scales, f"{tokens} tokens: scales")
+        assert_same_outputs(fused(laid_out_attn(x, layout), w, Mode()), unfused(x, w, Mode()), f"{tokens} tokens")
 
 
 SHAPES = (  # tokens, depth, stages, warps, swap
@@ -134,7 +133,7 @@ SHAPES = (  # tokens, depth, stages, warps, swap
     (256, 64, 4, 8, False),
 )
 TILES = [
-    kernels.Tile(tokens, 128, depth, stages, num_warps, swap, tma, prefetch=not persistent, persistent=persistent)
+    kernels.Tile(tokens, 128, depth, stages, num_warps, swap, tma, persistent=persistent)
     for (tokens, depth, stages, num_warps, swap), tma, persistent in itertools.product(
         SHAPES, (False, True), (False, True)
     )
@@ -233,11 +232,9 @@ def test_one_step_from_vllm_at_most(
 @pytest.mark.parametrize("tokens", [1, 64, 2048])
 def test_same_bytes_every_time(tokens: int, device: torch.device) -> None:
     x, w = normal_inputs(tokens, 128, torch.bfloat16, device, seed=50)
-    codes, scales = fused(x, w, Mode())
+    expected = fused(x, w, Mode())
     for _ in range(20):
-        again = fused(x, w, Mode())
-        assert_same_bytes(again[0], codes, "codes")
-        assert_same_bytes(again[1], scales, "scales")
+        assert_same_outputs(fused(x, w, Mode()), expected)
 
 
 # ---- sizes, streams and graphs ---------------------------------------------------------------------------------------
@@ -246,28 +243,20 @@ def test_same_bytes_every_time(tokens: int, device: torch.device) -> None:
 @pytest.mark.usefixtures("fp32_sums")
 @pytest.mark.parametrize("tma", [True, False], ids=["tma", "pointers"])
 def test_more_than_two_to_the_31_elements(tma: bool, unfused: Unfused, device: torch.device) -> None:
-    """More than 2**31 codes, and four times as many inputs, so every 32-bit index overflows somewhere; 20 GB."""
-    heads, edge = 128, 300
-    tokens = 2**31 // (heads * V) + edge
+    """And four times as many inputs; 20 GB."""
+    heads = 128
+    tokens = 2**31 // (heads * V) + EDGE
     x = torch.zeros(tokens, heads, L, dtype=torch.bfloat16, device=device)
-    for end, seed in ((slice(None, edge), 51), (slice(-edge, None), 52)):
-        x[end], w = exact_inputs(edge, heads, L, V, x.dtype, device, seed=seed)
+    for end, seed in zip(ENDS, (51, 52), strict=True):
+        x[end], w = exact_inputs(EDGE, heads, L, V, x.dtype, device, seed=seed)
     tile = kernels.group_tile(tokens, heads, V, 128)._replace(tma=tma)
     for mode in (Mode(), Mode(column_major_scales=False, tma_aligned_scales=False)):
-        codes, scales = fused(x, w, mode, tile)
-        assert codes.numel() > 2**31
-        for end in (slice(None, edge), slice(-edge, None)):
-            expected_codes, expected_scales = unfused(x[end], w, mode)
-            assert_same_bytes(codes[end], expected_codes, f"codes of {end}")
-            assert_same_bytes(scales[end].contiguous(), expected_scales.contiguous(), f"scales of {end}")
-        assert int(torch.count_nonzero(as_bits(codes[edge:-edge]))) == 0
-        del codes, scales
+        check_ends(fused(x, w, mode, tile), [unfused(x[end], w, mode) for end in ENDS])
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 700])
 def test_chain_in_a_cuda_graph(tokens: int, device: torch.device) -> None:
-    """Kernels that read what the one before has just written, attention's output first and then weights. A PDL launch that
-    did not wait, or that read weights early, would read old bytes.
+    """Attention's output is written just before, and then weights, which a kernel might read early.
 
     FP8 codes, two by two, are the next kernel's bf16 input: bit patterns, not activations, which is as good here.
     """
@@ -276,7 +265,7 @@ def test_chain_in_a_cuda_graph(tokens: int, device: torch.device) -> None:
     w = torch.empty(heads, depth, V, dtype=torch.bfloat16, device=device)
     source_x, source_w = torch.empty_like(x), torch.empty_like(w)
 
-    def chain(wait: Callable[[], None]) -> list[torch.Tensor]:
+    def chain(wait: Wait) -> list[torch.Tensor]:
         results = []
         x.copy_(source_x)
         wait()
@@ -298,17 +287,7 @@ def test_chain_in_a_cuda_graph(tokens: int, device: torch.device) -> None:
         source_x.copy_(new_x)
         source_w.copy_(new_w)
 
-    fill(60)
-    chain(torch.cuda.synchronize)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = chain(lambda: None)
-    for seed in range(61, 81):
-        fill(seed)
-        graph.replay()
-        torch.cuda.synchronize()
-        for actual, expected in zip(captured, chain(torch.cuda.synchronize), strict=True):
-            assert_same_bytes(actual, expected, f"seed {seed}")
+    check_cuda_graph(chain, fill, first_seed=60)
 
 
 @pytest.mark.parametrize("tokens", [1, 33, 128, 700])
@@ -321,10 +300,7 @@ def test_pdl_changes_no_byte(tokens: int, device: torch.device) -> None:
     x, w = normal_inputs(tokens, 128, torch.bfloat16, device, seed=53)
     for weights in WEIGHTS:
         w = laid_out_weights(w, weights)
-        codes, scales = fused(x, w, Mode(), pdl=True)
-        without_codes, without_scales = fused(x, w, Mode(), pdl=False)
-        assert_same_bytes(codes, without_codes, "codes")
-        assert_same_bytes(scales, without_scales, "scales")
+        assert_same_outputs(fused(x, w, Mode(), pdl=True), fused(x, w, Mode(), pdl=False), weights)
 
 
 def test_compiles_once_for_all_numbers_of_tokens(device: torch.device) -> None:
@@ -353,14 +329,10 @@ def test_sanitizer_op(tokens: int, mode: Mode, device: torch.device) -> None:
     x, w = laid_out_attn(x, "padded heads"), laid_out_weights(w, "output first")
     codes, scales = outputs(x, w, mode)
     mla_v_up_group_fp8_quant(x, w, codes, scales, mode.group_size)
-    # all of the storage, so that initcheck sees padding that was never written
-    column = padded_rows(tokens) if mode.tma_aligned_scales else tokens
-    storage = torch.empty(0, device=device).set_(scales.untyped_storage()).view(-1, column).cpu()
     expected_codes, expected_scales = outputs(x, w, mode)
     mla_v_up_group_fp8_quant_reference(x, w, expected_codes, expected_scales, mode.group_size)
     assert_same_bytes(codes.cpu(), expected_codes.cpu(), "codes")
-    assert_same_bytes(storage[:, :tokens].contiguous(), expected_scales.t().cpu().contiguous(), "scales")
-    assert not storage[:, tokens:].any()
+    check_columns(scales, expected_scales, mode.tma_aligned_scales)
 
 
 def test_sanitizer_scales_as_vllm_allocates_them(device: torch.device) -> None:
@@ -376,19 +348,17 @@ def test_sanitizer_scales_as_vllm_allocates_them(device: torch.device) -> None:
 
 
 def test_sanitizer_tiles(device: torch.device) -> None:
-    """Tiles that tokens do not fill, every way through the kernel, prefetching from both layouts of weights."""
+    """Tiles that tokens do not fill, every way through the kernel, both layouts of weights."""
     x, w = exact_inputs(19, 3, 64, 128, torch.bfloat16, device, seed=57)
-    expected_codes, expected_scales = outputs(x, w, Mode())
-    mla_v_up_group_fp8_quant_reference(x, w, expected_codes, expected_scales)
+    expected = outputs(x, w, Mode())
+    mla_v_up_group_fp8_quant_reference(x, w, *expected)
     for tile, weights in itertools.product(
         (
-            kernels.Tile(16, 128, 32, 3, 4, swap=True, tma=True, prefetch=True),
-            kernels.Tile(16, 128, 32, 3, 4, swap=False, tma=False, prefetch=True),
+            kernels.Tile(16, 128, 32, 3, 4, swap=True, tma=True),
+            kernels.Tile(16, 128, 32, 3, 4, swap=False, tma=False),
             kernels.Tile(64, 128, 32, 2, 4, swap=False, tma=True, persistent=True),
-            kernels.Tile(4, 128, 32, 1, 4, tma=False, prefetch=True, fma=True),
+            kernels.Tile(4, 128, 32, 1, 4, tma=False, fma=True),
         ),
         WEIGHTS,
     ):
-        codes, scales = fused(x, laid_out_weights(w, weights), Mode(), tile)
-        assert_same_bytes(codes, expected_codes, f"{tile}: codes")
-        assert_same_bytes(scales, expected_scales, f"{tile}: scales")
+        assert_same_outputs(fused(x, laid_out_weights(w, weights), Mode(), tile), expected, str(tile))

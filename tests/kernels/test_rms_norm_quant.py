@@ -31,11 +31,10 @@ from vllm_fusion_plugin.ops.rms_norm_quant import (
     scale_rows,
 )
 
-from .cases import DTYPES, FORMS, all_values, random_input, short, special_values, strided
-from .checks import Guarded, as_bits, assert_same_bytes, code_steps, one_nan
+from .cases import DTYPES, EPS, FORMS, all_values, random_input, scales_name, short, special_values, strided
+from .checks import Guarded, as_bits, assert_same_bytes, assert_same_outputs, check_deterministic, code_steps, one_nan
 
 EPSILON = 1e-6
-EPS = 1e-10
 OPS = torch.ops.vllm_fusion_plugin
 
 
@@ -74,8 +73,7 @@ class Layout(NamedTuple):
     use_ue8m0: bool = False
 
     def __str__(self) -> str:
-        layout = "tma" if self.tma_aligned_scales else "column" if self.column_major_scales else "row"
-        return f"{self.group_size}-{layout}-{'ue8m0' if self.use_ue8m0 else 'fp32'}"
+        return scales_name(self)
 
 
 def norm_modes(quant_forms: tuple[str, ...] = FORMS) -> list[Norm]:
@@ -587,9 +585,7 @@ def test_outputs(keep_norm: bool, residual_given: bool, device: torch.device) ->
         (static, [quant.static_fp8_quant_reference(normed, scale, "custom_op"), *extras]),
     ):
         assert len(actual) == len(expected)
-        for out, want in zip(actual, expected, strict=True):
-            assert out.stride() == want.stride()
-            assert_same_bytes(out, want, "output")
+        assert_same_outputs(actual, expected)
 
 
 GROUP_ARGUMENTS = [
@@ -639,19 +635,13 @@ def test_compiled_ops_with_dynamic_tokens(device: torch.device) -> None:
             *rms_norm_token_fp8_quant(x, weight),
             *rms_norm_static_fp8_quant(x, weight, scale, residual=residual),
         ]
-        for actual, want in zip(compiled(x, residual), expected, strict=True):
-            assert actual.stride() == want.stride()
-            assert_same_bytes(actual, want, "output")
+        assert_same_outputs(compiled(x, residual), expected)
 
 
 def test_ops_are_deterministic_and_leave_their_input(device: torch.device) -> None:
     x, residual = inputs(5, 384, BF16, device, seed=17, kind="special")
     weight = BF16.make_weight(384, device)
-    before = [as_bits(t).clone() for t in (x, residual, weight)]
-    first, second = (rms_norm_group_fp8_quant(x, weight, residual=residual) for _ in range(2))
-    for one, other in zip(first, second, strict=True):
-        assert_same_bytes(one, other, "output")
-    assert all(torch.equal(as_bits(t), b) for t, b in zip((x, residual, weight), before, strict=True))
+    check_deterministic(lambda x, r, w: rms_norm_group_fp8_quant(x, w, residual=r), x, residual, weight)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

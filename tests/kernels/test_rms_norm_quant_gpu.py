@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from vllm_fusion_plugin.kernels import rms_norm_quant as kernels
-from vllm_fusion_plugin.ops.quant import FP8_DTYPE, FP8_MAX, empty_group_scales, padded_rows
+from vllm_fusion_plugin.ops.quant import FP8_DTYPE, empty_group_scales
 from vllm_fusion_plugin.ops.rms_norm_quant import (
     rms_norm_group_fp8_quant,
     rms_norm_group_fp8_quant_reference,
@@ -29,9 +29,23 @@ from vllm_fusion_plugin.ops.rms_norm_quant import (
     rms_norm_token_fp8_quant_reference,
 )
 
-from .cases import DTYPES, all_values, short, strided
-from .checks import as_bits, assert_same_bytes, code_steps
-from .test_rms_norm_quant import BF16, DEEPSEEK, EPS, EPSILON, Layout, Norm, exact_input, inputs, layouts
+from .cases import DTYPES, EPS, all_values, short, strided
+from .checks import (
+    EDGE,
+    ENDS,
+    Wait,
+    as_bits,
+    assert_same_bytes,
+    assert_same_outputs,
+    check_columns,
+    check_cuda_graph,
+    check_ends,
+    check_pdl_switch,
+    code_steps,
+    native_quantiser,
+    vllms_group_quant,
+)
+from .test_rms_norm_quant import BF16, DEEPSEEK, EPSILON, Layout, Norm, exact_input, inputs, layouts
 
 pytestmark = pytest.mark.gpu
 
@@ -67,13 +81,7 @@ class Ops:
         return y, residual
 
     def group(self, y: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = torch.empty_like(y, dtype=FP8_DTYPE)
-        flags = layout[1:3]
-        scales = empty_group_scales(y, y.shape[0], y.shape[1] // layout.group_size, *flags)
-        self.c.per_token_group_fp8_quant(
-            y, codes, scales, layout.group_size, EPS, -FP8_MAX, FP8_MAX, layout.use_ue8m0, *flags
-        )
-        return codes, scales
+        return vllms_group_quant(y, layout)
 
     def token(self, y: torch.Tensor, scale_ub: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         codes, scales = torch.empty_like(y, dtype=FP8_DTYPE), y.new_empty((y.shape[0], 1), dtype=torch.float32)
@@ -279,10 +287,7 @@ def check_quantisers(
     options = {"residual": residual, "keep_norm": True, **mode.forms()}
     for layout in some_layouts:
         codes, scales, normed, *_ = rms_norm_group_fp8_quant(x, weight, epsilon, **options, **layout._asdict())
-        expected_codes, expected_scales = ops.group(normed, layout)
-        assert scales.stride() == expected_scales.stride()
-        assert_same_bytes(codes, expected_codes, f"{layout}: codes")
-        assert_same_bytes(scales, expected_scales, f"{layout}: scales")
+        assert_same_outputs((codes, scales), ops.group(normed, layout), str(layout))
     for bound in (None, 0.8, 1e-9):
         scale_ub = None if bound is None else torch.tensor([bound], device=x.device)
         codes, scales, normed, *_ = rms_norm_token_fp8_quant(x, weight, epsilon, scale_ub=scale_ub, **options)
@@ -352,14 +357,6 @@ def test_quantisers_odd_widths(width: int, ops: Ops, device: torch.device) -> No
 
 
 # ---- native quantisers -----------------------------------------------------------------------------------------------
-
-
-def native_quantiser(**arguments: object) -> Callable:
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
-
-    with set_current_vllm_config(VllmConfig()):
-        return QuantFP8(**arguments).forward_native
 
 
 def assert_native_codes(codes: torch.Tensor, expected: torch.Tensor, exact: bool) -> None:
@@ -434,38 +431,29 @@ def test_token_and_static_native_quant(width: int, static: bool, residual_given:
 
 
 def test_more_than_two_to_the_31_elements(device: torch.device) -> None:
-    """More than 2**31 codes, so every 32-bit index overflows somewhere; 22 GB. Rows do not depend on the batch: both ends
-    are compared with themselves alone."""
-    width, edge = 7168, 300
-    rows = 2**31 // width + edge
-    x = torch.zeros(rows, width, dtype=torch.bfloat16, device=device)
+    """22 GB. Rows do not depend on the batch: both ends are compared with themselves alone."""
+    width = 7168
+    x = torch.zeros(2**31 // width + EDGE, width, dtype=torch.bfloat16, device=device)
     residual = torch.zeros_like(x)
-    for end, seed in ((slice(None, edge), 25), (slice(-edge, None), 26)):
-        x[end], residual[end] = inputs(edge, width, BF16, device, seed=seed)
+    for end, seed in zip(ENDS, (25, 26), strict=True):
+        x[end], residual[end] = inputs(EDGE, width, BF16, device, seed=seed)
     weight, scale = BF16.make_weight(width, device), torch.tensor([0.0123], device=device)
     for call in (
         lambda x, r: rms_norm_group_fp8_quant(x, weight, residual=r, keep_norm=True, **DEEPSEEK._asdict()),
         lambda x, r: rms_norm_token_fp8_quant(x, weight, residual=r, keep_norm=True),
         lambda x, r: rms_norm_static_fp8_quant(x, weight, scale, residual=r, keep_norm=True),
     ):
-        every = call(x, residual)
-        assert every[0].numel() > 2**31
-        for end in (slice(None, edge), slice(-edge, None)):
-            for whole, alone in zip(every, call(x[end], residual[end]), strict=True):
-                assert_same_bytes(whole[end].contiguous(), alone.contiguous(), f"{end}")
-        assert int(torch.count_nonzero(as_bits(every[0][edge:-edge]) & 0x7F)) == 0  # -0 where the weight is negative
-        del every
+        check_ends(call(x, residual), [call(x[end], residual[end]) for end in ENDS], either_zero=True)
 
 
 def test_chain_in_a_cuda_graph(device: torch.device) -> None:
-    """Kernels that read what the one before has just written, weights included. A PDL launch that did not wait, or whose
-    prefetch kept an old weight, would read old bytes."""
+    """Weights included, of which a prefetch might keep old ones."""
     rows, width = 512, 4096
     x, residual = (torch.empty(rows, width, dtype=torch.bfloat16, device=device) for _ in range(2))
     source = torch.empty(2 * rows, width, dtype=torch.bfloat16, device=device)
     scale = torch.tensor([0.0123], device=device)
 
-    def chain(wait: Callable[[], None]) -> list[torch.Tensor]:
+    def chain(wait: Wait) -> list[torch.Tensor]:
         outputs = []
         x.copy_(source[:rows])
         residual.copy_(source[rows:])
@@ -486,35 +474,21 @@ def test_chain_in_a_cuda_graph(device: torch.device) -> None:
     def fill(seed: int) -> None:
         source.copy_(torch.cat(inputs(rows, width, BF16, device, seed=seed)))
 
-    fill(27)
-    chain(torch.cuda.synchronize)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = chain(lambda: None)
-    for seed in range(28, 48):
-        fill(seed)
-        graph.replay()
-        torch.cuda.synchronize()
-        for actual, expected in zip(captured, chain(torch.cuda.synchronize), strict=True):
-            assert_same_bytes(actual, expected, f"seed {seed}")
+    check_cuda_graph(chain, fill, first_seed=27)
 
 
 def test_pdl_switch_changes_no_byte(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    from vllm_fusion_plugin.kernels import launch
-
     x, residual = inputs(33, 7168, BF16, device, seed=49)
     weight, scale = BF16.make_weight(7168, device), torch.tensor([0.0123], device=device)
 
-    def outputs(switch: str) -> list[torch.Tensor]:
-        monkeypatch.setenv(launch.ENV, switch)
+    def outputs() -> list[torch.Tensor]:
         return [
             *rms_norm_group_fp8_quant(x, weight, residual=residual, keep_norm=True),
             *rms_norm_token_fp8_quant(x, weight, residual=residual),
             *rms_norm_static_fp8_quant(x, weight, scale, residual=residual),
         ]
 
-    for one, other in zip(outputs("1"), outputs("0"), strict=True):
-        assert_same_bytes(one, other, "output")
+    check_pdl_switch(outputs, device, monkeypatch)
 
 
 # ---- compute-sanitizer -----------------------------------------------------------------------------------------------
@@ -533,13 +507,9 @@ def test_sanitizer_group(rows: int, width: int, device: torch.device) -> None:
         expected = rms_norm_group_fp8_quant_reference(
             x, weight, EPSILON, residual, keep_norm=True, norm_form="custom_op", **layout._asdict()
         )
-        # all of the storage, so that initcheck sees padding that was never written
-        scales = outputs.pop(1)
-        column = padded_rows(rows) if layout.tma_aligned_scales else rows
-        storage = torch.empty(0, device=device).set_(scales.untyped_storage()).cpu()
         if layout.column_major_scales:
-            assert not storage.view(-1, column)[:, rows:].any()
-        assert_same_bytes(scales.cpu().contiguous(), expected.pop(1).cpu().contiguous(), "scales")
+            check_columns(outputs[1], expected[1], layout.tma_aligned_scales)
+        assert_same_bytes(outputs.pop(1).cpu().contiguous(), expected.pop(1).cpu().contiguous(), "scales")
         for one, other in zip(outputs, expected, strict=True):
             assert_same_bytes(one.cpu(), other.cpu(), "output")
 

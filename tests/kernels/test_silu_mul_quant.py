@@ -19,11 +19,34 @@ from vllm_fusion_plugin.ops.silu_mul_quant import (
     silu_mul_static_fp8_quant_reference,
 )
 
-from .cases import DTYPES, GroupMode, StaticMode, all_values, group_modes, random_input, short, static_modes, strided
-from .checks import Guarded, as_bits, assert_same_bytes, code_steps, guarded_codes, guarded_scales, one_nan
+from .cases import (
+    DTYPES,
+    EPS,
+    GroupMode,
+    StaticMode,
+    all_values,
+    group_modes,
+    random_input,
+    short,
+    static_modes,
+    strided,
+    zeros_laid_out_as,
+)
+from .checks import (
+    Guarded,
+    as_bits,
+    assert_same_bytes,
+    assert_same_outputs,
+    check_deterministic,
+    check_guarded,
+    check_tma_outputs,
+    code_steps,
+    guarded_codes,
+    guarded_scales,
+    one_nan,
+)
 from .test_numerics import _silu_kernel, run
 
-EPS = 1e-10
 DEEPSEEK = GroupMode(torch.bfloat16, 128, True, True, False, "custom_op", "custom_op")
 OPS = torch.ops.vllm_fusion_plugin
 
@@ -59,17 +82,9 @@ def run_group(x: torch.Tensor, mode: GroupMode) -> tuple[Guarded, Guarded]:
 
 
 def check_group(x: torch.Tensor, mode: GroupMode) -> None:
-    codes, scales = run_group(x, mode)
     *layout, act_form, quant_form = mode[1:]
-    expected_codes, expected_scales = group_fp8_quant_reference(
-        activation(x, act_form, quant_form), *layout, EPS, quant_form
-    )
-    assert scales.tensor.stride() == expected_scales.stride()
-    assert_same_bytes(codes.tensor, one_nan(expected_codes), "codes")
-    assert_same_bytes(one_nan(scales.tensor), one_nan(expected_scales), "scales")
-    # Storage and not tensor: TMA-aligned scales have padding, which must be zero. The buffer was poisoned.
-    storage = torch.empty(0, device=x.device).set_(expected_scales.untyped_storage())
-    assert_same_bytes(one_nan(scales.storage().view(torch.float32)), one_nan(storage), "scales and padding")
+    y = activation(x, act_form, quant_form)
+    check_guarded(*run_group(x, mode), *group_fp8_quant_reference(y, *layout, EPS, quant_form))
 
 
 def run_static(x: torch.Tensor, scale: torch.Tensor, mode: StaticMode) -> torch.Tensor:
@@ -188,12 +203,8 @@ def test_static_shapes(rows: int, width: int, device: torch.device) -> None:
 @pytest.mark.parametrize("rows", [0, 1, 5])
 def test_group_op_is_its_kernel(rows: int, device: torch.device) -> None:
     x = random_input(rows, 384, torch.bfloat16, device, seed=7)
-    codes, scales = silu_mul_group_fp8_quant(x, 128, column_major_scales=True, tma_aligned_scales=True)
-    assert codes.is_contiguous()
-    assert scales.stride() == (1, (rows + 3) // 4 * 4)
-    expected_codes, expected_scales = run_group(x, DEEPSEEK)
-    assert_same_bytes(codes, expected_codes.tensor, "codes")
-    assert_same_bytes(scales, expected_scales.tensor, "scales")
+    outputs = silu_mul_group_fp8_quant(x, 128, column_major_scales=True, tma_aligned_scales=True)
+    check_tma_outputs(outputs, run_group(x, DEEPSEEK))
 
 
 def test_static_op_is_its_kernel(device: torch.device) -> None:
@@ -230,23 +241,12 @@ def test_compiled_ops_with_dynamic_tokens(device: torch.device) -> None:
     scale = torch.tensor([0.03], device=device)
     for rows in (5, 2, 33):
         x = random_input(rows, 256, torch.bfloat16, device, seed=rows)
-        codes, scales, static_codes = compiled(x, scale)
-        expected_codes, expected_scales = silu_mul_group_fp8_quant(
-            x, 128, column_major_scales=True, tma_aligned_scales=True
-        )
-        assert scales.stride() == expected_scales.stride()
-        assert_same_bytes(codes, expected_codes, "codes")
-        assert_same_bytes(scales, expected_scales, "scales")
-        assert_same_bytes(static_codes, silu_mul_static_fp8_quant(x, scale), "static codes")
+        group = silu_mul_group_fp8_quant(x, 128, column_major_scales=True, tma_aligned_scales=True)
+        assert_same_outputs(compiled(x, scale), (*group, silu_mul_static_fp8_quant(x, scale)))
 
 
 def test_ops_are_deterministic_and_leave_their_input(device: torch.device) -> None:
-    x = random_input(5, 384, torch.bfloat16, device, seed=11, kind="special")
-    before = as_bits(x).clone()
-    first, second = silu_mul_group_fp8_quant(x), silu_mul_group_fp8_quant(x)
-    assert_same_bytes(first[0], second[0], "codes")
-    assert_same_bytes(first[1], second[1], "scales")
-    assert torch.equal(as_bits(x), before)
+    check_deterministic(silu_mul_group_fp8_quant, random_input(5, 384, torch.bfloat16, device, seed=11, kind="special"))
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -268,8 +268,7 @@ BAD_INPUTS = {
 @pytest.mark.parametrize("bad", BAD_INPUTS)
 def test_bad_input_is_refused(bad: str, device: torch.device) -> None:
     x, message = BAD_INPUTS[bad]
-    # as_strided: a copy to another device would make strided columns contiguous
-    x = torch.zeros(1024, dtype=x.dtype, device=device).as_strided(x.shape, x.stride())
+    x = zeros_laid_out_as(x, device)
     scale = torch.ones(1, device=device)
     for call in (
         lambda: silu_mul_group_fp8_quant(x),

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_fusion_plugin.kernels import silu_mul_quant as kernels
-from vllm_fusion_plugin.ops.quant import FP8_DTYPE, FP8_MAX, empty_group_scales, padded_rows
+from vllm_fusion_plugin.ops.quant import FP8_DTYPE, empty_group_scales
 from vllm_fusion_plugin.ops.silu_mul_quant import (
     silu_mul_group_fp8_quant,
     silu_mul_group_fp8_quant_reference,
@@ -26,6 +26,7 @@ from vllm_fusion_plugin.ops.silu_mul_quant import (
 
 from .cases import (
     DTYPES,
+    EPS,
     GroupMode,
     StaticMode,
     all_values,
@@ -36,13 +37,25 @@ from .cases import (
     static_modes,
     strided,
 )
-from .checks import as_bits, assert_same_bytes, code_steps, count_differing
+from .checks import (
+    EDGE,
+    ENDS,
+    assert_same_bytes,
+    assert_same_outputs,
+    check_columns,
+    check_cuda_graph_of_group_op,
+    check_ends,
+    check_pdl_switch,
+    code_steps,
+    count_differing,
+    native_quantiser,
+    vllms_group_quant,
+)
 
 pytestmark = pytest.mark.gpu
 
 ELEMENTS = int(os.environ.get("VFP_EXHAUSTIVE_ELEMENTS", 2**30))
 CHUNK = (8192, 12288)  # rows and output width, so that one chunk is 1e8 elements
-EPS = 1e-10
 UPS = 200
 STATIC_SCALES = (1.0, 0.0123, 3e-5, 700.0)
 
@@ -71,15 +84,7 @@ class Unfused:
         return y
 
     def group(self, x: torch.Tensor, mode: GroupMode) -> tuple[torch.Tensor, torch.Tensor]:
-        y = self.activation(x, mode.act_form)
-        rows, width = y.shape
-        layout = (mode.column_major_scales, mode.tma_aligned_scales)
-        codes = torch.empty_like(y, dtype=FP8_DTYPE)
-        scales = empty_group_scales(y, rows, width // mode.group_size, *layout)
-        self.ops.per_token_group_fp8_quant(
-            y, codes, scales, mode.group_size, EPS, -FP8_MAX, FP8_MAX, mode.use_ue8m0, *layout
-        )
-        return codes, scales
+        return vllms_group_quant(self.activation(x, mode.act_form), mode)
 
     def static(self, x: torch.Tensor, scale: torch.Tensor, mode: StaticMode) -> torch.Tensor:
         y = self.activation(x, mode.act_form)
@@ -101,11 +106,7 @@ def unfused() -> Unfused:
 
 
 def check_group(x: torch.Tensor, mode: GroupMode, unfused: Unfused, what: str) -> None:
-    codes, scales = silu_mul_group_fp8_quant(x, **mode.arguments())
-    expected_codes, expected_scales = unfused.group(x, mode)
-    assert scales.stride() == expected_scales.stride()
-    assert_same_bytes(codes, expected_codes, f"{what}: codes")
-    assert_same_bytes(scales, expected_scales, f"{what}: scales")
+    assert_same_outputs(silu_mul_group_fp8_quant(x, **mode.arguments()), unfused.group(x, mode), what)
 
 
 # ---- all inputs ------------------------------------------------------------------------------------------------------
@@ -196,10 +197,8 @@ def test_group_model_shapes(rows: int, width: int, unfused: Unfused, device: tor
     for mode in (DEEPSEEK, DEEPSEEK._replace(group_size=64, tma_aligned_scales=False, act_form="native")):
         check_group(x, mode, unfused, str(mode))
     # vLLM's silu_and_mul wants contiguous rows: the strided ones must give what the contiguous ones do
-    codes, scales = silu_mul_group_fp8_quant(strided(x), **DEEPSEEK.arguments())
-    expected_codes, expected_scales = unfused.group(x, DEEPSEEK)
-    assert_same_bytes(codes, expected_codes, "strided: codes")
-    assert_same_bytes(scales, expected_scales, "strided: scales")
+    outputs = silu_mul_group_fp8_quant(strided(x), **DEEPSEEK.arguments())
+    assert_same_outputs(outputs, unfused.group(x, DEEPSEEK), "strided")
 
 
 # ---- native quantisers -----------------------------------------------------------------------------------------------
@@ -211,14 +210,6 @@ def inductors(quantise: Callable, mode: GroupMode | StaticMode, unfused: Unfused
         return torch.compile(lambda x, *scale: quantise(forward_native(x), *scale))
     compiled = torch.compile(quantise)
     return lambda x, *scale: compiled(unfused.activation(x, "custom_op"), *scale)
-
-
-def native_quantiser(**arguments: object) -> Callable:
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
-
-    with set_current_vllm_config(VllmConfig()):
-        return QuantFP8(**arguments).forward_native
 
 
 def assert_one_step_at_most(codes: torch.Tensor, expected: torch.Tensor) -> None:
@@ -262,82 +253,40 @@ def test_static_native_quant(mode: StaticMode, unfused: Unfused, device: torch.d
 # ---- sizes, streams and graphs ---------------------------------------------------------------------------------------
 
 
+def zeros_but_for_ends(device: torch.device, seeds: tuple[int, int]) -> torch.Tensor:
+    """11 GB."""
+    width = 12288
+    x = torch.zeros(2**31 // width + EDGE, 2 * width, dtype=torch.bfloat16, device=device)
+    for end, seed in zip(ENDS, seeds, strict=True):
+        x[end] = random_input(EDGE, width, x.dtype, device, seed)
+    return x
+
+
 def test_group_more_than_two_to_the_31_elements(unfused: Unfused, device: torch.device) -> None:
-    """More than 2**31 codes, so every 32-bit index overflows somewhere; 11 GB."""
-    width, edge = 12288, 300
-    rows = 2**31 // width + edge
-    x = torch.zeros(rows, 2 * width, dtype=torch.bfloat16, device=device)
-    x[:edge] = random_input(edge, width, x.dtype, device, seed=16)
-    x[-edge:] = random_input(edge, width, x.dtype, device, seed=17)
+    x = zeros_but_for_ends(device, seeds=(16, 17))
     for mode in (DEEPSEEK, DEEPSEEK._replace(column_major_scales=False, tma_aligned_scales=False)):
-        codes, scales = silu_mul_group_fp8_quant(x, **mode.arguments())
-        assert codes.numel() > 2**31
-        for end in (slice(None, edge), slice(-edge, None)):
-            expected_codes, expected_scales = unfused.group(x[end], mode)
-            assert_same_bytes(codes[end], expected_codes, f"codes of {end}")
-            assert_same_bytes(scales[end].contiguous(), expected_scales.contiguous(), f"scales of {end}")
-        assert int(torch.count_nonzero(as_bits(codes[edge:-edge]))) == 0
-        del codes, scales
+        check_ends(silu_mul_group_fp8_quant(x, **mode.arguments()), [unfused.group(x[end], mode) for end in ENDS])
 
 
 def test_static_more_than_two_to_the_31_elements(unfused: Unfused, device: torch.device) -> None:
-    width, edge = 12288, 300
-    rows = 2**31 // width + edge
-    x = torch.zeros(rows, 2 * width, dtype=torch.bfloat16, device=device)
-    x[:edge] = random_input(edge, width, x.dtype, device, seed=18)
-    x[-edge:] = random_input(edge, width, x.dtype, device, seed=19)
-    scale = torch.tensor([0.0123], device=device)
+    x = zeros_but_for_ends(device, seeds=(18, 19))
+    scale, mode = torch.tensor([0.0123], device=device), StaticMode(x.dtype, "custom_op", "custom_op")
     codes = silu_mul_static_fp8_quant(x, scale)
-    mode = StaticMode(x.dtype, "custom_op", "custom_op")
-    for end in (slice(None, edge), slice(-edge, None)):
-        assert_same_bytes(codes[end], unfused.static(x[end], scale, mode), f"codes of {end}")
-    assert int(torch.count_nonzero(as_bits(codes[edge:-edge]))) == 0
+    check_ends([codes], [[unfused.static(x[end], scale, mode)] for end in ENDS])
 
 
 def test_chain_in_a_cuda_graph(device: torch.device) -> None:
-    """Kernels that read what the one before has just written. A PDL launch that did not wait would read old bytes.
-
-    FP8 codes, two by two, are the next kernel's bf16 input: bit patterns, not activations, which is as good here.
-    """
-    x = torch.empty(512, 2 * 8192, dtype=torch.bfloat16, device=device)
-    source = torch.empty_like(x)
-
-    def chain(wait: Callable[[], None]) -> list[torch.Tensor]:
-        outputs = []
-        x.copy_(source)
-        wait()
-        current = x
-        for _ in range(3):
-            codes, scales = silu_mul_group_fp8_quant(current, **DEEPSEEK.arguments())
-            wait()
-            outputs += [codes, scales]
-            current = codes.view(torch.bfloat16)
-        return outputs
-
-    source.copy_(random_input(512, 8192, x.dtype, device, seed=20))
-    chain(torch.cuda.synchronize)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = chain(lambda: None)
-    for seed in range(21, 41):
-        source.copy_(random_input(512, 8192, x.dtype, device, seed=seed))
-        graph.replay()
-        torch.cuda.synchronize()
-        for actual, expected in zip(captured, chain(torch.cuda.synchronize), strict=True):
-            assert_same_bytes(actual, expected, f"seed {seed}")
+    check_cuda_graph_of_group_op(
+        lambda x: silu_mul_group_fp8_quant(x, **DEEPSEEK.arguments()),
+        lambda seed: random_input(512, 8192, torch.bfloat16, device, seed),
+        links=3,
+        first_seed=20,
+    )
 
 
 def test_pdl_switch_changes_no_byte(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    from vllm_fusion_plugin.kernels import launch
-
     x = random_input(33, 1536, torch.bfloat16, device, seed=42)
-    monkeypatch.setenv(launch.ENV, "1")
-    with_pdl = silu_mul_group_fp8_quant(x, **DEEPSEEK.arguments())
-    monkeypatch.setenv(launch.ENV, "0")
-    assert not launch.pdl_supported(x.device)
-    without = silu_mul_group_fp8_quant(x, **DEEPSEEK.arguments())
-    assert_same_bytes(with_pdl[0], without[0], "codes")
-    assert_same_bytes(with_pdl[1], without[1], "scales")
+    check_pdl_switch(lambda: silu_mul_group_fp8_quant(x, **DEEPSEEK.arguments()), x.device, monkeypatch)
 
 
 # ---- compute-sanitizer -----------------------------------------------------------------------------------------------
@@ -349,13 +298,9 @@ def test_sanitizer_group(rows: int, mode: GroupMode, device: torch.device) -> No
     """The op's own allocations, unlike the guarded ones of the other tests: an access past their end is out of bounds."""
     x = strided(random_input(rows, 3 * 128, mode.dtype, device, seed=44))
     codes, scales = silu_mul_group_fp8_quant(x, **mode.arguments())
-    # all of the storage, so that initcheck sees padding that was never written
-    column = padded_rows(rows) if mode.tma_aligned_scales else rows
-    storage = torch.empty(0, device=device).set_(scales.untyped_storage()).view(-1, column).cpu()
     expected_codes, expected_scales = silu_mul_group_fp8_quant_reference(x, **mode.arguments())
     assert_same_bytes(codes.cpu(), expected_codes.cpu(), "codes")
-    assert_same_bytes(storage[:, :rows].contiguous(), expected_scales.t().cpu().contiguous(), "scales")
-    assert not storage[:, rows:].any()
+    check_columns(scales, expected_scales, mode.tma_aligned_scales)
 
 
 @pytest.mark.parametrize("rows, width", [(1, 512), (3, 700), (17, 2048)])
@@ -369,12 +314,11 @@ def test_sanitizer_static(rows: int, width: int, device: torch.device) -> None:
 def test_sanitizer_tiles(device: torch.device) -> None:
     """Tiles that rows and groups do not fill, each tile shape forced rather than chosen."""
     x = random_input(5, 3 * 128, torch.bfloat16, device, seed=46)
-    expected_codes, expected_scales = silu_mul_group_fp8_quant_reference(x, **DEEPSEEK.arguments())
+    expected = silu_mul_group_fp8_quant_reference(x, **DEEPSEEK.arguments())
     for tile in (kernels.Tile(1, 4, 1), kernels.Tile(2, 2, 2), kernels.Tile(8, 1, 4)):
-        codes = torch.empty_like(expected_codes)
+        codes = torch.empty_like(expected[0])
         scales = empty_group_scales(x, 5, 3, True, True)
         kernels.silu_mul_group_fp8_quant(
             x, codes, scales, 128, False, EPS, DEEPSEEK.act_form, DEEPSEEK.quant_form, tile=tile
         )
-        assert_same_bytes(codes, expected_codes, f"{tile}: codes")
-        assert_same_bytes(scales, expected_scales, f"{tile}: scales")
+        assert_same_outputs((codes, scales), expected, str(tile))

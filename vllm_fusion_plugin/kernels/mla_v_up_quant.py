@@ -6,8 +6,8 @@ problems in one kernel, told apart by `Tile`:
 
 - For few tokens the weights are nearly all the traffic and each is read once. What counts is how soon all of them are
   on their way: a program's pipeline holds all of a head's. `swap` puts the columns, not the tokens, where the tensor core
-  has 64 rows. With `prefetch`, L2 is asked for them before the producer is waited for; an H200 is a little slower with it
-  (3.86 µs instead of 3.61 for one token of 16 heads).
+  has 64 rows. To ask L2 for them before the producer is waited for did not pay on an H200 (3.86 µs instead of 3.61 for one
+  token of 16 heads).
 - For more, tiles are as tall as it takes for all of them to run at once, since each reads its head's weights again, from L2.
 - For yet more, programs are `persistent`: one that goes on to the next tile loads while it quantises.
 """
@@ -24,24 +24,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import quant
-from .launch import on_device, pdl_options, prefetch, wait_for_producer
-from .numerics import HAS_PTX, rounded, widen
-
-
-@triton.jit
-def _prefetch_rows(w_ptr, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
-    """Ask L2 for ROWS rows of COLUMNS 16-bit numbers, by lines of 128 bytes: too many requests for `prefetch`."""
-    row = tl.arange(0, DEPTH).to(tl.int64)
-    ptrs = w_ptr + row[:, None] * row_stride + tl.arange(0, COLUMNS // 64)[None, :] * 64
-    for k in range(0, ROWS, DEPTH):
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-            "=r,l",
-            [(ptrs + tl.cast(k, tl.int64) * row_stride).to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+from .launch import on_device, pdl_options, wait_for_producer
+from .numerics import rounded, widen
 
 
 @triton.jit
@@ -209,26 +193,14 @@ def _group_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
-    WARPS: tl.constexpr,
     SWAP: tl.constexpr,
     TMA: tl.constexpr,
     FMA: tl.constexpr,
-    PREFETCH: tl.constexpr,
     PERSISTENT: tl.constexpr,
     W_ROWS: tl.constexpr,
-    W_WHOLE: tl.constexpr,
     UE8M0: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    # once for all tiles of tokens
-    if PREFETCH and HAS_PTX and tl.program_id(0) == 0:
-        unit = tl.program_id(1)
-        w_head = w_ptr + tl.cast(unit // (V // COLUMNS), tl.int64) * w_head_stride
-        w_head += tl.cast(unit % (V // COLUMNS) * COLUMNS, tl.int64) * w_column_stride
-        if W_WHOLE:
-            prefetch(w_head, 2 * L * COLUMNS, WARPS)
-        elif W_ROWS:
-            _prefetch_rows(w_head, w_row_stride, L, COLUMNS, DEPTH)
     wait_for_producer(PDL)
     if PERSISTENT:
         token_tiles = tl.cdiv(tokens, TOKENS)
@@ -262,7 +234,6 @@ class Tile(NamedTuple):
     num_warps: int
     swap: bool = False  # columns, not tokens, are the rows of the tensor core's tile
     tma: bool = True  # tensor descriptors instead of pointers, if the tensors lie so that there can be any
-    prefetch: bool = False  # of weights into L2, before the producer is waited for
     persistent: bool = False
     fma: bool = False  # no tensor core: weights go straight into registers, all at once; for a handful of tokens
 
@@ -351,13 +322,11 @@ def mla_v_up_group_fp8_quant(
     stages = max(2, min(tile.stages, room // (2 * tile_depth * (tile.tokens + columns))))
     units = heads * (width // columns)
     token_tiles = triton.cdiv(tokens, tile.tokens)
-    pdl_given = pdl_options(attn_out.device, pdl)
 
     # vLLM's weights are contiguous along the columns or along the contraction, by how they were dequantised.
     w_rows = w_uv.stride(2) == 1
     x, w = attn_out.transpose(0, 1), w_uv if w_rows else w_uv.transpose(1, 2)
-    w_describable = _describable(w)
-    tma = tile.tma and not tile.fma and gpu.has_tma and w_describable and _describable(x)
+    tma = tile.tma and not tile.fma and gpu.has_tma and _describable(w) and _describable(x)
     descriptors: tuple[Any, Any] = (None, None)
     if tma:
         w_block = [1, tile_depth, columns] if w_rows else [1, columns, tile_depth]
@@ -387,15 +356,12 @@ def mla_v_up_group_fp8_quant(
             COLUMNS=columns,
             DEPTH=tile_depth,
             STAGES=stages,
-            WARPS=tile.num_warps,
             SWAP=tile.swap,
             TMA=tma,
             FMA=tile.fma,
-            PREFETCH=tile.prefetch and pdl_given["PDL"] and w_describable and not tile.persistent,
             PERSISTENT=tile.persistent,
             W_ROWS=w_rows,
-            W_WHOLE=w_uv.stride(1) == 1 and w_uv.stride(2) == depth,
             UE8M0=use_ue8m0,
             num_warps=tile.num_warps,
-            **pdl_given,
+            **pdl_options(attn_out.device, pdl),
         )

@@ -60,12 +60,13 @@ def inverse_rms(total, epsilon, WIDTH: tl.constexpr, CUSTOM_OP: tl.constexpr):
 
 
 @triton.jit
-def chunk_mask(row, rows, FIRST: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr):
-    """Mask [rows, CHUNK] of the columns from FIRST on."""
+def chunk_columns(row, rows, FIRST: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr):
+    """The columns [1, CHUNK] from FIRST on, and the mask [rows, CHUNK] of what is there."""
+    column = FIRST + tl.arange(0, CHUNK)[None, :]
     mask = (row < rows)[:, None]
     if FIRST + CHUNK > WIDTH:
-        mask = mask & (FIRST + tl.arange(0, CHUNK) < WIDTH)[None, :]
-    return mask
+        mask = mask & (column < WIDTH)
+    return column, mask
 
 
 @triton.jit
@@ -94,8 +95,7 @@ def load_rows(
     # nine chunks would go to memory nine times, one after the other.
     xs, addends, residuals, residual_addends = (), (), (), ()
     for first in tl.static_range(0, WIDTH, CHUNK):
-        column = first + tl.arange(0, CHUNK)[None, :]
-        mask = chunk_mask(row, rows, first, CHUNK, WIDTH)
+        column, mask = chunk_columns(row, rows, first, CHUNK, WIDTH)
         x = tl.load(x_ptr + row64 * x_stride + column, mask=mask, other=0.0)
         xs = xs + (x,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no unpacking
         if x_addend_ptr is not None:
@@ -111,7 +111,7 @@ def load_rows(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     total = tl.zeros([row.shape[0], CHUNK], tl.float32)
     for first in tl.static_range(0, WIDTH, CHUNK):
-        mask = chunk_mask(row, rows, first, CHUNK, WIDTH)
+        column, mask = chunk_columns(row, rows, first, CHUNK, WIDTH)
         s = numerics.widen(xs[first // CHUNK])
         if x_addend_ptr is not None:
             addend = numerics.widen(addends[first // CHUNK])
@@ -125,8 +125,7 @@ def load_rows(
                 r += numerics.widen(residual_addends[first // CHUNK])
             s += r
             if residual_out_ptr is not None:
-                ptrs = residual_out_ptr + row64 * WIDTH + (first + tl.arange(0, CHUNK)[None, :])
-                tl.store(ptrs, s.to(dtype), mask=mask)
+                tl.store(residual_out_ptr + row64 * WIDTH + column, s.to(dtype), mask=mask)
             if ROUND_SUM:
                 s = numerics.rounded(s, dtype)
         # As Inductor writes it, so that the compiler makes the same of it: fma where it makes one there.
@@ -180,6 +179,31 @@ def times_weight(
 
 
 @triton.jit
+def normed_chunk(
+    chunks,
+    weights,
+    inverse,
+    weight_ptr,
+    column,
+    dtype: tl.constexpr,
+    FIRST: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GEMMA: tl.constexpr,
+    ROUND_SCALED: tl.constexpr,
+    KEEP_FP32: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """y [rows, CHUNK] of the chunk from FIRST on, whose weight has been loaded if EARLY."""
+    if EARLY:
+        weight = weights[FIRST // CHUNK]
+    else:
+        weight = load_weight(weight_ptr, column, WIDTH, FIRST + CHUNK <= WIDTH)
+    y = chunks[FIRST // CHUNK] * inverse[:, None]
+    return times_weight(y, weight, dtype, GEMMA, ROUND_SCALED, KEEP_FP32)
+
+
+@triton.jit
 def norm_and_quantise_groups(
     x_ptr,
     residual_ptr,
@@ -229,15 +253,11 @@ def norm_and_quantise_groups(
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     GROUPS: tl.constexpr = CHUNK // GROUP_SIZE
     for first in tl.static_range(0, WIDTH, CHUNK):
-        column = first + tl.arange(0, CHUNK)[None, :]
-        mask = chunk_mask(row, rows, first, CHUNK, WIDTH)
+        column, mask = chunk_columns(row, rows, first, CHUNK, WIDTH)
         offset = row.to(tl.int64)[:, None] * WIDTH + column
-        if EARLY:
-            weight = weights[first // CHUNK]
-        else:
-            weight = load_weight(weight_ptr, column, WIDTH, first + CHUNK <= WIDTH)
-        y = chunks[first // CHUNK] * inverse[:, None]
-        y = times_weight(y, weight, dtype, GEMMA, ROUND_SCALED, KEEP_FP32)
+        y = normed_chunk(
+            chunks, weights, inverse, weight_ptr, column, dtype, first, CHUNK, WIDTH, GEMMA, ROUND_SCALED, KEEP_FP32, EARLY
+        )  # fmt: skip
         if normed_ptr is not None:
             tl.store(normed_ptr + offset, y.to(dtype), mask=mask)
         y = tl.reshape(y, (TILE_ROWS, GROUPS, GROUP_SIZE))
@@ -360,14 +380,10 @@ def _token_kernel(
     normed = ()
     top = tl.zeros([TILE_ROWS, CHUNK], tl.float32)
     for first in tl.static_range(0, WIDTH, CHUNK):
-        column = first + tl.arange(0, CHUNK)[None, :]
-        mask = chunk_mask(row, rows, first, CHUNK, WIDTH)
-        if EARLY:
-            weight = weights[first // CHUNK]
-        else:
-            weight = load_weight(weight_ptr, column, WIDTH, first + CHUNK <= WIDTH)
-        y = chunks[first // CHUNK] * inverse[:, None]
-        y = times_weight(y, weight, dtype, GEMMA, ROUND_SCALED, KEEP_FP32)
+        column, mask = chunk_columns(row, rows, first, CHUNK, WIDTH)
+        y = normed_chunk(
+            chunks, weights, inverse, weight_ptr, column, dtype, first, CHUNK, WIDTH, GEMMA, ROUND_SCALED, KEEP_FP32, EARLY
+        )  # fmt: skip
         if normed_ptr is not None:
             tl.store(normed_ptr + row.to(tl.int64)[:, None] * WIDTH + column, y.to(dtype), mask=mask)
         top = quant.running_max(top, tl.abs(y), NATIVE)  # beyond WIDTH y is 0, or NaN as in all of the row
@@ -375,8 +391,7 @@ def _token_kernel(
     scale = quant.token_scale(top, bound_ptr, NATIVE)
     tl.store(scales_ptr + row, scale, mask=row < rows)
     for first in tl.static_range(0, WIDTH, CHUNK):
-        column = first + tl.arange(0, CHUNK)[None, :]
-        mask = chunk_mask(row, rows, first, CHUNK, WIDTH)
+        column, mask = chunk_columns(row, rows, first, CHUNK, WIDTH)
         codes = quant.token_codes(normed[first // CHUNK], scale[:, None], bound_ptr is not None, NATIVE)
         offset = row.to(tl.int64)[:, None] * WIDTH + column
         tl.store(tl.multiple_of(codes_ptr + offset, (1, ALIGNED)), codes, mask=mask)
@@ -429,15 +444,11 @@ def _static_kernel(
     inverse = inverse_rms(total, epsilon, WIDTH, CUSTOM_OP)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     for first in tl.static_range(0, WIDTH, CHUNK):
-        column = first + tl.arange(0, CHUNK)[None, :]
-        mask = chunk_mask(row, rows, first, CHUNK, WIDTH)
+        column, mask = chunk_columns(row, rows, first, CHUNK, WIDTH)
         offset = row.to(tl.int64)[:, None] * WIDTH + column
-        if EARLY:
-            weight = weights[first // CHUNK]
-        else:
-            weight = load_weight(weight_ptr, column, WIDTH, first + CHUNK <= WIDTH)
-        y = chunks[first // CHUNK] * inverse[:, None]
-        y = times_weight(y, weight, dtype, GEMMA, ROUND_SCALED, KEEP_FP32)
+        y = normed_chunk(
+            chunks, weights, inverse, weight_ptr, column, dtype, first, CHUNK, WIDTH, GEMMA, ROUND_SCALED, KEEP_FP32, EARLY
+        )  # fmt: skip
         if normed_ptr is not None:
             tl.store(normed_ptr + offset, y.to(dtype), mask=mask)
         codes = quant.static_codes(y, scale_inverse, NATIVE)
@@ -518,16 +529,8 @@ def forms(
     }
 
 
-def addends(
-    x_addend: torch.Tensor | None, x_addend_scale: float, residual_addend: torch.Tensor | None
-) -> dict[str, Any]:
-    return {
-        "x_addend_ptr": x_addend,
-        "residual_addend_ptr": residual_addend,
-        "x_addend_stride": x_addend.stride(0) if x_addend is not None else 0,
-        "residual_addend_stride": residual_addend.stride(0) if residual_addend is not None else 0,
-        "X_ADDEND_SCALE": x_addend_scale,
-    }
+def row_stride(x: torch.Tensor | None) -> int:
+    return x.stride(0) if x is not None else 0
 
 
 def start(
@@ -549,6 +552,62 @@ def start(
     }
 
 
+def _launch(
+    kernel: Any,
+    quantiser: dict[str, Any],
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    codes: torch.Tensor,
+    epsilon: float,
+    gemma_weight: bool,
+    norm_form: str,
+    quant_form: str,
+    normed: torch.Tensor | None = None,
+    residual_out: torch.Tensor | None = None,
+    x_addend: torch.Tensor | None = None,
+    x_addend_scale: float = 1.0,
+    residual_addend: torch.Tensor | None = None,
+    sum_columns: int = 0,
+    tile: Tile | None = None,
+    pdl: bool | None = None,
+) -> None:
+    """Run `kernel`. quantiser: the arguments that it alone has; `normed` and on: the `more` of the functions below."""
+    rows, width = x.shape
+    if rows == 0:
+        return
+    native, add = quant_form == "native", residual is not None
+    addends = x_addend is not None and residual_addend is not None
+    if kernel is _token_kernel:
+        crowded, most = add and (native or addends), 2  # two: this kernel has a row in registers twice
+    else:
+        crowded, most = addends and not native, 4
+    tile = tile or folded(row_tile(width, native, crowded, sum_columns), rows, add, most)
+    with on_device(x.device):
+        kernel[(triton.cdiv(rows, tile.rows),)](
+            x_ptr=x,
+            residual_ptr=residual,
+            weight_ptr=weight,
+            codes_ptr=codes,
+            normed_ptr=normed,
+            residual_out_ptr=residual_out,
+            rows=rows,
+            x_stride=x.stride(0),
+            residual_stride=row_stride(residual),
+            epsilon=epsilon,
+            WIDTH=width,
+            x_addend_ptr=x_addend,
+            residual_addend_ptr=residual_addend,
+            x_addend_stride=row_stride(x_addend),
+            residual_addend_stride=row_stride(residual_addend),
+            X_ADDEND_SCALE=x_addend_scale,
+            **quantiser,
+            **tile.constants(),
+            **forms(x, weight, gemma_weight, norm_form, quant_form),
+            **start(x, [weight], tile.num_warps, pdl),
+        )
+
+
 def rms_norm_group_fp8_quant(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -562,51 +621,25 @@ def rms_norm_group_fp8_quant(
     eps: float,
     norm_form: str,
     quant_form: str,
-    normed: torch.Tensor | None = None,
-    residual_out: torch.Tensor | None = None,
-    x_addend: torch.Tensor | None = None,
-    x_addend_scale: float = 1.0,
-    residual_addend: torch.Tensor | None = None,
-    sum_columns: int = 0,
-    tile: Tile | None = None,
-    pdl: bool | None = None,
+    **more: Any,
 ) -> None:
     """Write codes [M, H], scales [M, H / group_size] and, if given, normed and residual_out [M, H] of x [M, H]; arguments as
     the op checked them."""
     rows, width = x.shape
-    if rows == 0:
-        return
-    native = quant_form == "native"
-    crowded = not native and x_addend is not None and residual_addend is not None
-    tile = tile or folded(row_tile(width, native, crowded, sum_columns), rows, residual is not None)
     padded_rows = rows_with_padding(scales, rows)
-    with on_device(x.device):
-        _group_kernel[(triton.cdiv(rows, tile.rows),)](
-            x,
-            residual,
-            weight,
-            codes,
-            scales,
-            normed,
-            residual_out,
-            rows,
-            padded_rows,
-            x.stride(0),
-            residual.stride(0) if residual is not None else 0,
-            scales.stride(0),
-            scales.stride(1),
-            epsilon,
-            eps,
-            WIDTH=width,
-            GROUP_SIZE=group_size,
-            **tile.constants(),
-            ALIGNED=math.gcd(width, 8),
-            PADDED=padded_rows > rows,
-            UE8M0=use_ue8m0,
-            **forms(x, weight, gemma_weight, norm_form, quant_form),
-            **addends(x_addend, x_addend_scale, residual_addend),
-            **start(x, [weight], tile.num_warps, pdl),
-        )
+    quantiser = {
+        "scales_ptr": scales,
+        "padded_rows": padded_rows,
+        "scale_row_stride": scales.stride(0),
+        "scale_group_stride": scales.stride(1),
+        "eps": eps,
+        "GROUP_SIZE": group_size,
+        "ALIGNED": math.gcd(width, 8),
+        "PADDED": padded_rows > rows,
+        "UE8M0": use_ue8m0,
+    }
+    norm = (x, weight, residual, codes, epsilon, gemma_weight, norm_form, quant_form)
+    _launch(_group_kernel, quantiser, *norm, **more)
 
 
 def rms_norm_token_fp8_quant(
@@ -620,45 +653,13 @@ def rms_norm_token_fp8_quant(
     gemma_weight: bool,
     norm_form: str,
     quant_form: str,
-    normed: torch.Tensor | None = None,
-    residual_out: torch.Tensor | None = None,
-    x_addend: torch.Tensor | None = None,
-    x_addend_scale: float = 1.0,
-    residual_addend: torch.Tensor | None = None,
-    sum_columns: int = 0,
-    tile: Tile | None = None,
-    pdl: bool | None = None,
+    **more: Any,
 ) -> None:
     """Write codes [M, H], scales [M, 1] and, if given, normed and residual_out [M, H] of x [M, H]; arguments as the op
     checked them."""
-    rows, width = x.shape
-    if rows == 0:
-        return
-    native = quant_form == "native"
-    crowded = residual is not None and (native or (x_addend is not None and residual_addend is not None))
-    # two at most: this kernel has a row in registers twice
-    tile = tile or folded(row_tile(width, native, crowded, sum_columns), rows, residual is not None, most=2)
-    with on_device(x.device):
-        _token_kernel[(triton.cdiv(rows, tile.rows),)](
-            x,
-            residual,
-            weight,
-            scale_ub,
-            codes,
-            scales,
-            normed,
-            residual_out,
-            rows,
-            x.stride(0),
-            residual.stride(0) if residual is not None else 0,
-            epsilon,
-            WIDTH=width,
-            **tile.constants(),
-            ALIGNED=aligned(width, native),
-            **forms(x, weight, gemma_weight, norm_form, quant_form),
-            **addends(x_addend, x_addend_scale, residual_addend),
-            **start(x, [weight], tile.num_warps, pdl),
-        )
+    quantiser = {"bound_ptr": scale_ub, "scales_ptr": scales, "ALIGNED": aligned(x.shape[1], quant_form == "native")}
+    norm = (x, weight, residual, codes, epsilon, gemma_weight, norm_form, quant_form)
+    _launch(_token_kernel, quantiser, *norm, **more)
 
 
 def rms_norm_static_fp8_quant(
@@ -671,39 +672,9 @@ def rms_norm_static_fp8_quant(
     gemma_weight: bool,
     norm_form: str,
     quant_form: str,
-    normed: torch.Tensor | None = None,
-    residual_out: torch.Tensor | None = None,
-    x_addend: torch.Tensor | None = None,
-    x_addend_scale: float = 1.0,
-    residual_addend: torch.Tensor | None = None,
-    sum_columns: int = 0,
-    tile: Tile | None = None,
-    pdl: bool | None = None,
+    **more: Any,
 ) -> None:
     """Write codes [M, H] and, if given, normed and residual_out [M, H] of x [M, H]; arguments as the op checked them."""
-    rows, width = x.shape
-    if rows == 0:
-        return
-    native = quant_form == "native"
-    crowded = not native and x_addend is not None and residual_addend is not None
-    tile = tile or folded(row_tile(width, native, crowded, sum_columns), rows, residual is not None)
-    with on_device(x.device):
-        _static_kernel[(triton.cdiv(rows, tile.rows),)](
-            x,
-            residual,
-            weight,
-            scale,
-            codes,
-            normed,
-            residual_out,
-            rows,
-            x.stride(0),
-            residual.stride(0) if residual is not None else 0,
-            epsilon,
-            WIDTH=width,
-            **tile.constants(),
-            ALIGNED=aligned(width, native),
-            **forms(x, weight, gemma_weight, norm_form, quant_form),
-            **addends(x_addend, x_addend_scale, residual_addend),
-            **start(x, [weight], tile.num_warps, pdl),
-        )
+    quantiser = {"scale_ptr": scale, "ALIGNED": aligned(x.shape[1], quant_form == "native")}
+    norm = (x, weight, residual, codes, epsilon, gemma_weight, norm_form, quant_form)
+    _launch(_static_kernel, quantiser, *norm, **more)
