@@ -63,6 +63,7 @@ DEFAULTS: dict[str, Any] = {
     "configs": list(CONFIGS),
     "batches": [1, 8, 32, 128],
     "capture": [1, 2, 4, 8, 16, 32, 64, 128],
+    "autotuned": False,  # has kernels that Triton's autotuner times
 }
 NEEDS: dict[str, dict[str, Any]] = {
     # The other GDN prefill kernels compile for minutes, and each capture size takes seconds.
@@ -71,6 +72,7 @@ NEEDS: dict[str, dict[str, Any]] = {
         "batches": [1, 32],
         "capture": [1, 32],
         "configs": ["stock", "stock_unfused", "ours", "control"],
+        "autotuned": True,
     },
     # 48 GB of weights an engine: two fit on one GPU.
     "deepseek_v3": {"configs": ["stock_unfused", "ours"]},
@@ -98,7 +100,7 @@ def serve(args: argparse.Namespace) -> None:
     from vllm import LLM, SamplingParams
 
     config = CONFIGS[args.serve]
-    pass_config, partition = config["pass_config"], {}
+    pass_config, partition = config["pass_config"] | args.pass_config, {}
     if args.attention:
         partition = {"use_inductor_graph_partition": True}  # attention has to be in the graph that passes see
         if args.serve in ATTENTION:
@@ -243,9 +245,9 @@ def measure(args: argparse.Namespace) -> None:
     try:
         for name in args.configs:
             engines[name] = Engine(name, args, folder)
-            if args.deterministic:  # the next one finds this one's choices
+            if args.deterministic and args.autotuned:  # the next one finds this one's choices
                 engines[name].ready(start)
-        if not args.deterministic:
+        if not (args.deterministic and args.autotuned):
             for engine in engines.values():
                 engine.ready(start)
         reports = {name: engine.ask("report") for name, engine in engines.items()}
@@ -379,7 +381,7 @@ def parse() -> argparse.Namespace:
         "--deterministic",
         action="store_true",
         help="take timing out of what is compiled: Inductor's `deterministic`, and one choice of Triton's autotuner "
-        "for all engines, which start one after the other",
+        "for all engines, which then start one after the other",
     )
     parser.add_argument(
         "--memory", type=float, help="part of the GPU's memory for an engine; default: as much for each"
@@ -395,6 +397,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=12, help="6 or more, for a confidence interval")
     parser.add_argument("--kv-gib", type=float, default=6, help="KV cache of each engine")
     parser.add_argument("--engine", type=json.loads, help="further engine arguments, JSON")
+    parser.add_argument("--pass-config", type=json.loads, default={}, help="further flags of all engines' passes, JSON")
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -410,7 +413,7 @@ def parse() -> argparse.Namespace:
     needs = NEEDS.get(config["model_type"], {})
     args.engine = needs.get("engine", {}) | (args.engine or {})
     for name, value in (DEFAULTS | needs).items():
-        if getattr(args, name) is None:
+        if getattr(args, name, None) is None:
             setattr(args, name, value)
     return args
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
 import pathlib
 from collections import Counter
@@ -21,10 +22,12 @@ from typing import Any, NamedTuple
 import grid
 import timing
 import torch
+from mla_v_up_quant import MLAVUp, V
 from producers import PRODUCERS, Producer, Tensors, named
 from quantisers import EPS, STATIC_SCALE, Group, Static, Token
 
 ROWS = 8192
+MLA_TOKENS = (1, 2, 8, 16, 32, 64, 100, 128, 512, 2048, 8192)
 QUANTISERS = {"group": Group, "token": Token, "static": Static}
 LAYOUTS = {"group": ("column", "tma,ue8m0", "group64"), "token": ("",), "static": ("",)}
 
@@ -171,8 +174,33 @@ def compare(case: Case, width: int, dtype: torch.dtype, elements: int) -> dict[s
     }  # fmt: skip
 
 
+def compare_mla_v_up(mode: str, tokens: int, heads: int, dtype: torch.dtype, elements: int) -> dict[str, Any]:
+    """As `compare`; what precedes this quantiser is a GEMM with weights of its own: fewer codes for few tokens."""
+    workload = MLAVUp(mode)
+    unfused = workload.others()["unfused"]
+    launches = min(math.ceil(elements / (tokens * heads * V)), 64)
+    total: Counter[str] = Counter()
+    steps = 0
+    torch.manual_seed(tokens)
+    for _ in range(launches):
+        inputs = workload.inputs(tokens, heads, dtype)
+        unfused(*inputs)
+        replaced = dict(zip(("codes", "scales"), (t.clone() for t in inputs[-2:]), strict=True))
+        for t in inputs[-2:]:
+            bits(t).fill_(0x55)
+        workload.ours(None, *inputs)
+        ours = dict(zip(("codes", "scales"), inputs[-2:], strict=True))
+        total.update(differing(ours, replaced))
+        steps = max(steps, code_steps(ours["codes"], replaced["codes"]))
+    return {
+        "op": MLAVUp.op, "mode": mode, "form": "bmm", "quant_form": "custom_op", "dtype": str(dtype).removeprefix("torch."),
+        "M": tokens, "H": heads, "elements": launches * tokens * heads * V,
+        **{f"{name}_differ": count for name, count in total.items()}, "largest_code_steps": steps,
+    }  # fmt: skip
+
+
 def main() -> None:
-    known = list(dict.fromkeys(case.op for case in cases()))
+    known = [*dict.fromkeys(case.op for case in cases()), MLAVUp.op]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="*", default=known, choices=known)
     parser.add_argument("--elements", type=lambda text: int(float(text)), default=2**30, help="a case, over all widths")
@@ -196,6 +224,13 @@ def main() -> None:
         steps = max(row["largest_code_steps"] for row in new)
         print(*(new[0][key] for key in ("op", "mode", "form", "quant_form")), summed, f"{steps} code steps", flush=True)
         timing.write(args.out, rows)  # what is there by now survives a run cut short
+    if MLAVUp.op in args.ops:
+        for mode, heads, tokens in itertools.product(
+            ("column", "column,input_first", "group64"), (128, 16), MLA_TOKENS
+        ):
+            rows.append(compare_mla_v_up(mode, tokens, heads, dtype, args.elements // 16))
+            print(*rows[-1].values(), flush=True)
+        timing.write(args.out, rows)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,6 @@ from vllm_fusion_plugin.ops.mla_v_up_quant import scale_padding
 HEADS = (128, 64, 32, 16, 8)  # DeepSeek-V3's, whole and sharded
 L, P, V = 512, 128, 128
 SHARED = 227 * 1024  # what a program can have on Hopper
-# Tokens, warps and depth without the tensor core: what compiles without spilling, and with all loads first.
-FMA = (
-    (1, 8, 64), (1, 16, 64), (1, 16, 128), (2, 8, 64), (2, 8, 128), (2, 16, 128), (2, 32, 128), (2, 32, 256), (4, 8, 128),
-    (4, 8, 256), (4, 16, 128), (4, 16, 256),
-)  # fmt: skip
 
 
 class MLAVUp(grid.Workload):
@@ -61,9 +56,6 @@ class MLAVUp(grid.Workload):
         return {"unfused": unfused}
 
     def tiles(self, rows, width):
-        for tokens, warps, depth in FMA:
-            if rows <= tokens <= 2 * rows:
-                yield kernels.Tile(tokens, self.quant.group_size, depth, 1, warps, tma=False, fma=True)
         for tokens in (16, 32, 64, 128, 256):
             if (tokens > 16 and tokens >= 2 * rows) or 16 * tokens < min(rows, 1024):
                 continue

@@ -184,14 +184,11 @@ TILES = [
     kernels.Tile(tokens, columns, 32, 3, 4, swap=swap, tma=tma, persistent=persistent)
     for tokens, columns in ((16, 64), (64, 128))
     for swap, tma, persistent in itertools.product((False, True), repeat=3)
-] + [
-    kernels.Tile(tokens, columns, depth, 1, 4, tma=False, fma=True)
-    for tokens, columns, depth in ((1, 128, 16), (4, 64, 64))
 ]
 
 
 def name(tile: kernels.Tile) -> str:
-    ways = [way for way in ("swap", "tma", "persistent", "fma") if getattr(tile, way)]
+    ways = [way for way in ("swap", "tma", "persistent") if getattr(tile, way)]
     return "-".join([f"{tile.tokens}x{tile.columns}", *ways])
 
 
@@ -202,16 +199,6 @@ def test_tiles(tile: kernels.Tile, weights: str, device: torch.device) -> None:
     for tokens in (tile.tokens + 3, 2 * tile.tokens):
         x, w = exact_inputs(tokens, 2, 64, 128, torch.float16, device, seed=tokens)
         check(x, laid_out_weights(w, weights), Mode(torch.float16, 64), tile)
-
-
-@pytest.mark.parametrize("depth", [96, 1024], ids=["no power of two", "more than registers"])
-def test_depths_for_the_tensor_core_alone(depth: int, launched: dict[str, object], device: torch.device) -> None:
-    x, w = exact_inputs(1, 2, depth, 128, torch.bfloat16, device, seed=5)
-    codes, scales = outputs(x, w, Mode())
-    tile = kernels.Tile(1, 128, 64, 1, 16, tma=False, fma=True)
-    kernels.mla_v_up_group_fp8_quant(x, w, codes, scales, scale_padding(scales), 128, False, EPS, tile)
-    assert not launched["FMA"]
-    assert launched["TOKENS"] == 16
 
 
 def test_special_values(device: torch.device) -> None:

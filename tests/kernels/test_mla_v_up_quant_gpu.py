@@ -137,9 +137,6 @@ TILES = [
     for (tokens, depth, stages, num_warps, swap), tma, persistent in itertools.product(
         SHAPES, (False, True), (False, True)
     )
-] + [
-    kernels.Tile(tokens, 128, depth, 1, num_warps, tma=False, fma=True)
-    for tokens, depth, num_warps in ((1, 64, 16), (4, 256, 16), (2, 256, 32), (4, 128, 8))
 ]
 
 
@@ -187,10 +184,23 @@ def decoded(codes: torch.Tensor, scales: torch.Tensor, group_size: int) -> torch
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize(
-    "tokens, heads", [(1, 128), (1, 16), (32, 128), (128, 128), (512, 128), (2048, 128), (2048, 16)]
+    "tokens, heads",
+    [
+        (1, 128),
+        (1, 16),
+        (2, 64),
+        (7, 128),
+        (17, 32),
+        (32, 128),
+        (100, 16),
+        (128, 128),
+        (512, 128),
+        (2048, 128),
+        (2048, 16),
+    ],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_one_step_from_vllm_at_most(
+def test_vllms_bytes_on_hopper_and_elsewhere_one_step_at_most(
     dtype: torch.dtype,
     tokens: int,
     heads: int,
@@ -199,8 +209,9 @@ def test_one_step_from_vllm_at_most(
     device: torch.device,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """Codes one step apart where the two sums round y to neighbours, and scales where that is a group's maximum; and no
-    farther from the product in fp64 than vLLM's are. Rates are printed (pytest -rP) and recorded (--junitxml)."""
+    """On Hopper, cuBLAS adds up in our kernel's order. Otherwise codes are one step apart where the two sums round y to
+    neighbours, and scales where that is a group's maximum; and no farther from the product in fp64 than vLLM's are. Rates
+    are printed (pytest -rP) and recorded (--junitxml)."""
     mode = Mode(dtype)
     for seed in range(8 if tokens <= 128 else 2):
         x, w = normal_inputs(tokens, heads, dtype, device, seed=40 + seed)
@@ -221,6 +232,8 @@ def test_one_step_from_vllm_at_most(
         print(f"seed {seed}: differing {differing}, errors (rms, largest) {errors}")
         record_property(f"seed {seed}", {"differing": differing, "errors": errors})
 
+        if torch.cuda.get_device_capability(device) == (9, 0):
+            assert differing == {"codes": 0, "scales": 0}
         assert int(steps.max()) <= 1
         assert differing["codes"] <= 2e-3
         torch.testing.assert_close(scales, expected_scales, rtol=torch.finfo(dtype).eps, atol=0)
@@ -357,7 +370,6 @@ def test_sanitizer_tiles(device: torch.device) -> None:
             kernels.Tile(16, 128, 32, 3, 4, swap=True, tma=True),
             kernels.Tile(16, 128, 32, 3, 4, swap=False, tma=False),
             kernels.Tile(64, 128, 32, 2, 4, swap=False, tma=True, persistent=True),
-            kernels.Tile(4, 128, 32, 1, 4, tma=False, fma=True),
         ),
         WEIGHTS,
     ):

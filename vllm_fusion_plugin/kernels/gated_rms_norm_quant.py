@@ -84,6 +84,7 @@ def _group_kernel(
     SIGMOID: tl.constexpr,
     KEEP_FP32: tl.constexpr,
     NATIVE: tl.constexpr,
+    SCALES_FROM_ALL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     first_row = tl.program_id(0 if ROWS_FIRST else 1) * TILE_ROWS
@@ -147,7 +148,7 @@ def _group_kernel(
     group_mask = (group_head < heads) & (in_head < HEAD_GROUPS)
     group = (group_head * HEAD_GROUPS + in_head).to(tl.int64)
     scale_columns = scales_ptr + group[None, :] * scale_group_stride
-    quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride)
+    quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, SCALES_FROM_ALL)
     if PADDED and first_row + TILE_ROWS >= rows:
         quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride)
 
@@ -251,6 +252,7 @@ def gated_rms_norm_group_fp8_quant(
             SIGMOID=activation == "sigmoid",
             KEEP_FP32=(norm_form, quant_form) == ("native", "native"),
             NATIVE=quant_form == "native",
+            SCALES_FROM_ALL=codes.numel() < LARGE,
             num_warps=max(min(tile.heads * block // (WARP * parts), MAX_WARPS), 1),
             enable_fp_fusion=True,  # squares are added by fma, as in Inductor's kernels; Triton's default will not last
             **pdl_options(x.device, pdl),

@@ -34,6 +34,7 @@ def _kernel(
     PADDED: tl.constexpr,
     UE8M0: tl.constexpr,
     NATIVE: tl.constexpr,
+    SCALES_FROM_ALL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     first_row = tl.program_id(0 if ROWS_FIRST else 1) * TILE_ROWS
@@ -52,7 +53,7 @@ def _kernel(
     tl.store(codes_ptrs, quant.group_codes(y, scale, NATIVE, UE8M0), mask=mask)
     group_mask = group * GROUP_SIZE < width
     scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
-    quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride)
+    quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, SCALES_FROM_ALL)
     if PADDED and first_row + TILE_ROWS >= rows:
         quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride)
 
@@ -119,6 +120,7 @@ def group_fp8_quant(
             PADDED=padded_rows > rows,
             UE8M0=use_ue8m0,
             NATIVE=quant_form == "native",
+            SCALES_FROM_ALL=codes.numel() < 2**23,
             num_warps=tile.num_warps,
             **pdl_options(x.device, pdl),
         )

@@ -7,7 +7,8 @@ problems in one kernel, told apart by `Tile`:
 - For few tokens the weights are nearly all the traffic and each is read once. What counts is how soon all of them are
   on their way: a program's pipeline holds all of a head's. `swap` puts the columns, not the tokens, where the tensor core
   has 64 rows. To ask L2 for them before the producer is waited for did not pay on an H200 (3.86 µs instead of 3.61 for one
-  token of 16 heads).
+  token of 16 heads). One token without the tensor core is a little faster (5.99 µs instead of 6.23 with 128 heads), but its
+  sums are not cuBLAS's: 20 codes of a million.
 - For more, tiles are as tall as it takes for all of them to run at once, since each reads its head's weights again, from L2.
 - For yet more, programs are `persistent`: one that goes on to the next tile loads while it quantises.
 """
@@ -25,48 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import quant
 from .launch import on_device, pdl_options, wait_for_producer
-from .numerics import rounded, widen
-
-
-@triton.jit
-def _sums_in_registers(
-    x_ptr,
-    w_ptr,
-    live,
-    x_token_stride,
-    x_stride,
-    w_row_stride,
-    w_column_stride,
-    L: tl.constexpr,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    W_ROWS: tl.constexpr,
-):
-    """Sums [TOKENS, COLUMNS] of a head by fp32 fma. All weights are asked for at once, 16 bytes a thread and request.
-
-    Where x has as many numbers as there are threads, it goes through shared memory. Not only because of its registers: the
-    barrier that comes with it is what keeps ptxas from asking for the last weights when it has used the first.
-    """
-    token = tl.arange(0, TOKENS).to(tl.int64)
-    column = tl.arange(0, COLUMNS).to(tl.int64)
-    if W_ROWS:
-        # [tokens, rows, columns]: a thread has 8 columns of some rows
-        row = tl.arange(0, L).to(tl.int64)[None, :, None]
-        x_ptrs = x_ptr + token[:, None, None] * x_token_stride + row * x_stride
-        w_ptrs = w_ptr + row * w_row_stride + column[None, None, :] * w_column_stride
-        x = tl.load(x_ptrs, mask=live[:, None, None], other=0.0)
-        w = tl.load(w_ptrs)
-        return tl.sum(widen(x) * widen(w), axis=1)
-    # [tokens, pieces, columns, threads, 8]: DEPTH / 8 threads share a column, each with 8 rows of every piece
-    piece = tl.arange(0, L // DEPTH)[None, :, None, None, None]
-    thread = tl.arange(0, DEPTH // 8)[None, None, None, :, None]
-    row = (piece * DEPTH + thread * 8 + tl.arange(0, 8)[None, None, None, None, :]).to(tl.int64)
-    x_ptrs = x_ptr + token[:, None, None, None, None] * x_token_stride + row * x_stride
-    w_ptrs = w_ptr + row * w_row_stride + column[None, None, :, None, None] * w_column_stride
-    x = tl.load(x_ptrs, mask=live[:, None, None, None, None], other=0.0)
-    w = tl.load(w_ptrs)
-    return tl.sum(tl.sum(tl.sum(widen(x) * widen(w), axis=4), axis=1), axis=2)  # only the last needs other threads
+from .numerics import rounded
 
 
 @triton.jit
@@ -101,7 +61,6 @@ def _tile(
     STAGES: tl.constexpr,
     SWAP: tl.constexpr,
     TMA: tl.constexpr,
-    FMA: tl.constexpr,
     W_ROWS: tl.constexpr,
     UE8M0: tl.constexpr,
 ):
@@ -114,37 +73,31 @@ def _tile(
     if not TMA:
         x_ptr += tl.cast(head, tl.int64) * x_head_stride + tl.cast(first_token, tl.int64) * x_token_stride
         w_ptr += tl.cast(head, tl.int64) * w_head_stride + tl.cast(first_column, tl.int64) * w_column_stride
-    if FMA:
-        acc = _sums_in_registers(
-            x_ptr, w_ptr, live, x_token_stride, x_stride, w_row_stride, w_column_stride,
-            L, TOKENS, COLUMNS, DEPTH, W_ROWS,
-        )  # fmt: skip
+    if not TMA:
+        depth = tl.arange(0, DEPTH).to(tl.int64)
+        x_ptrs = x_ptr + token.to(tl.int64)[:, None] * x_token_stride + depth[None, :] * x_stride
+        w_ptrs = w_ptr + depth[:, None] * w_row_stride + column.to(tl.int64)[None, :] * w_column_stride
+    if SWAP:
+        acc = tl.zeros((COLUMNS, TOKENS), tl.float32)
     else:
-        if not TMA:
-            depth = tl.arange(0, DEPTH).to(tl.int64)
-            x_ptrs = x_ptr + token.to(tl.int64)[:, None] * x_token_stride + depth[None, :] * x_stride
-            w_ptrs = w_ptr + depth[:, None] * w_row_stride + column.to(tl.int64)[None, :] * w_column_stride
-        if SWAP:
-            acc = tl.zeros((COLUMNS, TOKENS), tl.float32)
+        acc = tl.zeros((TOKENS, COLUMNS), tl.float32)
+    for k in tl.range(0, L, DEPTH, num_stages=STAGES):
+        if TMA:
+            # rows behind the last token are zero
+            x = tl.reshape(x_desc.load([head, first_token, k]), (TOKENS, DEPTH))
+            if W_ROWS:
+                w = tl.reshape(w_desc.load([head, k, first_column]), (DEPTH, COLUMNS))
+            else:
+                w = tl.trans(tl.reshape(w_desc.load([head, first_column, k]), (COLUMNS, DEPTH)))
         else:
-            acc = tl.zeros((TOKENS, COLUMNS), tl.float32)
-        for k in tl.range(0, L, DEPTH, num_stages=STAGES):
-            if TMA:
-                # rows behind the last token are zero
-                x = tl.reshape(x_desc.load([head, first_token, k]), (TOKENS, DEPTH))
-                if W_ROWS:
-                    w = tl.reshape(w_desc.load([head, k, first_column]), (DEPTH, COLUMNS))
-                else:
-                    w = tl.trans(tl.reshape(w_desc.load([head, first_column, k]), (COLUMNS, DEPTH)))
-            else:
-                x = tl.load(x_ptrs + tl.cast(k, tl.int64) * x_stride, mask=live[:, None], other=0.0)
-                w = tl.load(w_ptrs + tl.cast(k, tl.int64) * w_row_stride)
-            if SWAP:
-                acc = tl.dot(tl.trans(w), tl.trans(x), acc)
-            else:
-                acc = tl.dot(x, w, acc)
+            x = tl.load(x_ptrs + tl.cast(k, tl.int64) * x_stride, mask=live[:, None], other=0.0)
+            w = tl.load(w_ptrs + tl.cast(k, tl.int64) * w_row_stride)
         if SWAP:
-            acc = tl.trans(acc)
+            acc = tl.dot(tl.trans(w), tl.trans(x), acc)
+        else:
+            acc = tl.dot(x, w, acc)
+    if SWAP:
+        acc = tl.trans(acc)
 
     y = rounded(acc, x_ptr.dtype.element_ty)
     y = tl.reshape(y, (TOKENS, COLUMNS // GROUP_SIZE, GROUP_SIZE))
@@ -157,7 +110,7 @@ def _tile(
     group = first_out // GROUP_SIZE + tl.arange(0, COLUMNS // GROUP_SIZE)
     scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
     all_groups = group >= 0
-    quant.store_scales(scale_columns, scale, row, tokens, all_groups, scale_token_stride)
+    quant.store_scales(scale_columns, scale, row, tokens, all_groups, scale_token_stride, True)
     # By every tile of tokens, though one would do: Triton 3.7 cannot flatten a loop with a branch in it.
     quant.zero_scale_padding(scale_columns, tokens, padded_tokens, group < padded_groups, scale_token_stride)
 
@@ -195,7 +148,6 @@ def _group_kernel(
     STAGES: tl.constexpr,
     SWAP: tl.constexpr,
     TMA: tl.constexpr,
-    FMA: tl.constexpr,
     PERSISTENT: tl.constexpr,
     W_ROWS: tl.constexpr,
     UE8M0: tl.constexpr,
@@ -212,7 +164,7 @@ def _group_kernel(
                 x_ptr, w_ptr, x_desc, w_desc, codes_ptr, scales_ptr, tokens, padded_tokens, padded_groups,
                 x_token_stride, x_head_stride, x_stride, w_head_stride, w_row_stride, w_column_stride,
                 codes_stride, scale_token_stride, scale_group_stride, eps,
-                L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, FMA, W_ROWS, UE8M0,
+                L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, W_ROWS, UE8M0,
             )  # fmt: skip
     else:
         _tile(
@@ -220,7 +172,7 @@ def _group_kernel(
             x_ptr, w_ptr, x_desc, w_desc, codes_ptr, scales_ptr, tokens, padded_tokens, padded_groups,
             x_token_stride, x_head_stride, x_stride, w_head_stride, w_row_stride, w_column_stride,
             codes_stride, scale_token_stride, scale_group_stride, eps,
-            L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, FMA, W_ROWS, UE8M0,
+            L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, W_ROWS, UE8M0,
         )  # fmt: skip
 
 
@@ -235,7 +187,6 @@ class Tile(NamedTuple):
     swap: bool = False  # columns, not tokens, are the rows of the tensor core's tile
     tma: bool = True  # tensor descriptors instead of pointers, if the tensors lie so that there can be any
     persistent: bool = False
-    fma: bool = False  # no tensor core: weights go straight into registers, all at once; for a handful of tokens
 
 
 def group_tile(tokens: int, heads: int, width: int, group_size: int) -> Tile:
@@ -245,9 +196,6 @@ def group_tile(tokens: int, heads: int, width: int, group_size: int) -> Tile:
     multiprocessors.
     """
     columns = math.gcd(width, 128)
-    if tokens == 1:
-        # no pipeline to set up: 5.99 µs, not 6.23, with 128 heads, 3.30, not 3.53, with 16; from 2 tokens on slower
-        return Tile(1, columns, 128, 1, 16, tma=False, fma=True)
     if group_size == 64 and tokens <= 16 and heads * (width // columns) < 64:
         columns = 64  # more programs to load with
     units = heads * (width // columns)
@@ -311,10 +259,6 @@ def mla_v_up_group_fp8_quant(
         return
     tile = tile or group_tile(tokens, heads, width, group_size)
     columns = math.gcd(width, max(tile.columns, group_size))
-    if tile.fma and (
-        depth & (depth - 1) or depth * columns > 2**16
-    ):  # registers of a multiprocessor hold twice as much
-        tile = Tile(16, tile.columns, 128, 5, 4, swap=True)
     tile_depth = math.gcd(depth, tile.depth)
     gpu = _gpu(attn_out.device)
     # besides the stages: barriers, and codes on their way to another layout, unless a stage is free for them by then
@@ -326,7 +270,7 @@ def mla_v_up_group_fp8_quant(
     # vLLM's weights are contiguous along the columns or along the contraction, by how they were dequantised.
     w_rows = w_uv.stride(2) == 1
     x, w = attn_out.transpose(0, 1), w_uv if w_rows else w_uv.transpose(1, 2)
-    tma = tile.tma and not tile.fma and gpu.has_tma and _describable(w) and _describable(x)
+    tma = tile.tma and gpu.has_tma and _describable(w) and _describable(x)
     descriptors: tuple[Any, Any] = (None, None)
     if tma:
         w_block = [1, tile_depth, columns] if w_rows else [1, columns, tile_depth]
@@ -358,7 +302,6 @@ def mla_v_up_group_fp8_quant(
             STAGES=stages,
             SWAP=tile.swap,
             TMA=tma,
-            FMA=tile.fma,
             PERSISTENT=tile.persistent,
             W_ROWS=w_rows,
             UE8M0=use_ue8m0,

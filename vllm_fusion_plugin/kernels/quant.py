@@ -79,10 +79,36 @@ def group_of_bf16(y, eps, UE8M0: tl.constexpr):
 
 
 @triton.jit
-def store_scales(columns, scale, row, rows, group_mask, row_stride):
-    """Write scale [rows of the tile, groups of the tile]; columns [1, groups] point to row 0."""
+def _store_from_all(ptrs, values, mask):
+    """Write fp32 values from every thread that has them.
+
+    All threads of a group have its scale. tl.store gives each scale to one thread, by way of shared memory and two barriers
+    for each chunk of a row, or of shuffles; a warp's stores to one address are one.
+    """
+    tl.inline_asm_elementwise(
+        "{ .reg .pred here; setp.ne.b32 here, $3, 0; @here st.global.b32 [$1], $2; mov.b32 $0, 0; }",
+        "=r,l,r,r",
+        [ptrs.to(tl.int64), values, mask.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def store_scales(columns, scale, row, rows, group_mask, row_stride, FROM_ALL: tl.constexpr):
+    """Write scale [rows of the tile, groups of the tile]; columns [1, groups] point to row 0.
+
+    FROM_ALL is for short launches and for one group a thread: 18432 columns by one program take 4.0 µs instead of 4.2 on an
+    H200, 8192 x 12288 behind SiLU·mul 119.5 instead of 121.5. With several groups a thread, or rows that lie side by side in
+    column-major scales, the detour joins stores: 8192 x 4096 by itself takes 24.8 µs with it and 25.4 without.
+    """
     ptrs = columns + row.to(tl.int64)[:, None] * row_stride
-    tl.store(ptrs, scale, mask=(row < rows)[:, None] & group_mask[None, :])
+    mask = (row < rows)[:, None] & group_mask[None, :]
+    if FROM_ALL and numerics.HAS_PTX:
+        _store_from_all(ptrs, scale, mask)
+    else:
+        tl.store(ptrs, scale, mask=mask)
 
 
 @triton.jit

@@ -267,7 +267,7 @@ def norm_and_quantise_groups(
         group = first // GROUP_SIZE + tl.arange(0, GROUPS)
         group_mask = group * GROUP_SIZE < WIDTH
         scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
-        quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride)
+        quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, EARLY or FOLD == 1)
         if PADDED and first_row + TILE_ROWS >= rows:
             quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride)
 
@@ -455,7 +455,7 @@ def _static_kernel(
         tl.store(tl.multiple_of(codes_ptr + offset, (1, ALIGNED)), codes, mask=mask)
 
 
-# From so many elements on memory is busy throughout, and starting early only makes two kernels share it.
+# From so many elements on memory is busy throughout, whatever comes first.
 LARGE = 2**23
 
 
@@ -537,14 +537,11 @@ def start(
     x: torch.Tensor, weights: list[torch.Tensor | None], num_warps: int, pdl: bool | None
 ) -> dict[str, bool | int]:
     """How a kernel of num_warps warps on x begins."""
-    early = x.numel() < LARGE
-    if pdl is None and not early:
-        pdl = False
     given = pdl_options(x.device, pdl)
     known = [w for w in weights if w is not None]
     whole = all(w.data_ptr() % 16 == 0 and w.numel() * w.element_size() % (16 * num_warps) == 0 for w in known)
     return {
-        "EARLY": early,
+        "EARLY": x.numel() < LARGE,
         "PREFETCH": given["PDL"] and whole,
         "WARPS": num_warps,
         "num_warps": num_warps,

@@ -54,6 +54,7 @@ def _group_kernel(
     EXACT: tl.constexpr,
     KEEP_FP32: tl.constexpr,
     NATIVE: tl.constexpr,
+    SCALES_FROM_ALL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     first_row = tl.program_id(0 if ROWS_FIRST else 1) * TILE_ROWS
@@ -75,7 +76,7 @@ def _group_kernel(
     tl.store(codes_ptrs, quant.group_codes(y, scale, NATIVE, UE8M0), mask=mask)
     group_mask = group * GROUP_SIZE < width
     scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
-    quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride)
+    quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, SCALES_FROM_ALL)
     if PADDED and first_row + TILE_ROWS >= rows:
         quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride)
 
@@ -192,6 +193,7 @@ def silu_mul_group_fp8_quant(
             EVEN_GROUPS=groups % tile.groups == 0,
             PADDED=padded_rows > rows,
             UE8M0=use_ue8m0,
+            SCALES_FROM_ALL=not 2**22 <= codes.numel() < 2**26,
             **_forms(x, act_form, quant_form),
             num_warps=tile.num_warps,
             **pdl_options(x.device, pdl),

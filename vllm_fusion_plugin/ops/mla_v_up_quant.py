@@ -7,9 +7,11 @@ to attn_out's dtype, as a GEMM stores it. Then groups of y are quantised, as by 
 
 The op writes into the caller's buffers, since it is called where those are given: inside vLLM's attention op.
 
-Not exact, because no two GEMMs are: cuBLAS adds up the products in another order, which now and then moves y to a neighbour
-in its dtype. The tests with `gpu` hold codes and scales to the bytes of vLLM's `bmm` and `per_token_group_fp8_quant` where
-all sums are exact whatever the order, elsewhere to one step from them, and to an error no larger than theirs.
+Two GEMMs have the same bits only if they add up in the same order. For L = 512 and V = 128 on Hopper they do: tensor cores
+take 16 numbers of the contraction at a time, and cuBLAS there goes from the first to the last, as the kernel does. Codes and
+scales are then the bytes of vLLM's `bmm` and `per_token_group_fp8_quant` (benchmarks/exactness.py). Another GPU, width or
+cuBLAS may split the sum; then y now and then moves to a neighbour in its dtype and a code by a step, with an error no larger
+than vLLM's, which the tests with `gpu` hold it to.
 """
 
 from __future__ import annotations
@@ -154,7 +156,6 @@ def mla_v_up_group_fp8_quant(
         ValueError: an argument is not one of the above; the message names it, its value and what is allowed.
 
     Mirrors vLLM's `MLAAttention._v_up_proj` into a buffer, then `per_token_group_fp8_quant`; see the module's docstring for
-    how closely. Under programmatic dependent launch, the kernel asks L2 for weights early, but reads nothing early: weights
-    may have been written by the kernel before.
+    how closely.
     """
     _OP(attn_out, w_uv, codes, scales, group_size, use_ue8m0, eps)
