@@ -163,6 +163,15 @@ class Recorder:
         if self._target is not None:
             self._target.missed.append(Missed(pass_name=pass_name, reason=reason, module=module))
 
+    def mark(self) -> tuple[int, int]:
+        """How much there is to tell of the subgraph at hand, for `take_back`."""
+        return (len(self._target.found), len(self._target.missed)) if self._target is not None else (0, 0)
+
+    def take_back(self, mark: tuple[int, int]) -> None:
+        """Forget what was found and missed since `mark`: the graph is as it was then."""
+        if self._target is not None:
+            del self._target.found[mark[0] :], self._target.missed[mark[1] :]
+
     def note(self, text: str) -> None:
         if text not in self.report.notes:
             self.report.notes.append(text)

@@ -27,12 +27,14 @@ from trace_module import (  # noqa: E402
     reasons,
     trace_branches,
 )
+from vllm.compilation.passes.vllm_inductor_pass import VllmPatternMatcherPass  # noqa: E402
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm, RMSNormGated  # noqa: E402
 from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8  # noqa: E402
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
 from vllm_fusion_plugin import compat, plugin, report  # noqa: E402
+from vllm_fusion_plugin.passes import mla_dual_rms_norm_quant  # noqa: E402
 from vllm_fusion_plugin.passes.rms_norm_quant import RMSNormQuantFusionPass  # noqa: E402
 
 PASS = "rmsnorm_quant_fusion_pass"
@@ -479,6 +481,33 @@ def test_both_norms_of_latent_attention_are_one_op():
     patterns = [f.pattern for s in report.RECORDER.report.subgraphs for f in s.found if f.pass_name == DUAL]
     assert patterns.count("mla_dual_rms_norm+group128[custom_op,column]") == 1 and len(patterns) == len(makers)
     assert report.RECORDER.report.match_table()[PASS] == len(makers)
+
+
+@pytest.mark.skipif(not hasattr(torch._inductor.config, "deterministic"), reason="this torch cannot")
+def test_both_norms_are_one_op_where_inductor_times_nothing():
+    """The first norm is told the order of its sum then; there is only one for so few columns."""
+    (found,) = our_ops(trace(Latents, shapes=((64, *FUSED),), inductor={"deterministic": True}))
+    assert found[0] == "mla_dual_rms_norm_group_fp8_quant"
+
+
+def test_a_pass_that_fails_leaves_the_graph_as_it_was(monkeypatch, caplog):
+    def fail(graph):
+        for node in reversed(list(graph.nodes)):  # half-way through a change
+            if not node.users and node.op == "call_function":
+                graph.erase_node(node)
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr(mla_dual_rms_norm_quant, "merge", fail)
+    table = dict(VllmPatternMatcherPass.match_table)
+    config = make_config(["none", "+quant_fp8"], fuse_norm_quant=False, fuse_act_quant=False)
+    config.additional_config = {"fusion_plugin": {"lone_group_quant": False}}
+    without, failed = trace_branches([Latents], ((64, *FUSED),), config), latents(Latents)
+    ops = [count_ops(recording.subgraphs[0].after) for recording in (without, failed)]
+    assert ops[0] == ops[1]
+    assert {k: v for k, v in VllmPatternMatcherPass.match_table.items() if v} == {k: v for k, v in table.items() if v}
+    assert not any(s.found for s in report.RECORDER.report.subgraphs)
+    what = f"{PASS} left a graph as it was, because it failed: KeyError: 'no such thing'"
+    assert what in report.RECORDER.report.notes and what in caplog.text
 
 
 def test_pairs_of_norms_that_are_left_are_explained():

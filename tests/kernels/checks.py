@@ -52,8 +52,12 @@ def assert_same_bytes(actual: torch.Tensor, expected: torch.Tensor, what: str) -
 
 def assert_same_outputs(actual: Iterable[torch.Tensor], expected: Iterable[torch.Tensor], what: str = "op") -> None:
     """The strides and the bytes of an op's outputs, one by one."""
+
+    def steps(t: torch.Tensor) -> list[int]:  # of a single row, the stride is nobody's business
+        return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+
     for number, (one, other) in enumerate(zip(actual, expected, strict=True)):
-        assert one.stride() == other.stride(), f"{what}: output {number}"
+        assert steps(one) == steps(other), f"{what}: output {number}"
         assert_same_bytes(one, other, f"{what}: output {number}")
 
 

@@ -118,6 +118,23 @@ def restore(sizes: dict[fx.Node, Any]) -> None:
             node.update_arg(1, size)
 
 
+def _copy_of(graph: fx.Graph) -> fx.Graph:
+    """The same nodes, metadata included, in another graph."""
+    copy, copies = fx.Graph(), {}
+    for node in graph.nodes:
+        copies[node] = copy.node_copy(node, copies.__getitem__)
+    return copy
+
+
+def _put_back(graph: fx.Graph, before: fx.Graph) -> None:
+    """Give `graph` the nodes of `before` instead of its own."""
+    for node in reversed(list(graph.nodes)):
+        graph.erase_node(node)
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in before.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+
+
 def _trace(*args: Any, **kwargs: Any) -> fx.GraphModule:
     gm = pm.fwd_only(*args, **kwargs)
     view_to_reshape(gm)
@@ -249,6 +266,21 @@ class FusionPass(VllmPatternMatcherPass):
 
     @VllmInductorPass.time_and_log  # type: ignore[arg-type]  # typed for its own class only
     def __call__(self, graph: fx.Graph) -> None:
+        table = VllmPatternMatcherPass.match_table
+        before, found, matches = _copy_of(graph), report.RECORDER.mark(), dict(table)
+        try:
+            self._run(graph)
+        except Exception as e:  # must not stop the model from compiling
+            _put_back(graph, before)
+            report.RECORDER.take_back(found)
+            table.clear()
+            table.update(matches)
+            self.matched_count = 0
+            what = f"{self.name} left a graph as it was, because it failed: {type(e).__name__}: {e}"
+            logger.warning("vllm-fusion-plugin: %s", what, exc_info=True)
+            report.RECORDER.note(what)
+
+    def _run(self, graph: fx.Graph) -> None:
         self.refused.clear()
         self.seen_in_refused.clear()
         sizes = normalise(graph)

@@ -18,6 +18,7 @@ from .. import compat, report
 from ..ops import mla_dual_rms_norm_quant, rms_norm_quant  # noqa: F401  (registers the ops)
 from . import matchers
 from .base import innermost_common
+from .rms_norm_addends import get
 
 # As vLLM's pass with the same fusion for AITER's ops, in reports and match tables.
 NAME = "mla_dual_rms_norm_fusion_pass"
@@ -66,8 +67,7 @@ def view_chain(node: Any) -> list[fx.Node]:
 
 
 def _quantiser(q: fx.Node) -> matchers.GroupQuant:
-    arguments: tuple[Any, ...] = q.args[6:]
-    group_size, column_major, tma_aligned, ue8m0, eps, _, form = arguments
+    group_size, column_major, tma_aligned, ue8m0, eps, _, form = _how(q)
     return matchers.GroupQuant(form, group_size, column_major, tma_aligned, ue8m0, eps)
 
 
@@ -82,15 +82,22 @@ def _refuse(q: fx.Node, others: list[fx.Node]) -> str | None:
     provider = compat.ir_provider("rms_norm", fx.map_arg(kv.args, lambda node: node.meta["val"]))
     if q.args[11] not in {"native": ("native", "eager"), "vllm_c": ("custom_op",)}.get(provider, ()):
         return f"vLLM runs the second norm in a kernel of {provider}, which rounds unlike the first one ({q.args[11]})"
+    if get(q, "sum_columns") and q.args[0].meta["val"].shape[-1] > 2048:
+        return "the first norm adds up its squares 2048 columns at a time, which the op for both does not"
     try:
         _call(q, kv)
-    except ValueError as e:
+    except Exception as e:  # raised later, it would end the compilation
         return str(e)
     return None
 
 
+def _how(q: fx.Node) -> tuple[Any, ...]:
+    """What the two ops have in common behind their inputs: the quantiser, and both forms."""
+    return q.args[6:13]
+
+
 def _arguments(q: fx.Node, kv: fx.Node) -> tuple[Any, ...]:
-    return (q.args[0], kv.args[0], q.args[1], kv.args[1], q.args[2], kv.args[2], *q.args[6:])
+    return (q.args[0], kv.args[0], q.args[1], kv.args[1], q.args[2], kv.args[2], *_how(q))
 
 
 def _call(q: fx.Node, kv: fx.Node) -> tuple[torch.Tensor, ...]:
