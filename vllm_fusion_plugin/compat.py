@@ -40,6 +40,11 @@ OPAQUE_MLPS = {
     "vllm.moe_forward_shared": "experts and shared experts run inside vLLM's opaque MoE op, where no graph pass reaches",
 }
 
+# Norms in one op with the all-reduce before them: what fuse_allreduce_rms makes with FlashInfer, before any quantiser is
+# looked for. Where among its results the normed rows are: in the place of what was reduced, or of `norm_out`. Since before
+# 0.20; can go when vLLM's op quantises groups, too.
+ALLREDUCE_NORMS = {"vllm.flashinfer_trtllm_fused_allreduce_norm": (1, 3)}
+
 
 # ---- graph -----------------------------------------------------------------------------------------------------------
 

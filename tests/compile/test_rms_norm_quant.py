@@ -510,6 +510,32 @@ def test_a_pass_that_fails_leaves_the_graph_as_it_was(monkeypatch, caplog):
     assert what in report.RECORDER.report.notes and what in caplog.text
 
 
+class AllReduced(nn.Module):
+    """What vLLM's AllReduceFusionPass leaves of an all-reduce, a norm and a quantiser."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.weight, self.quant, self.in_place = nn.Parameter(torch.empty(WIDTH)), group()(), in_place
+
+    def forward(self, x, residual):
+        x, residual = x + 1, residual + 1
+        normed = None if self.in_place else torch.empty_like(x)
+        torch.ops.vllm.flashinfer_trtllm_fused_allreduce_norm(
+            x, residual, self.weight, EPSILON, 2, False, True, 1024, 0, norm_out=normed
+        )
+        return *self.quant(x if self.in_place else normed), residual
+
+
+def test_norms_that_an_all_reduce_has_taken_are_explained():
+    pytest.importorskip("flashinfer")
+    import vllm.compilation.passes.fusion.allreduce_rms_fusion  # noqa: F401  (registers its op)
+
+    makers = [functools.partial(AllReduced, in_place) for in_place in (True, False)]
+    assert not our_ops(trace(*makers, shapes=((64, WIDTH),) * 2))
+    assert [r for r in reasons() if "the all-reduce before it (fuse_allreduce_rms)" in r] == reasons()
+    assert len(reasons()) == 2
+
+
 def test_pairs_of_norms_that_are_left_are_explained():
     recording = latents(GemmaLatent, ThreeLatents, LateWeight, NoSlice)
     assert {op for op, _ in our_ops(recording)} == {"rms_norm_group_fp8_quant"}

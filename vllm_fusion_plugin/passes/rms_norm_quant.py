@@ -7,6 +7,7 @@ where that is a sum (rms_norm_addends.py). Other pointwise code it reads rounded
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -309,7 +310,9 @@ class RMSNormQuantFusionPass(FusionPass):
     def explain(self, graph: fx.Graph) -> None:
         for result in [*gated_rms_norm_quant.results(graph), *norm_results(graph)]:
             if result not in self.seen_in_refused and (reason := _why(result)):
-                report.RECORDER.missed(self.name, reason, report.module_of(result))
+                # nodes that another pass has put there may know no module
+                modules = report.modules_of([result, *matchers.users_behind_views(result)])
+                report.RECORDER.missed(self.name, reason, modules[0] if modules else "")
 
 
 def norm_results(graph: fx.Graph) -> Iterator[fx.Node]:
@@ -319,6 +322,8 @@ def norm_results(graph: fx.Graph) -> Iterator[fx.Node]:
             yield from matchers.norm_results(node)["norm"]
         elif node.target in KEEP_NORM and node.args[5]:
             yield from (user for user in node.users if user.args[1] == KEEP_NORM[node.target])
+        elif places := compat.ALLREDUCE_NORMS.get(compat.called_op(node)):
+            yield from (user for user in node.users if user.target is operator.getitem and user.args[1] in places)
 
 
 def _why(normed: fx.Node) -> str | None:
@@ -329,6 +334,8 @@ def _why(normed: fx.Node) -> str | None:
         if reason := next((known[name] for name in names if name in known), None):
             return reason
     opaque = [user for name, user in names.items() if name in matchers.OPAQUE_QUANT_OPS]
+    if opaque and compat.called_op(normed.all_input_nodes[0]) in compat.ALLREDUCE_NORMS:
+        return "vLLM made one op of the norm and the all-reduce before it (fuse_allreduce_rms); the quantiser runs by itself"
     if opaque and normed.all_input_nodes[0].target in KEEP_NORM:
         return f"the norm is fused with one quantiser already; its result is also read by {compat.called_op(opaque[0])}"
     if opaque:
