@@ -120,7 +120,8 @@ def restore(sizes: dict[fx.Node, Any]) -> None:
 
 def _copy_of(graph: fx.Graph) -> fx.Graph:
     """The same nodes, metadata included, in another graph."""
-    copy, copies = fx.Graph(), {}
+    copy = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         copies[node] = copy.node_copy(node, copies.__getitem__)
     return copy

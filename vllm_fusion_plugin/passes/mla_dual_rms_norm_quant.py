@@ -82,7 +82,7 @@ def _refuse(q: fx.Node, others: list[fx.Node]) -> str | None:
     provider = compat.ir_provider("rms_norm", fx.map_arg(kv.args, lambda node: node.meta["val"]))
     if q.args[11] not in {"native": ("native", "eager"), "vllm_c": ("custom_op",)}.get(provider, ()):
         return f"vLLM runs the second norm in a kernel of {provider}, which rounds unlike the first one ({q.args[11]})"
-    if get(q, "sum_columns") and q.args[0].meta["val"].shape[-1] > 2048:
+    if get(q, "sum_columns") and get(q, "x").meta["val"].shape[-1] > 2048:
         return "the first norm adds up its squares 2048 columns at a time, which the op for both does not"
     try:
         _call(q, kv)
