@@ -94,6 +94,8 @@ def test_rms_norm(width, addends, compiled):
     rms_norm_quant.rms_norm_static_fp8_quant(x, weight, x, torch.ones(1), codes, *forms, **more)
     check(compiled, 3)
     assert all("cp.async.bulk.prefetch" in kernel.asm["ptx"] for kernel in compiled)
+    # those of the row's sum, however many chunks there are: scales need none on their way out
+    assert compiled[0].asm["ptx"].count("bar.sync") <= 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
