@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from . import numerics, quant
-from .launch import on_device, pdl_options, rows_with_padding, tile_grid, wait_for_producer
+from .launch import cdiv, next_power_of_2, on_device, pdl_options, rows_with_padding, tile_grid, wait_for_producer
 
 
 @triton.jit
@@ -176,9 +176,9 @@ class Tile(NamedTuple):
 
 def head_tile(rows: int, heads: int, head_dim: int) -> Tile:
     """Tile for `rows` rows of `heads` heads, tuned on an H200 with heads of 128 (--tune in its benchmark)."""
-    block = triton.next_power_of_2(head_dim)
+    block = next_power_of_2(head_dim)
     least = max(WARP // block, 1)
-    most = max(min(triton.next_power_of_2(heads), MAX_WARPS * WARP // block), least)
+    most = max(min(next_power_of_2(heads), MAX_WARPS * WARP // block), least)
     elements = rows * heads * head_dim
     if elements < 2**19:
         return Tile(1, least)
@@ -216,12 +216,12 @@ def gated_rms_norm_group_fp8_quant(
     rows, head_dim = codes.shape[0], x.shape[-1]
     if rows == 0:
         return
-    block = triton.next_power_of_2(head_dim)
+    block = next_power_of_2(head_dim)
     tile = tile or head_tile(rows, num_heads, head_dim)
     # the compiler contracts sums of inexact squares, those of gated numbers, in one way with parts and in another without
     parts = tile.parts if group_size == block and norm_before_gate else 1
     padded_rows = rows_with_padding(scales, rows)
-    grid, rows_first = tile_grid(triton.cdiv(rows, tile.rows), triton.cdiv(num_heads, tile.heads), tile.rows_first)
+    grid, rows_first = tile_grid(cdiv(rows, tile.rows), cdiv(num_heads, tile.heads), tile.rows_first)
     with on_device(x.device):
         _group_kernel[grid](
             x,

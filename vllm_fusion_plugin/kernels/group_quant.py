@@ -9,7 +9,7 @@ import triton.language as tl
 
 from . import quant
 from .launch import GroupTile as Tile
-from .launch import on_device, pdl_options, rows_with_padding, tile_grid, wait_for_producer
+from .launch import cdiv, on_device, pdl_options, rows_with_padding, tile_grid, wait_for_producer
 
 
 # What changes with the number of tokens is not specialised on: a server would meet a new specialisation, and half a second
@@ -99,7 +99,7 @@ def group_fp8_quant(
     groups = width // group_size
     tile = tile or group_tile(rows, groups, group_size)
     padded_rows = rows_with_padding(scales, rows)
-    grid, rows_first = tile_grid(triton.cdiv(rows, tile.rows), triton.cdiv(groups, tile.groups), tile.rows_first)
+    grid, rows_first = tile_grid(cdiv(rows, tile.rows), cdiv(groups, tile.groups), tile.rows_first)
     with on_device(x.device):
         _kernel[grid](
             x,

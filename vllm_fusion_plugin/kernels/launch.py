@@ -82,6 +82,16 @@ def pdl_options(device: torch.device, pdl: bool | None) -> dict[str, bool]:
     return {"PDL": pdl, **({"launch_pdl": True} if pdl else {})}
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own, like its next_power_of_2, is for kernels too and takes a microsecond on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is n, from 1 on, or more."""
+    return 1 << (n - 1).bit_length()
+
+
 class GroupTile(NamedTuple):
     """What a program has of rows of groups."""
 
@@ -92,7 +102,7 @@ class GroupTile(NamedTuple):
 
     def fitting(self, groups: int) -> GroupTile:
         """More rows instead of groups that a row of `groups` has not."""
-        fitting = min(self.groups, triton.next_power_of_2(groups))
+        fitting = min(self.groups, next_power_of_2(groups))
         return self._replace(rows=self.rows * self.groups // fitting, groups=fitting)
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import numerics
-from .launch import on_device, rows_with_padding, wait_for_producer
+from .launch import cdiv, next_power_of_2, on_device, rows_with_padding, wait_for_producer
 from .rms_norm_quant import (
     Tile,
     forms,
@@ -141,7 +141,7 @@ def mla_dual_rms_norm_group_fp8_quant(
     padded_rows = rows_with_padding(q_scales, rows)
     q_forms = forms(q, q_weight, False, norm_form, quant_form)
     with on_device(q.device):
-        _dual_kernel[(triton.cdiv(rows, tile.rows),)](
+        _dual_kernel[(cdiv(rows, tile.rows),)](
             q,
             kv,
             q_weight,
@@ -162,7 +162,7 @@ def mla_dual_rms_norm_group_fp8_quant(
             KV_WIDTH=kv.shape[1],
             GROUP_SIZE=group_size,
             **tile.constants(),
-            KV_BLOCK=triton.next_power_of_2(kv.shape[1]),
+            KV_BLOCK=next_power_of_2(kv.shape[1]),
             ALIGNED=math.gcd(width, 8),
             PADDED=padded_rows > rows,
             UE8M0=use_ue8m0,

@@ -25,7 +25,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import quant
-from .launch import on_device, pdl_options, wait_for_producer
+from .launch import cdiv, on_device, pdl_options, wait_for_producer
 from .numerics import rounded
 
 
@@ -265,7 +265,7 @@ def mla_v_up_group_fp8_quant(
     room = gpu.shared_memory - 1024 - (tile.tokens * columns if tile.persistent else 0)
     stages = max(2, min(tile.stages, room // (2 * tile_depth * (tile.tokens + columns))))
     units = heads * (width // columns)
-    token_tiles = triton.cdiv(tokens, tile.tokens)
+    token_tiles = cdiv(tokens, tile.tokens)
 
     # vLLM's weights are contiguous along the columns or along the contraction, by how they were dequantised.
     w_rows = w_uv.stride(2) == 1

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import numerics, quant
-from .launch import on_device, pdl_options, prefetch, rows_with_padding, wait_for_producer
+from .launch import cdiv, next_power_of_2, on_device, pdl_options, prefetch, rows_with_padding, wait_for_producer
 
 # Up to here Inductor keeps a row in one warp and adds up its squares with fma; see row_tile.
 WARP_WIDTH = tl.constexpr(1024)
@@ -486,7 +486,7 @@ def row_tile(width: int, native_quant: bool, crowded: bool = False, sum_columns:
     half a row. crowded: its kernel has 10 loads and reductions or more, and small chunks for want of registers. sum_columns:
     2048 for 2048 columns at a time, where more are the rule.
     """
-    whole = max(256, triton.next_power_of_2(width))
+    whole = max(256, next_power_of_2(width))
     if width <= WARP_WIDTH.value:
         return Tile(1, whole, 1)
     if crowded:
@@ -581,7 +581,7 @@ def _launch(
         crowded, most = addends and not native, 4
     tile = tile or folded(row_tile(width, native, crowded, sum_columns), rows, add, most)
     with on_device(x.device):
-        kernel[(triton.cdiv(rows, tile.rows),)](
+        kernel[(cdiv(rows, tile.rows),)](
             x_ptr=x,
             residual_ptr=residual,
             weight_ptr=weight,

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from . import numerics, nvfp4, quant
 from .launch import GroupTile as Tile
-from .launch import on_device, pdl_options, rows_with_padding, tile_grid, wait_for_producer
+from .launch import cdiv, next_power_of_2, on_device, pdl_options, rows_with_padding, tile_grid, wait_for_producer
 
 
 @triton.jit
@@ -173,7 +173,7 @@ def silu_mul_group_fp8_quant(
     groups = width // group_size
     tile = tile or group_tile(rows, groups, group_size)
     padded_rows = rows_with_padding(scales, rows)
-    grid, rows_first = tile_grid(triton.cdiv(rows, tile.rows), triton.cdiv(groups, tile.groups), tile.rows_first)
+    grid, rows_first = tile_grid(cdiv(rows, tile.rows), cdiv(groups, tile.groups), tile.rows_first)
     with on_device(x.device):
         _group_kernel[grid](
             x,
@@ -209,7 +209,7 @@ def silu_mul_static_fp8_quant(
         return
     block = 2048 if width % 2048 == 0 and rows > 16 else 512
     with on_device(x.device):
-        _static_kernel[rows, triton.cdiv(width, block)](
+        _static_kernel[rows, cdiv(width, block)](
             x,
             scale,
             codes,
@@ -283,10 +283,10 @@ def silu_mul_nvfp4_quant(
         return
     padded_rows, quads = scales.shape
     # 1024 elements; untuned, for want of the GPUs that have FP4 GEMMs
-    tile = tile or Tile(4, min(16, 4 * triton.next_power_of_2(quads)), 2)
+    tile = tile or Tile(4, min(16, 4 * next_power_of_2(quads)), 2)
     forms = _forms(x, act_form, "custom_op")
     with on_device(x.device):
-        _nvfp4_kernel[padded_rows // tile.rows, triton.cdiv(4 * quads, tile.groups)](
+        _nvfp4_kernel[padded_rows // tile.rows, cdiv(4 * quads, tile.groups)](
             x,
             global_scale,
             codes,
