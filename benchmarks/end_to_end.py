@@ -242,12 +242,13 @@ def measure(args: argparse.Namespace) -> None:
     folder = tempfile.mkdtemp(prefix="end_to_end-")
     start = time.time()
     engines: dict[str, Engine] = {}
+    one_by_one = args.deterministic and args.autotuned  # each finds the choices of the one before
     try:
         for name in args.configs:
             engines[name] = Engine(name, args, folder)
-            if args.deterministic and args.autotuned:  # the next one finds this one's choices
+            if one_by_one:
                 engines[name].ready(start)
-        if not (args.deterministic and args.autotuned):
+        if not one_by_one:
             for engine in engines.values():
                 engine.ready(start)
         reports = {name: engine.ask("report") for name, engine in engines.items()}

@@ -118,22 +118,14 @@ def restore(sizes: dict[fx.Node, Any]) -> None:
             node.update_arg(1, size)
 
 
-def _copy_of(graph: fx.Graph) -> fx.Graph:
-    """The same nodes, metadata included, in another graph."""
-    copy = fx.Graph()
+def _copy_nodes(source: fx.Graph, target: fx.Graph) -> fx.Graph:
+    """Give `target` the nodes of `source`, metadata included, instead of its own."""
+    for node in reversed(list(target.nodes)):
+        target.erase_node(node)
     copies: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        copies[node] = copy.node_copy(node, copies.__getitem__)
-    return copy
-
-
-def _put_back(graph: fx.Graph, before: fx.Graph) -> None:
-    """Give `graph` the nodes of `before` instead of its own."""
-    for node in reversed(list(graph.nodes)):
-        graph.erase_node(node)
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in before.nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
+    for node in source.nodes:
+        copies[node] = target.node_copy(node, copies.__getitem__)
+    return target
 
 
 def _trace(*args: Any, **kwargs: Any) -> fx.GraphModule:
@@ -268,11 +260,11 @@ class FusionPass(VllmPatternMatcherPass):
     @VllmInductorPass.time_and_log  # type: ignore[arg-type]  # typed for its own class only
     def __call__(self, graph: fx.Graph) -> None:
         table = VllmPatternMatcherPass.match_table
-        before, found, matches = _copy_of(graph), report.RECORDER.mark(), dict(table)
+        before, found, matches = _copy_nodes(graph, fx.Graph()), report.RECORDER.mark(), dict(table)
         try:
             self._run(graph)
         except Exception as e:  # must not stop the model from compiling
-            _put_back(graph, before)
+            _copy_nodes(before, graph)
             report.RECORDER.take_back(found)
             table.clear()
             table.update(matches)
