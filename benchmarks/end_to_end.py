@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import os
 import pathlib
 import statistics
@@ -349,11 +350,14 @@ def compare(asked: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
 
 
 def agreement(one: list[Any], other: list[Any]) -> dict[str, Any]:
+    """How many tokens and logprobs agree; `equal_logprobs_first`: for how many tokens of each prompt, from the first on."""
     tokens = [(x, y) for (t, _), (u, _) in zip(one, other, strict=True) for x, y in zip(t, u, strict=True)]
+    logprobs = [list(map(operator.eq, p, q)) for (_, p), (_, q) in zip(one, other, strict=True)]
     return {
         "tokens": len(tokens),
         "equal_tokens": sum(x == y for x, y in tokens),
-        "equal_logprobs": [p for _, p in one] == [p for _, p in other],
+        "equal_logprobs": all(map(all, logprobs)),
+        "equal_logprobs_first": [[*equal, False].index(False) for equal in logprobs],
     }
 
 

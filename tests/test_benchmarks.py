@@ -191,7 +191,9 @@ def test_agreement_of_tokens_and_logprobs():
 
     a = [[[5, 6], [{"5": -0.1}, {"6": -0.2}]]]
     b = [[[5, 7], [{"5": -0.1}, {"7": -0.2}]]]
-    same, other = ({"tokens": 2, "equal_tokens": n, "equal_logprobs": n == 2} for n in (2, 1))
+    same, other = (
+        {"tokens": 2, "equal_tokens": n, "equal_logprobs": n == 2, "equal_logprobs_first": [n]} for n in (2, 1)
+    )
     asked = {"ours": a, "stock_unfused": b, "control": b}
     assert end_to_end.compare(asked, asked | {"control": a}) == {
         "ours and stock_unfused": other,

@@ -102,10 +102,13 @@ def test_a_sum_that_leaves_the_graph_is_stored_and_read():
     assert first["keep_sum"] and second["residual_addend"] is None
 
 
-def test_a_sum_of_three_is_stored():
+def test_a_sum_of_three_is_stored_unrounded():
     _, (first, second, third) = trace(ThreeNorms, tensors=4)
-    assert not first["keep_sum"] and second["keep_sum"] and third["keep_sum"]
+    assert (first["keep_sum"], first["fp32_sum"]) == (False, False)
+    assert (second["keep_sum"], second["fp32_sum"]) == (True, True)
+    assert (third["keep_sum"], third["fp32_sum"]) == (True, False), "the graph's own output is rounded"
     assert second["residual_addend"] is not None and third["residual_addend"] is None
+    assert third["residual"].meta["val"].dtype == torch.float32
 
 
 class LastNormUnquantised(Layer):
@@ -123,6 +126,82 @@ def test_inductor_gets_back_the_sum_of_a_norm_of_its_own():
     x, residual, _ = placeholders(graph)
     added = [set(node.args) for node in graph.nodes if node.target is torch.ops.aten.add.Tensor]
     assert {x, residual} in added
+
+
+class Layers(Norms):
+    """Two layers with experts: the norms in front of these are Inductor's. One graph, as where Inductor splits it."""
+
+    experts = False
+
+    def forward(self, x, residual, x2, x3, x4, x5, expert):
+        results = []
+        for first, second in ((x, x2), (x3, x4)):
+            y, residual = self.first(first, residual)
+            results += self.quant(y)
+            y, residual = self.second(second, residual)
+            results += [y]
+        y, residual = self.first(x5 + 2.5 * expert if self.experts else x5, residual)
+        return *results, *self.quant(y), residual
+
+
+class Experts(Layers):
+    experts = True
+
+
+def loaded(node):
+    """What Inductor would load for a sum: its addends, themselves sums or stored."""
+    if node.target in (
+        torch.ops.aten.add.Tensor,
+        torch.ops.aten.mul.Tensor,
+        torch.ops.prims.convert_element_type.default,
+    ):
+        return [addend for argument in node.all_input_nodes for addend in loaded(argument)]
+    return [node]
+
+
+def sums(graph):
+    return [loaded(node) for node in graph.nodes if node.target is torch.ops.aten.add.Tensor]
+
+
+@pytest.mark.parametrize("module", [Layers, Experts], ids=["", "experts"])
+def test_sums_of_a_whole_model_are_never_rounded(module):
+    """As Inductor has them: added up again, and stored in fp32 where they are of five tensors."""
+    graph, (first, third, fifth) = trace(module, tensors=7)
+    x, residual, x2, x3, x4, *last = placeholders(graph)
+    assert (first["x"], first["residual"], first["residual_addend"], first["fp32_sum"]) == (x, residual, None, True)
+    # x2 and what the first norm has added up: Inductor's norm between them adds up all of it once more
+    assert (third["x"], third["residual"], third["fp32_sum"]) == (x3, x2, True)
+    assert third["residual_addend"].meta["val"].dtype == torch.float32
+    assert fifth["residual"] is x4
+    assert {fifth["x"], fifth["x_addend"]} == (set(last) if module is Experts else {*last, None})
+    assert fifth["residual_addend"].meta["val"].dtype == torch.float32
+    assert fifth["keep_sum"] and not fifth["fp32_sum"]
+    assert [x2, x, residual] in sums(graph)
+    assert [x4, x3, x2, x, residual] in sums(graph)
+
+
+class LookedUp(Norms):
+    """A model's first layer: Inductor looks the embedding up in every norm's kernel."""
+
+    def forward(self, table, ids, x, x2, x3):
+        residual = torch.nn.functional.embedding(ids[:, 0].to(torch.int64), table)
+        results = [*self.quant(self.first(residual))]
+        for first in (x, x2):
+            y, residual = self.first(first, residual)
+            results += self.quant(y)
+        y, residual = self.second(x3, residual)
+        return *results, y, residual
+
+
+def test_what_is_looked_up_is_looked_up_again():
+    graph, (_, first, second) = trace(LookedUp, tensors=5)
+    *_, x, x2, x3 = placeholders(graph)
+    (added,) = (tensors for tensors in sums(graph) if x3 in tensors)
+    assert added[:3] == [x3, x2, x]
+    looked_up = added[3]
+    assert compat.called_op(looked_up) == "aten.embedding" and len(looked_up.users) == 1
+    assert first["residual"] is not looked_up and first["residual"].target is looked_up.target
+    assert (second["x"], second["residual"], second["residual_addend"]) == (x2, x, first["residual"])
 
 
 class FirstNormUnquantised(Norms):

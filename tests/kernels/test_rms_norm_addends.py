@@ -106,6 +106,29 @@ def test_sum_is_not_stored_unless_wanted(device: torch.device) -> None:
         assert_same_bytes(got, want, "output")
 
 
+@pytest.mark.parametrize("sum_columns", [1024, 2048])
+@pytest.mark.parametrize("width", [256, 1536, 4096])
+def test_an_fp32_sum_stands_for_its_addends(width: int, sum_columns: int, device: torch.device) -> None:
+    """What one op returns in fp32, the next one reads, as residual or as its addend: the bytes of what adds it all up."""
+    x, residual, x2, x3 = (random(seed, width, device) for seed in range(4))
+    weight = random(9, width, device)[0]
+    more = {"keep_norm": True, "sum_columns": sum_columns}
+    *_, total = ops.rms_norm_group_fp8_quant(x, weight, residual=residual, fp32_sum=True)
+    assert_same_bytes(total, x.float() + residual.float(), "sum")
+
+    want = ops.rms_norm_group_fp8_quant(x2, weight, residual=x, residual_addend=residual, **more)
+    got = ops.rms_norm_group_fp8_quant(x2, weight, residual=total, **more)
+    for name, one, other in zip(("codes", "scales", "normed", "sum"), got, want, strict=True):
+        assert_same_bytes(one, other, name)
+
+    *_, sum_of_three = ops.rms_norm_group_fp8_quant(x2, weight, residual=total, fp32_sum=True)
+    want = ops.rms_norm_group_fp8_quant(x3, weight, residual=sum_of_three, fp32_sum=True, **more)
+    got = ops.rms_norm_group_fp8_quant(x3, weight, residual=x2, residual_addend=total, fp32_sum=True, **more)
+    for name, one, other in zip(("codes", "scales", "normed", "sum"), got, want, strict=True):
+        assert_same_bytes(one, other, name)
+    assert got[-1].dtype == torch.float32
+
+
 @pytest.mark.parametrize("kind", ["group", "token", "static"])
 def test_op_is_its_reference_with_addends(kind: str, device: torch.device) -> None:
     x, addend, residual, more = (integers(seed, 256, device) for seed in range(4))
@@ -115,7 +138,23 @@ def test_op_is_its_reference_with_addends(kind: str, device: torch.device) -> No
         "token": (None,),
         "static": (torch.full((1,), 0.01, device=device),),
     }[kind]
-    arguments = (x, weight, EPSILON, residual, False, True, *rest, "native", "custom_op", addend, 0.5, more, True)
+    arguments = (
+        x,
+        weight,
+        EPSILON,
+        residual,
+        False,
+        True,
+        *rest,
+        "native",
+        "custom_op",
+        addend,
+        0.5,
+        more.float(),
+        True,
+        1024,
+        True,
+    )
     op = getattr(torch.ops.vllm_fusion_plugin, f"rms_norm_{kind}_fp8_quant").default
     got = op(*arguments)
     want = getattr(ops, f"rms_norm_{kind}_fp8_quant_reference")(*arguments)
@@ -135,7 +174,16 @@ def test_op_is_its_reference_with_addends(kind: str, device: torch.device) -> No
         ),
         ({"residual_addend": "x"}, "residual_addend is given without a residual"),
         ({"x_addend_scale": 2.5}, "x_addend_scale=2.5 without x_addend"),
-        ({"sum_columns": 1024}, "sum_columns=1024; allowed: 0, 2048"),
+        ({"sum_columns": 512}, "sum_columns=512; allowed: 0, 1024, 2048"),
+        ({"fp32_sum": True, "residual": "x", "norm_form": "custom_op"}, "fp32_sum=True with norm_form='custom_op'"),
+        ({"fp32_sum": True}, "fp32_sum=True without a sum to return"),
+        ({"fp32_sum": True, "residual": "x", "keep_sum": False}, "fp32_sum=True without a sum to return"),
+        (
+            {"residual": "fp32", "norm_form": "eager"},
+            "residual has dtype torch.float32; allowed: x's dtype, torch.bfloat16$",
+        ),
+        ({"x_addend": "fp32"}, "x_addend has dtype torch.float32; allowed: x's dtype, torch.bfloat16$"),
+        ({"residual": "half"}, "residual has dtype torch.float16; allowed: x's dtype, torch.bfloat16, or fp32"),
         ({"x_addend": "wide"}, r"x_addend has shape \(3, 512\); allowed: x's shape"),
         ({"x_addend": "half"}, "x_addend has dtype torch.float16; allowed: x's dtype"),
     ],
@@ -146,6 +194,7 @@ def test_bad_addends_are_refused(arguments: dict, message: str, device: torch.de
         "x": random(0, 256, device),
         "wide": random(0, 512, device),
         "half": random(0, 256, device, torch.float16),
+        "fp32": random(0, 256, device, torch.float32),
     }
     given = {name: tensors.get(value, value) for name, value in arguments.items()}
     with pytest.raises(ValueError, match=message):
@@ -203,6 +252,44 @@ def test_sums_are_inductors(width: int, experts: bool, device: torch.device) -> 
     added = {"x_addend": expert, "x_addend_scale": 2.5} if experts else {}
     options = {"keep_norm": True, "sum_columns": 2048}
     first = ops.rms_norm_group_fp8_quant(x, weight, EPSILON, residual=residual, keep_sum=False, **options)
+    options |= {"sum_columns": 1024} if experts else {}  # four tensors to load, twice
     second = ops.rms_norm_group_fp8_quant(x2, weight, EPSILON, residual=x, residual_addend=residual, **added, **options)
     for name, one, other in zip(("y", "y2", "sum"), (first[2], *second[2:]), expected, strict=True):
         assert_same_bytes(one, other, name)
+
+
+def four_norms(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *more: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """As above, of norms one behind the other in one graph."""
+    normed = []
+    for next_x in (*more, None):
+        total = x.float() + residual.float()
+        y = total * torch.rsqrt(total.pow(2).mean(dim=-1, keepdim=True) + EPSILON)
+        normed.append((y.to(weight.dtype) * weight).to(weight.dtype))
+        residual = total.to(weight.dtype)
+        if next_x is not None:
+            x = feed_forward(normed[-1], next_x)
+    return *normed, residual
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [2048, 4096, 7168])
+def test_sums_of_a_whole_model_are_inductors(width: int, device: torch.device) -> None:
+    """Four and five tensors, never rounded: x, residual, and what comes between norms."""
+    generator = torch.Generator(device=device).manual_seed(width)
+    x, residual, *more = (
+        torch.randn(2048, width, generator=generator, device=device, dtype=torch.bfloat16) * 3 for _ in range(5)
+    )
+    weight = 1 + 0.2 * torch.randn(width, generator=generator, device=device, dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    for t in (x, residual, *more):
+        torch._dynamo.mark_dynamic(t, 0)
+    with torch._inductor.config.patch(deterministic=True, force_disable_caches=True):
+        *expected, total = torch.compile(four_norms, fullgraph=True)(x, residual, weight, *more)
+    for i, (one, want, sum_columns) in enumerate(zip((x, *more), expected, (2048, 2048, 1024, 2048), strict=True)):
+        last = i == len(more)
+        options = {"keep_norm": True, "sum_columns": sum_columns, "fp32_sum": not last}
+        _, _, got, residual = ops.rms_norm_group_fp8_quant(one, weight, EPSILON, residual=residual, **options)
+        assert_same_bytes(got, want, f"norm {i}")
+    assert_same_bytes(residual, total, "sum")

@@ -125,7 +125,8 @@ def load_rows(
                 r += numerics.widen(residual_addends[first // CHUNK])
             s += r
             if residual_out_ptr is not None:
-                tl.store(residual_out_ptr + row64 * WIDTH + column, s.to(dtype), mask=mask)
+                total_ptrs = residual_out_ptr + row64 * WIDTH + column
+                tl.store(total_ptrs, s.to(residual_out_ptr.dtype.element_ty), mask=mask)
             if ROUND_SUM:
                 s = numerics.rounded(s, dtype)
         # As Inductor writes it, so that the compiler makes the same of it: fma where it makes one there.
@@ -484,12 +485,12 @@ def row_tile(width: int, native_quant: bool, crowded: bool = False, sum_columns:
     or three and takes the fastest, all with 16 warps (32 above 8192 columns): the whole row as one chunk, as here before
     vLLM's own quantisers; 2048 columns at a time, as here before native ones and always under Inductor's `deterministic`; or
     half a row. crowded: its kernel has 10 loads and reductions or more, and small chunks for want of registers. sum_columns:
-    2048 for 2048 columns at a time, where more are the rule.
+    1024 for a crowded kernel, 2048 for one that is not and takes 2048 columns at a time, where more are the rule.
     """
     whole = max(256, next_power_of_2(width))
     if width <= WARP_WIDTH.value:
         return Tile(1, whole, 1)
-    if crowded:
+    if crowded or sum_columns == 1024:
         return Tile(1, 1024, 4 if width <= 2048 else 8)
     if width <= 2048:
         return Tile(1, whole, 8)
@@ -576,9 +577,9 @@ def _launch(
     native, add = quant_form == "native", residual is not None
     addends = x_addend is not None and residual_addend is not None
     if kernel is _token_kernel:
-        crowded, most = add and (native or addends), 2  # two: this kernel has a row in registers twice
+        crowded, most = add and (native or (addends and not sum_columns)), 2  # two: it has a row in registers twice
     else:
-        crowded, most = addends and not native, 4
+        crowded, most = addends and not native and not sum_columns, 4
     tile = tile or folded(row_tile(width, native, crowded, sum_columns), rows, add, most)
     with on_device(x.device):
         kernel[(cdiv(rows, tile.rows),)](

@@ -25,8 +25,9 @@ bytes do not depend on the batch it is in.
 - native: Inductor's order, chunk by chunk and thread by thread. It has one up to 2048 columns and before a native group
   quantiser. Otherwise Inductor times two or three kernels that add in different orders and keeps the fastest:
   `kernels/rms_norm_quant.row_tile` says which is assumed. On an H200 that was the one chosen at 4096 columns, compilation
-  after compilation; at 7168 each of the three was chosen once. Two exceptions are known, for which there is
-  `sum_columns`: a norm that Inductor puts into the kernel of an embedding, and its `deterministic`, which times nothing.
+  after compilation; at 7168 each of the three was chosen once. Exceptions are known, for which there is `sum_columns`: a
+  norm that Inductor puts into the kernel of an embedding, its `deterministic`, which times nothing (2048), and kernels with
+  many loads (1024; what 0 takes where both x and residual are sums).
 - eager: torch's own reduction has yet another order.
 - custom_op: the CUDA ops add in one order below 256 tokens and in another from there on, and cannot both be met.
 
@@ -56,10 +57,10 @@ from .registry import register
 
 # The end of the ops' schemas; see Addends.
 ADDENDS = "Tensor? x_addend=None, float x_addend_scale=1.0, Tensor? residual_addend=None"
-ADDENDS += ", bool keep_sum=True, int sum_columns=0"
+ADDENDS += ", bool keep_sum=True, int sum_columns=0, bool fp32_sum=False"
 NORM_FORMS = ("native", "eager", "custom_op")
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SUM_COLUMNS = (0, 2048)
+SUM_COLUMNS = (0, 1024, 2048)
 # A whole row is kept in registers.
 MAX_WIDTH = 32768
 
@@ -94,9 +95,9 @@ def check_weight(name: str, weight: torch.Tensor, x: torch.Tensor, norm_form: st
         raise ValueError(f"{name} has dtype {weight.dtype}; allowed with norm_form='custom_op': the input's, {x.dtype}")
 
 
-def _check_like_x(name: str, t: torch.Tensor, x: torch.Tensor) -> None:
-    if t.dtype != x.dtype:
-        raise ValueError(f"{name} has dtype {t.dtype}; allowed: x's dtype, {x.dtype}")
+def _check_like_x(name: str, t: torch.Tensor, x: torch.Tensor, fp32: bool = False) -> None:
+    if t.dtype != x.dtype and not (fp32 and t.dtype == torch.float32):
+        raise ValueError(f"{name} has dtype {t.dtype}; allowed: x's dtype, {x.dtype}{', or fp32' if fp32 else ''}")
     if t.shape != x.shape:
         raise ValueError(f"{name} has shape {tuple(t.shape)}; allowed: x's shape, {tuple(x.shape)}")
     if t.stride(1) != 1:
@@ -106,13 +107,14 @@ def _check_like_x(name: str, t: torch.Tensor, x: torch.Tensor) -> None:
 
 
 class Addends(NamedTuple):
-    """The ops' last arguments: what else is added up, in which order squares are, and whether the sum is wanted."""
+    """The ops' last arguments: what else is added up, in which order squares are, and whether and how the sum is wanted."""
 
     x_addend: torch.Tensor | None = None
     x_addend_scale: float = 1.0
     residual_addend: torch.Tensor | None = None
     keep_sum: bool = True
     sum_columns: int = 0
+    fp32_sum: bool = False
 
     def check(self, x: torch.Tensor, residual: torch.Tensor | None, norm_form: str) -> None:
         for name in ("x_addend", "residual_addend"):
@@ -122,13 +124,17 @@ class Addends(NamedTuple):
                 raise ValueError(
                     f"{name} is given with norm_form={norm_form!r}, which rounds each sum; allowed: native"
                 )
-            _check_like_x(name, t, x)
+            _check_like_x(name, t, x, fp32=name == "residual_addend")
         if self.residual_addend is not None and residual is None:
             raise ValueError("residual_addend is given without a residual to add it to; allowed: with residual")
         if self.x_addend is None and self.x_addend_scale != 1.0:
             raise ValueError(f"x_addend_scale={self.x_addend_scale} without x_addend; allowed: 1.0")
         if self.sum_columns not in SUM_COLUMNS:
             raise ValueError(f"sum_columns={self.sum_columns}; allowed: {', '.join(map(str, SUM_COLUMNS))}")
+        if self.fp32_sum and norm_form != "native":
+            raise ValueError(f"fp32_sum=True with norm_form={norm_form!r}, which rounds each sum; allowed: native")
+        if self.fp32_sum and (residual is None or not self.keep_sum):
+            raise ValueError("fp32_sum=True without a sum to return; allowed: with residual and keep_sum")
 
 
 NO_ADDENDS = Addends()
@@ -158,7 +164,7 @@ def _check_norm(
     if keep_norm and quant_form == "native":
         raise ValueError("keep_norm=True with quant_form='native', which rounds nothing to keep; allowed: custom_op")
     if residual is not None:
-        _check_like_x("residual", residual, x)
+        _check_like_x("residual", residual, x, fp32=norm_form == "native")
     addends.check(x, residual, norm_form)
     return rows, width
 
@@ -196,7 +202,7 @@ def add_residual(
     if addends.residual_addend is not None:
         r = r + addends.residual_addend.float()
     s = s + r
-    stored = s.to(x.dtype)
+    stored = s if addends.fp32_sum else s.to(x.dtype)
     return stored.float() if norm_form == "custom_op" else s, stored
 
 
@@ -236,7 +242,9 @@ def _norm(
 def _empty_extras(
     x: torch.Tensor, residual: torch.Tensor | None, keep_norm: bool, addends: Addends
 ) -> list[torch.Tensor]:
-    return [x.new_empty(x.shape) for wanted in (keep_norm, residual is not None and addends.keep_sum) if wanted]
+    total = torch.float32 if addends.fp32_sum else x.dtype
+    wanted = [x.dtype] * keep_norm + [total] * (residual is not None and addends.keep_sum)
+    return [x.new_empty(x.shape, dtype=dtype) for dtype in wanted]
 
 
 def _named_extras(
@@ -274,9 +282,10 @@ def rms_norm_group_fp8_quant_reference(
     residual_addend: torch.Tensor | None = None,
     keep_sum: bool = True,
     sum_columns: int = 0,
+    fp32_sum: bool = False,
 ) -> list[torch.Tensor]:
     """`rms_norm_group_fp8_quant` in plain torch, on any device."""
-    addends = Addends(x_addend, x_addend_scale, residual_addend, keep_sum, sum_columns)
+    addends = Addends(x_addend, x_addend_scale, residual_addend, keep_sum, sum_columns, fp32_sum)
     layout = (group_size, column_major_scales, tma_aligned_scales)
     _check_group(x, weight, residual, gemma_weight, keep_norm, *layout, norm_form, quant_form, addends)
     y, extras = _norm(x, weight, epsilon, residual, gemma_weight, keep_norm, norm_form, quant_form, addends)
@@ -364,6 +373,7 @@ def rms_norm_group_fp8_quant(
     residual_addend: torch.Tensor | None = None,
     keep_sum: bool = True,
     sum_columns: int = 0,
+    fp32_sum: bool = False,
 ) -> list[torch.Tensor]:
     """RMSNorm of x or of x + residual, quantised to FP8 in groups of `group_size` along each row, in one kernel.
 
@@ -371,15 +381,16 @@ def rms_norm_group_fp8_quant(
         x: [M, H] bf16 or fp16; rows may be strided, columns not. M may be 0; H is at most 32768.
         weight: [H] bf16, fp16 or fp32, contiguous; None for none. x's dtype with norm_form custom_op.
         epsilon: added to the mean of squares.
-        residual: [M, H] in x's dtype, rows may be strided; added to x first. It is not changed.
+        residual: [M, H] in x's dtype or, with norm_form native, fp32; rows may be strided. Added to x first; not changed.
         gemma_weight: multiply by weight + 1, in fp32. Not with norm_form custom_op.
         keep_norm: return y too. Not with quant_form native.
-        x_addend, x_addend_scale, residual_addend: [M, H] in x's dtype, rows may be strided, and a number. With norm_form
-            native only: x + x_addend * x_addend_scale and residual + residual_addend take the places of x and residual,
-            unrounded, as where Inductor compiles these additions together with the norm.
+        x_addend, x_addend_scale, residual_addend: [M, H] in x's dtype (residual_addend or in fp32), rows may be strided, and
+            a number. With norm_form native only: x + x_addend * x_addend_scale and residual + residual_addend take the
+            places of x and residual, unrounded, as where Inductor compiles these additions together with the norm.
         keep_sum: return residual_out, if residual is given.
-        sum_columns: how many columns of a row of more than 2048 have their squares added up at a time, 2048 or, as 0, the
-            order of Inductor's usual kernel. In some places Inductor takes 2048; see the module's docstring.
+        sum_columns: how many columns of a row of more than 2048 have their squares added up at a time, 1024 (also of more
+            than 1024), 2048 or, as 0, the order of Inductor's usual kernel. See the module's docstring.
+        fp32_sum: residual_out is s as it is. With norm_form native only.
         group_size: 64 or 128; divides H.
         column_major_scales: scales with strides (1, M) instead of (H / group_size, 1).
         tma_aligned_scales: with column_major_scales, strides (1, M rounded up to 4); the padding is zero.
@@ -389,8 +400,8 @@ def rms_norm_group_fp8_quant(
 
     Returns:
         [codes, scales], then normed if keep_norm, then residual_out if residual is given and keep_sum: codes [M, H]
-        float8_e4m3fn, scales [M, H / group_size] fp32 in the layout asked for, normed and residual_out (s, rounded) [M, H]
-        in x's dtype. All are new tensors; all but the scales are contiguous.
+        float8_e4m3fn, scales [M, H / group_size] fp32 in the layout asked for, normed and residual_out (s, rounded unless
+        fp32_sum) [M, H] in x's dtype. All are new tensors; all but the scales are contiguous.
 
     Raises:
         ValueError: an argument is not one of the above; the message names it, its value and what is allowed.
@@ -399,7 +410,7 @@ def rms_norm_group_fp8_quant(
     """
     return _GROUP(
         x, weight, epsilon, residual, gemma_weight, keep_norm, group_size, column_major_scales, tma_aligned_scales,
-        use_ue8m0, eps, norm_form, quant_form, x_addend, x_addend_scale, residual_addend, keep_sum, sum_columns,
+        use_ue8m0, eps, norm_form, quant_form, x_addend, x_addend_scale, residual_addend, keep_sum, sum_columns, fp32_sum,
     )  # fmt: skip
 
 
@@ -421,9 +432,10 @@ def rms_norm_token_fp8_quant_reference(
     residual_addend: torch.Tensor | None = None,
     keep_sum: bool = True,
     sum_columns: int = 0,
+    fp32_sum: bool = False,
 ) -> list[torch.Tensor]:
     """`rms_norm_token_fp8_quant` in plain torch, on any device."""
-    addends = Addends(x_addend, x_addend_scale, residual_addend, keep_sum, sum_columns)
+    addends = Addends(x_addend, x_addend_scale, residual_addend, keep_sum, sum_columns, fp32_sum)
     _check_token(x, weight, residual, gemma_weight, keep_norm, scale_ub, norm_form, quant_form, addends)
     y, extras = _norm(x, weight, epsilon, residual, gemma_weight, keep_norm, norm_form, quant_form, addends)
     return [*token_fp8_quant_reference(y, scale_ub, quant_form), *extras]
@@ -503,12 +515,13 @@ def rms_norm_token_fp8_quant(
     residual_addend: torch.Tensor | None = None,
     keep_sum: bool = True,
     sum_columns: int = 0,
+    fp32_sum: bool = False,
 ) -> list[torch.Tensor]:
     """RMSNorm of x or of x + residual, quantised to FP8 with one scale a row, in one kernel.
 
     Args:
         x, weight, epsilon, residual, gemma_weight, keep_norm, norm_form, quant_form, x_addend, x_addend_scale,
-            residual_addend, keep_sum, sum_columns: as in `rms_norm_group_fp8_quant`; H is any number from 1 on.
+            residual_addend, keep_sum, sum_columns, fp32_sum: as in `rms_norm_group_fp8_quant`; H is any number from 1 on.
         scale_ub: one float32 value on x's device that limits a row's maximum; None for no limit.
 
     Returns:
@@ -522,7 +535,7 @@ def rms_norm_token_fp8_quant(
     """
     return _TOKEN(
         x, weight, epsilon, residual, gemma_weight, keep_norm, scale_ub, norm_form, quant_form,
-        x_addend, x_addend_scale, residual_addend, keep_sum, sum_columns,
+        x_addend, x_addend_scale, residual_addend, keep_sum, sum_columns, fp32_sum,
     )  # fmt: skip
 
 
@@ -544,9 +557,10 @@ def rms_norm_static_fp8_quant_reference(
     residual_addend: torch.Tensor | None = None,
     keep_sum: bool = True,
     sum_columns: int = 0,
+    fp32_sum: bool = False,
 ) -> list[torch.Tensor]:
     """`rms_norm_static_fp8_quant` in plain torch, on any device."""
-    addends = Addends(x_addend, x_addend_scale, residual_addend, keep_sum, sum_columns)
+    addends = Addends(x_addend, x_addend_scale, residual_addend, keep_sum, sum_columns, fp32_sum)
     _check_static(x, weight, residual, gemma_weight, keep_norm, scale, norm_form, quant_form, addends)
     y, extras = _norm(x, weight, epsilon, residual, gemma_weight, keep_norm, norm_form, quant_form, addends)
     return [static_fp8_quant_reference(y, scale, quant_form), *extras]
@@ -613,12 +627,13 @@ def rms_norm_static_fp8_quant(
     residual_addend: torch.Tensor | None = None,
     keep_sum: bool = True,
     sum_columns: int = 0,
+    fp32_sum: bool = False,
 ) -> list[torch.Tensor]:
     """RMSNorm of x or of x + residual, quantised to FP8 with one given scale, in one kernel.
 
     Args:
         x, weight, epsilon, residual, gemma_weight, keep_norm, norm_form, quant_form, x_addend, x_addend_scale,
-            residual_addend, keep_sum, sum_columns: as in `rms_norm_group_fp8_quant`; H is any number from 1 on.
+            residual_addend, keep_sum, sum_columns, fp32_sum: as in `rms_norm_group_fp8_quant`; H is any number from 1 on.
         scale: one float32 value on x's device; codes are y / scale, by way of the rounded reciprocal as in vLLM.
 
     Returns:
@@ -632,5 +647,5 @@ def rms_norm_static_fp8_quant(
     """
     return _STATIC(
         x, weight, epsilon, residual, gemma_weight, keep_norm, scale, norm_form, quant_form,
-        x_addend, x_addend_scale, residual_addend, keep_sum, sum_columns,
+        x_addend, x_addend_scale, residual_addend, keep_sum, sum_columns, fp32_sum,
     )  # fmt: skip

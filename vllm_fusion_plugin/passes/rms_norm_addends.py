@@ -2,18 +2,25 @@
 """Sums as Inductor would have made them: what it would not have rounded, and in which order. A step of
 RMSNormQuantFusionPass.
 
-A decoder layer's two norms are in one piece of the model, and what the first one adds up is an input of the second. Inductor
-compiles native norms together with the additions before them, in fp32: the second norm reads x2 + (x1 + residual), where
-x1 + residual is never rounded, nor is a MoE layer's sum of shared and routed experts. An op of ours is opaque to Inductor:
-what goes in has been stored, hence rounded, and a quarter of the second sum's numbers would differ in the last bit. So the
-op takes the addends, and adds them up as Inductor does. It moves as many bytes: the first norm has no sum to write.
+What a norm adds up, x + residual, the next norm's residual is. Inductor compiles native norms together with the additions
+before them, in fp32, and never rounds such a sum within a graph: it adds up again what is in memory, x2 + (x1 + residual)
+for the second norm of a layer, or, of five tensors and more, stores the sum in fp32. Nor does it round a MoE layer's sum of
+shared and routed experts. An op of ours is opaque to Inductor: what goes in has been stored, and were it stored in the
+model's dtype, a quarter of the second sum's numbers would differ in the last bit. So the op takes addends and adds them up
+as Inductor does, or it takes the fp32 sum of an op of ours before it. Addends move as many bytes: the first norm has no sum
+to write. A graph that ends at attention has no longer sums; where Inductor splits the model (so that attention can be fused,
+too), residuals go through all of it like this.
 
-Squares of more than 2048 columns are added up in the order of Inductor's usual kernel, but for two places where it is known
-to take another: see ops/rms_norm_quant.py.
+A norm that Inductor compiles, in front of a MoE layer for example, gets the additions back that it would have had: how many
+tensors its kernel loads decides on the order of its sum of squares.
+
+Squares of more than 2048 columns are added up in the order of Inductor's usual kernel, but where it is known to take
+another: see ops/rms_norm_quant.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from typing import Any
 
@@ -33,21 +40,92 @@ OURS = (
     ops.rms_norm_static_fp8_quant.default,
 )
 IR_ADD = "vllm_ir.fused_add_rms_norm"
+LOOK_UPS = ("aten.embedding", "aten.index")
+# Inductor's: `config.realize_reads_threshold`; up to how many loads and reductions a kernel is tried with whole rows, and
+# from how many on it counts as short of registers (triton_heuristics).
+MOST_READS, FEW_LOADS, MANY_LOADS = 4, 8, 10
 
 
 def take(graph: fx.Graph, deterministic: bool = False) -> None:
-    """Hand the native norms in a graph addends, where they were handed sums of addends that are in memory already.
+    """Hand the native norms in a graph what they add up as Inductor would have it.
 
     deterministic: whether Inductor compiles without timing, which leaves it one order."""
+    sums: dict[Any, _Sum] = {}  # by the node of what was added up, where only one norm reads it
     for norm in list(graph.nodes):
-        if norm.target in OURS and get(norm, "norm_form") == "native":
-            _take_residual(graph, norm)
+        ours = norm.target in OURS and get(norm, "norm_form") == "native"
+        if not ours and not (compat.called_op(norm) == IR_ADD and _is_native(norm)):
+            continue
+        total = _Sum.of(norm, sums, ours)
+        if ours:
+            if total.residual is not None:
+                _take_residual(graph, norm, total.before)
             _take_x(graph, norm)
-            # Inductor makes one kernel of a table's look-up and the norm of what is found there.
-            if deterministic or compat.called_op(get(norm, "x")) in ("aten.embedding", "aten.index"):
-                _put(norm, sum_columns=2048)
-        elif compat.called_op(norm) == IR_ADD and _is_native(norm):
-            _give_back(graph, norm)
+            _put(norm, sum_columns=_sum_columns(total, get(norm, "quant_form") == "native", deterministic))
+        elif total.before is not None and total.before.ours:
+            norm.update_arg(1, _addition(graph, norm, total.before))
+        if (node := _result(norm, ours)) is not None and _is_residual(node):
+            sums[node] = total
+    for node, total in sums.items():
+        if not node.users:
+            _drop(graph, node, total)
+
+
+@dataclasses.dataclass
+class _Sum:
+    """x + residual of a native norm. x is addend[0] + addend[1] * scale, if there are addends."""
+
+    norm: fx.Node
+    ours: bool
+    x: fx.Node
+    residual: fx.Node | None
+    before: _Sum | None
+    """What the residual is, if an earlier norm has added it up."""
+    tensors: int = 0
+    """How many of x's shape Inductor's kernel of this norm would load for it,"""
+    look_ups: int = 0
+    """and how many by way of indices."""
+    fp32: bool = False
+    """Whether the norm, one of ours, returns it in fp32."""
+
+    @classmethod
+    def of(cls, norm: fx.Node, sums: dict[Any, _Sum], ours: bool) -> _Sum:
+        x, residual = (get(norm, "x"), get(norm, "residual")) if ours else norm.args[:2]
+        before = sums.get(residual) if residual is not None and len(residual.users) == 1 else None
+        total = cls(norm, ours, x, residual, before)
+        total._count(x)
+        if before is not None and not before.stored:
+            total.tensors += before.tensors
+            total.look_ups += before.look_ups
+        elif residual is not None:
+            total._count(residual)
+        return total
+
+    def _count(self, node: fx.Node) -> None:
+        if compat.called_op(node) in LOOK_UPS:
+            self.look_ups += 1
+        else:
+            self.tensors += 2 if matchers.is_sum(node) else 1
+
+    @property
+    def stored(self) -> bool:
+        """Whether Inductor would store it for the norms that read it."""
+        return self.tensors + 2 * self.look_ups > MOST_READS
+
+    @property
+    def loads_and_reductions(self) -> int:
+        """As Inductor counts them: a kernel goes through a row twice, and the second time reads the sum if it is stored."""
+        once = self.tensors + self.look_ups
+        return (once + 1 if self.stored else once + self.tensors) + 2  # a weight, a sum of squares
+
+
+def _sum_columns(total: _Sum, native_quant: bool, deterministic: bool) -> int:
+    """The op's argument. A native quantiser would be in the same kernel, which is then another one."""
+    if not native_quant and total.loads_and_reductions >= MANY_LOADS:
+        return 1024
+    # Inductor makes one kernel of a table's look-up and the norm of what is found there.
+    looked_up = compat.called_op(total.x) in LOOK_UPS
+    crowded = not native_quant and total.loads_and_reductions > FEW_LOADS
+    return 2048 if deterministic or looked_up or crowded else 0
 
 
 def get(node: fx.Node, name: str) -> Any:
@@ -73,54 +151,91 @@ def _is_native(norm: fx.Node) -> bool:
     )
 
 
-def _sum_of_stored(total: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """If `total` is what an earlier native norm has added up of two tensors, for one reader only: that norm and the two.
-    What has more readers is stored, with us or without."""
-    if not isinstance(total, fx.Node) or total.target is not operator.getitem or len(total.users) > 1:
+def _result(norm: fx.Node, ours: bool) -> fx.Node | None:
+    """The node of what a norm has added up, if it returns that and something reads it."""
+    if ours and (get(norm, "residual") is None or not get(norm, "keep_sum")):
         return None
-    norm: Any = total.args[0]
-    if norm.target in OURS:
-        added = _arguments(norm)
-        is_sum = added["residual"] is not None and added["keep_sum"] and total.args[1] == len(norm.meta["val"]) - 1
-        plain = added["x_addend"] is None and added["residual_addend"] is None and added["norm_form"] == "native"
-        return (norm, added["x"], added["residual"]) if is_sum and plain else None
-    if (
-        compat.called_op(norm) == IR_ADD
-        and total.args[1] == 1
-        and not matchers.is_sum(norm.args[0])
-        and _is_native(norm)
-    ):
-        return norm, norm.args[0], norm.args[1]
-    return None
+    place = len(norm.meta["val"]) - 1 if ours else 1
+    return next((user for user in norm.users if user.target is operator.getitem and user.args[1] == place), None)
 
 
-def _drop(graph: fx.Graph, total: fx.Node) -> None:
-    """Take away a sum that nothing reads any more."""
-    norm: Any = total.args[0]
-    graph.erase_node(total)
-    if norm.target in OURS:
-        _put(norm, keep_sum=False)
-        norm.meta = norm.meta | {"val": norm.meta["val"][:-1]}
+def _is_residual(node: fx.Node) -> bool:
+    """Whether one native norm reads a sum, and nothing else. What has other readers is stored, with us or without."""
+    if len(node.users) != 1:
+        return False
+    (user,) = node.users
+    if user.target in OURS:
+        return get(user, "norm_form") == "native" and get(user, "residual") is node and get(user, "x") is not node
+    return compat.called_op(user) == IR_ADD and user.args[1] is node and user.args[0] is not node and _is_native(user)
 
 
-def _take_residual(graph: fx.Graph, norm: fx.Node) -> None:
-    total = get(norm, "residual")
-    if found := _sum_of_stored(total):
-        _put(norm, residual=found[1], residual_addend=found[2])
-        _drop(graph, total)
-
-
-def _give_back(graph: fx.Graph, norm: fx.Node) -> None:
-    """A norm that Inductor compiles gets the sum of one of ours as an addition, which Inductor compiles with it."""
-    total: Any = norm.args[1]
-    found = _sum_of_stored(total)
-    if found is None or found[0].target not in OURS:
+def _take_residual(graph: fx.Graph, norm: fx.Node, before: _Sum | None) -> None:
+    """Give `norm`, one of ours, its residual unrounded."""
+    if before is None:
         return
+    if before.ours:
+        added = _arguments(before.norm)
+        if added["x_addend"] is None and added["residual_addend"] is None:
+            _put(norm, residual=added["x"], residual_addend=added["residual"])
+        else:
+            _put(norm, residual=_in_fp32(before))
+        return
+    if matchers.is_sum(before.x):
+        return  # three addends: rounded
+    earlier = before.before
+    if earlier is None:
+        _put(norm, residual=before.x, residual_addend=before.residual)
+    elif earlier.ours:
+        _put(norm, residual=before.x, residual_addend=_in_fp32(earlier))
+    else:  # two norms of Inductor's in a row, which has to store what they have added up
+        with graph.inserting_before(norm):
+            widened = _call(graph, torch.ops.prims.convert_element_type.default, before.x, torch.float32)
+            _put(norm, residual=_call(graph, aten.add.Tensor, widened, before.residual))
+
+
+def _in_fp32(total: _Sum) -> fx.Node:
+    """What one of our norms has added up, from now on unrounded."""
+    node = _result(total.norm, True)
+    assert node is not None  # it is in `sums`, and what is there is dropped last
+    if not total.fp32:
+        total.fp32 = True
+        _put(total.norm, fp32_sum=True)
+        node.meta = node.meta | {"val": node.meta["val"].to(torch.float32)}
+        total.norm.meta = total.norm.meta | {"val": [*total.norm.meta["val"][:-1], node.meta["val"]]}
+    return node
+
+
+def _addition(graph: fx.Graph, norm: fx.Node, total: _Sum) -> Any:
+    """What one of our norms has added up, as Inductor would have had it in its kernel of `norm`."""
+    if total.stored:
+        return _in_fp32(total)
+    residual: Any = total.residual
+    if total.before is not None and total.before.ours:
+        residual = _addition(graph, norm, total.before)
     with graph.inserting_before(norm):
-        addition = graph.call_function(aten.add.Tensor, found[1:])
-    addition.meta = dict(total.meta)
-    norm.update_arg(1, addition)
-    _drop(graph, total)
+        if compat.called_op(residual) in LOOK_UPS:
+            residual = graph.node_copy(residual)  # it is looked up again, though our norm has it in memory
+        x: Any = total.x
+        if get(total.norm, "x_addend") is not None:
+            x, addend, scale = (get(total.norm, name) for name in ("x", "x_addend", "x_addend_scale"))
+            x = _call(
+                graph, aten.add.Tensor, x, addend if scale == 1.0 else _call(graph, aten.mul.Tensor, addend, scale)
+            )
+        return _call(graph, aten.add.Tensor, x, residual)
+
+
+def _call(graph: fx.Graph, op: Any, first: fx.Node, *more: Any) -> fx.Node:
+    node = graph.call_function(op, (first, *more))
+    node.meta = first.meta | {"val": op(*fx.map_arg(node.args, lambda n: n.meta["val"]))}
+    return node
+
+
+def _drop(graph: fx.Graph, node: fx.Node, total: _Sum) -> None:
+    """Take away a sum that nothing reads any more."""
+    graph.erase_node(node)
+    if total.ours:
+        _put(total.norm, keep_sum=False, fp32_sum=False)
+        total.norm.meta = total.norm.meta | {"val": total.norm.meta["val"][:-1]}
 
 
 def _take_x(graph: fx.Graph, norm: fx.Node) -> None:
