@@ -76,8 +76,8 @@ class _Sum:
 
     norm: fx.Node
     ours: bool
-    x: fx.Node
-    residual: fx.Node | None
+    x: Any
+    residual: Any
     before: _Sum | None
     """What the residual is, if an earlier norm has added it up."""
     tensors: int = 0
@@ -89,7 +89,8 @@ class _Sum:
 
     @classmethod
     def of(cls, norm: fx.Node, sums: dict[Any, _Sum], ours: bool) -> _Sum:
-        x, residual = (get(norm, "x"), get(norm, "residual")) if ours else norm.args[:2]
+        inputs: Any = (get(norm, "x"), get(norm, "residual")) if ours else norm.args[:2]
+        x, residual = inputs
         before = sums.get(residual) if residual is not None and len(residual.users) == 1 else None
         total = cls(norm, ours, x, residual, before)
         total._count(x)
@@ -100,7 +101,7 @@ class _Sum:
             total._count(residual)
         return total
 
-    def _count(self, node: fx.Node) -> None:
+    def _count(self, node: Any) -> None:
         if compat.called_op(node) in LOOK_UPS:
             self.look_ups += 1
         else:
@@ -209,13 +210,13 @@ def _addition(graph: fx.Graph, norm: fx.Node, total: _Sum) -> Any:
     """What one of our norms has added up, as Inductor would have had it in its kernel of `norm`."""
     if total.stored:
         return _in_fp32(total)
-    residual: Any = total.residual
+    residual = total.residual
     if total.before is not None and total.before.ours:
         residual = _addition(graph, norm, total.before)
     with graph.inserting_before(norm):
         if compat.called_op(residual) in LOOK_UPS:
             residual = graph.node_copy(residual)  # it is looked up again, though our norm has it in memory
-        x: Any = total.x
+        x = total.x
         if get(total.norm, "x_addend") is not None:
             x, addend, scale = (get(total.norm, name) for name in ("x", "x_addend", "x_addend_scale"))
             x = _call(
@@ -224,7 +225,7 @@ def _addition(graph: fx.Graph, norm: fx.Node, total: _Sum) -> Any:
         return _call(graph, aten.add.Tensor, x, residual)
 
 
-def _call(graph: fx.Graph, op: Any, first: fx.Node, *more: Any) -> fx.Node:
+def _call(graph: fx.Graph, op: Any, first: Any, *more: Any) -> fx.Node:
     node = graph.call_function(op, (first, *more))
     node.meta = first.meta | {"val": op(*fx.map_arg(node.args, lambda n: n.meta["val"]))}
     return node
