@@ -107,24 +107,26 @@ def serve(args: argparse.Namespace) -> None:
         if args.serve in ATTENTION:
             pass_config = pass_config | {"fuse_attn_quant": True}
     inductor = {"inductor_compile_config": {"deterministic": True}} if args.deterministic else {}
-    llm = LLM(
-        model=str(args.model),
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        max_model_len=args.prefill + 16,
-        max_num_seqs=max(args.batches),
-        max_num_batched_tokens=args.prefill,
+    options = {
+        "model": str(args.model),
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "max_model_len": args.prefill + 16,
+        "max_num_seqs": max(args.batches),
+        "max_num_batched_tokens": args.prefill,
         # Given, not measured: engines that start together would take each other's memory for their own. What the first is
         # for is the check at the start, whether that much is still free.
-        gpu_memory_utilization=args.memory or 0.9 / len(args.configs),
-        kv_cache_memory_bytes=int(args.kv_gib * 2**30),
-        enable_prefix_caching=False,
-        tensor_parallel_size=args.tensor_parallel_size,
-        worker_extension_cls="engine_worker.EngineWorker",
-        compilation_config={"cudagraph_capture_sizes": args.capture, "pass_config": pass_config} | partition | inductor,
-        additional_config={"fusion_plugin": config["settings"]} if "settings" in config else {},
-        **args.engine,
-    )
+        "gpu_memory_utilization": args.memory or 0.9 / len(args.configs),
+        "kv_cache_memory_bytes": int(args.kv_gib * 2**30),
+        "enable_prefix_caching": False,
+        "tensor_parallel_size": args.tensor_parallel_size,
+        "worker_extension_cls": "engine_worker.EngineWorker",
+        "compilation_config": {"cudagraph_capture_sizes": args.capture, "pass_config": pass_config}
+        | partition
+        | inductor,
+        "additional_config": {"fusion_plugin": config["settings"]} if "settings" in config else {},
+    }
+    llm = LLM(**options | args.engine)
     filled = llm.collective_rpc("fill_random_weights")
     llm.collective_rpc("watch_graphs")
     step = llm.llm_engine.step
@@ -407,7 +409,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=64, help="decode steps a turn")
     parser.add_argument("--rounds", type=int, default=12, help="6 or more, for a confidence interval")
     parser.add_argument("--kv-gib", type=float, default=6, help="KV cache of each engine")
-    parser.add_argument("--engine", type=json.loads, help="further engine arguments, JSON")
+    parser.add_argument("--engine", type=json.loads, help="further engine arguments, or others instead, JSON")
     parser.add_argument("--pass-config", type=json.loads, default={}, help="further flags of all engines' passes, JSON")
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
