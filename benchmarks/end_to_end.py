@@ -182,6 +182,7 @@ def serve(args: argparse.Namespace) -> None:
         return {
             "match_table": over_ranks(llm.collective_rpc("get_compilation_match_table")),
             "linear_kernels": over_ranks(llm.collective_rpc("linear_kernels")),
+            "attention_backends": over_ranks(llm.collective_rpc("attention_backends")),
             "report": llm.collective_rpc("get_fusion_report") if config["plugin"] else None,
         }
 
@@ -262,7 +263,7 @@ def measure(args: argparse.Namespace) -> None:
                 engine.ready(start)
         reports = {name: engine.ask("report") for name, engine in engines.items()}
         for name, report in reports.items():
-            print(name, report["match_table"], report["linear_kernels"])
+            print(name, report["match_table"], report["linear_kernels"], report["attention_backends"])
             if report["report"]:
                 write_report(out.with_name(f"{out.stem}.{name}.report.json"), name, report["report"])
         asked = {name: engine.ask("tokens") for name, engine in engines.items()}
@@ -294,6 +295,7 @@ def write(
         differences=differences,
         agreement=found,
         linear_kernels={name: report["linear_kernels"] for name, report in reports.items()},
+        attention_backends={name: report["attention_backends"] for name, report in reports.items()},
         linear_environment=LINEAR[args.linear],
         match_tables={name: report["match_table"] for name, report in reports.items()},
         prefill_tokens=args.prefill,

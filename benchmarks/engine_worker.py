@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +22,13 @@ class EngineWorker(RandomWeights):
         from vllm_fusion_plugin import compat
 
         return compat.linear_kernels(self)
+
+    def attention_backends(self) -> dict[str, int]:
+        """vLLM's name of the backend of each layer that has one, counted."""
+        from vllm_fusion_plugin import compat
+
+        layers = [module for module in self.model_runner.model.modules() if hasattr(module, "attn_backend")]
+        return dict(Counter(map(compat.attention_backend, layers)))
 
     def watch_graphs(self) -> None:
         """From now on remember the last two CUDA graphs replayed in this process."""

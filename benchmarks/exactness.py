@@ -16,13 +16,13 @@ import itertools
 import math
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import grid
 import timing
 import torch
-from mla_v_up_quant import MLAVUp, V
+from mla_v_up_quant import HEADS, MLAVUp, V
 from producers import PRODUCERS, Producer, Tensors, named
 from quantisers import EPS, STATIC_SCALE, Group, Static, Token
 
@@ -155,22 +155,25 @@ def differing(ours: Outputs, replaced: Outputs) -> Counter[str]:
     return Counter({name: int(torch.count_nonzero(bits(ours[name]) != bits(replaced[name]))) for name in ours})
 
 
-def compare(case: Case, width: int, dtype: torch.dtype, elements: int) -> dict[str, Any]:
-    """A row of the result: how often each output differs, over at least `elements` codes of one width."""
-    generator = torch.Generator(device="cuda").manual_seed(width)
-    chunks = math.ceil(elements / (ROWS * width))
+def tally(pairs: Iterable[tuple[Outputs, Outputs]]) -> dict[str, Any]:
+    """How often each output differs over pairs of ours and what it replaces, and by how many codes at most."""
     total: Counter[str] = Counter()
     steps = 0
-    for _ in range(chunks):
-        inputs = case.producer.inputs(ROWS, width, dtype, generator)
-        ours, replaced = case.ours(inputs), case.replaced(inputs)
+    for ours, replaced in pairs:
         total.update(differing(ours, replaced))
         steps = max(steps, code_steps(ours["codes"], replaced["codes"]))
+    return {f"{name}_differ": count for name, count in total.items()} | {"largest_code_steps": steps}
+
+
+def compare(case: Case, width: int, dtype: torch.dtype, elements: int) -> dict[str, Any]:
+    """A row of the result, over at least `elements` codes of one width."""
+    generator = torch.Generator(device="cuda").manual_seed(width)
+    chunks = math.ceil(elements / (ROWS * width))
+    inputs = (case.producer.inputs(ROWS, width, dtype, generator) for _ in range(chunks))
     return {
         "op": case.op, "mode": ",".join(filter(None, [case.mode, *case.producer.words])), "form": case.form,
         "quant_form": case.quant_form, "dtype": str(dtype).removeprefix("torch."), "H": width,
-        "elements": chunks * ROWS * width, **{f"{name}_differ": count for name, count in total.items()},
-        "largest_code_steps": steps,
+        "elements": chunks * ROWS * width, **tally((case.ours(tensors), case.replaced(tensors)) for tensors in inputs),
     }  # fmt: skip
 
 
@@ -179,23 +182,21 @@ def compare_mla_v_up(mode: str, tokens: int, heads: int, dtype: torch.dtype, ele
     workload = MLAVUp(mode)
     unfused = workload.others()["unfused"]
     launches = min(math.ceil(elements / (tokens * heads * V)), 64)
-    total: Counter[str] = Counter()
-    steps = 0
     torch.manual_seed(tokens)
-    for _ in range(launches):
-        inputs = workload.inputs(tokens, heads, dtype)
-        unfused(*inputs)
-        replaced = dict(zip(("codes", "scales"), (t.clone() for t in inputs[-2:]), strict=True))
-        for t in inputs[-2:]:
-            bits(t).fill_(0x55)
-        workload.ours(None, *inputs)
-        ours = dict(zip(("codes", "scales"), inputs[-2:], strict=True))
-        total.update(differing(ours, replaced))
-        steps = max(steps, code_steps(ours["codes"], replaced["codes"]))
+
+    def pairs() -> Iterator[tuple[Outputs, Outputs]]:
+        for _ in range(launches):
+            inputs = workload.inputs(tokens, heads, dtype)
+            unfused(*inputs)
+            replaced = named(t.clone() for t in inputs[-2:])
+            for t in inputs[-2:]:
+                bits(t).fill_(0x55)
+            workload.ours(None, *inputs)
+            yield named(inputs[-2:]), replaced
+
     return {
         "op": MLAVUp.op, "mode": mode, "form": "bmm", "quant_form": "custom_op", "dtype": str(dtype).removeprefix("torch."),
-        "M": tokens, "H": heads, "elements": launches * tokens * heads * V,
-        **{f"{name}_differ": count for name, count in total.items()}, "largest_code_steps": steps,
+        "M": tokens, "H": heads, "elements": launches * tokens * heads * V, **tally(pairs()),
     }  # fmt: skip
 
 
@@ -225,9 +226,7 @@ def main() -> None:
         print(*(new[0][key] for key in ("op", "mode", "form", "quant_form")), summed, f"{steps} code steps", flush=True)
         timing.write(args.out, rows)  # what is there by now survives a run cut short
     if MLAVUp.op in args.ops:
-        for mode, heads, tokens in itertools.product(
-            ("column", "column,input_first", "group64"), (128, 16), MLA_TOKENS
-        ):
+        for mode, heads, tokens in itertools.product(("column", "column,input_first", "group64"), HEADS, MLA_TOKENS):
             rows.append(compare_mla_v_up(mode, tokens, heads, dtype, args.elements // 16))
             print(*rows[-1].values(), flush=True)
         timing.write(args.out, rows)
