@@ -229,7 +229,7 @@ def main() -> None:
         for mode, heads, tokens in itertools.product(("column", "column,input_first", "group64"), HEADS, MLA_TOKENS):
             rows.append(compare_mla_v_up(mode, tokens, heads, dtype, args.elements // 16))
             print(*rows[-1].values(), flush=True)
-        timing.write(args.out, rows)
+            timing.write(args.out, rows)
 
 
 if __name__ == "__main__":
