@@ -72,7 +72,7 @@ def take(graph: fx.Graph, deterministic: bool = False) -> None:
 
 @dataclasses.dataclass
 class _Sum:
-    """x + residual of a native norm. x is addend[0] + addend[1] * scale, if there are addends."""
+    """x + residual of a native norm, as the graph had them before `take`."""
 
     norm: fx.Node
     ours: bool
@@ -81,9 +81,9 @@ class _Sum:
     before: _Sum | None
     """What the residual is, if an earlier norm has added it up."""
     tensors: int = 0
-    """How many of x's shape Inductor's kernel of this norm would load for it,"""
+    """How many tensors of x's shape Inductor's kernel of this norm would load for it."""
     look_ups: int = 0
-    """and how many by way of indices."""
+    """How many rows of a table it would look up for it."""
     fp32: bool = False
     """Whether the norm, one of ours, returns it in fp32."""
 
