@@ -31,8 +31,8 @@ CUDA_REQUIREMENTS = (f"vllm=={VLLM}", "torch!=2.13.0+cpu", "cuda-python>=13", *T
 UNFIT_FOR_CPU = ("torchvision", "torchaudio", "torchcodec")
 # Per test, the engines or traces that it waits for included.
 TIMEOUT = "--timeout=900"
-# Neither an interpreted kernel nor a trace keeps two cores busy. Tests of one trace are a group: tests/compile/conftest.py.
-TWO_AT_A_TIME = ("--numprocesses=2", "--dist=loadgroup")
+# Neither an interpreted kernel nor a trace keeps two cores busy. A file's tests share traces.
+TWO_AT_A_TIME = ("--numprocesses=2", "--dist=loadfile")
 
 
 def uv_settings() -> dict[str, str]:

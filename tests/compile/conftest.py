@@ -18,17 +18,6 @@ MODELS = HERE.parent / "models"
 TRACE_TIMEOUT_S = 400
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two workers (`--dist=loadgroup`): who shares a trace runs in one process. That is a file, or a model of
-    test_whole_models.py, which takes longer than all others together."""
-    for item in items:
-        if item.path.parent == HERE and item.get_closest_marker("xdist_group") is None:
-            case = getattr(item, "callspec", None) and item.callspec.params.get("case")
-            of_model = item.path.name == "test_whole_models.py" and case
-            item.add_marker(pytest.mark.xdist_group(str(case) if of_model else item.path.stem))
-
-
 @pytest.fixture(scope="session")
 def trace_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
     """`trace_model(model, plugin=..., ...)`: what trace_model.py tells, in a process of its own; each trace is made once."""

@@ -151,7 +151,6 @@ def test_report_counts_graphs_and_layers(case, trace_model):
         assert report.passes[name] == "ours"
 
 
-@pytest.mark.xdist_group("qwen3")
 def test_report_names_the_layers(trace_model):
     trace = trace_model("qwen3-8b-8layers", plugin=True, env=dict(CUTLASS))
     # For six of them vLLM compiled nothing: they run what it compiled for the first.
@@ -164,7 +163,6 @@ def module(found: dict, depth: int) -> str:
     return ".".join(found["module"].split(".")[:depth])
 
 
-@pytest.mark.xdist_group("qwen3-next")
 def test_report_names_gated_norms(trace_model):
     trace = trace_model("qwen3-next-8layers", plugin=True, env=dict(CUTLASS))
     gated = [f for f in found(trace, NORM) if f["pattern"].startswith("gated_rms_norm[silu,norm first]")]
@@ -175,13 +173,11 @@ def test_report_names_gated_norms(trace_model):
     assert sum("+norm" in rest for _, rest in patterns) == 6
 
 
-@pytest.mark.xdist_group("deepseek-v3")
 def test_report_names_both_norms_of_latent_attention(trace_model):
     trace = trace_model("deepseek-v3-5layers", plugin=True, env=dict(CUTLASS))
     assert [module(f, 3) for f in found(trace, DUAL)] == [f"layers.{i}.self_attn" for i in range(5)]
 
 
-@pytest.mark.xdist_group("deepseek-v3-defaults")
 def test_report_says_why_nothing_was_fused(trace_model):
     case = CASES["deepseek-v3-defaults"]
     trace = trace_model(case.model, plugin=True)
