@@ -52,18 +52,17 @@ def take(graph: fx.Graph, deterministic: bool = False) -> None:
     deterministic: whether Inductor compiles without timing, which leaves it one order."""
     sums: dict[Any, _Sum] = {}  # by the node of what was added up, where only one norm reads it
     for norm in list(graph.nodes):
-        ours = norm.target in OURS and get(norm, "norm_form") == "native"
-        if not ours and not (compat.called_op(norm) == IR_ADD and _is_native(norm)):
+        if not _is_native(norm):
             continue
-        total = _Sum.of(norm, sums, ours)
-        if ours:
-            if total.residual is not None:
+        total = _Sum.of(norm, sums)
+        if total.ours:
+            if total.before is not None:
                 _take_residual(graph, norm, total.before)
             _take_x(graph, norm)
             _put(norm, sum_columns=_sum_columns(total, get(norm, "quant_form") == "native", deterministic))
         elif total.before is not None and total.before.ours:
             norm.update_arg(1, _addition(graph, norm, total.before))
-        if (node := _result(norm, ours)) is not None and _is_residual(node):
+        if (node := _result(norm)) is not None and _is_residual(node):
             sums[node] = total
     for node, total in sums.items():
         if not node.users:
@@ -75,7 +74,6 @@ class _Sum:
     """x + residual of a native norm, as the graph had them before `take`."""
 
     norm: fx.Node
-    ours: bool
     x: Any
     residual: Any
     before: _Sum | None
@@ -84,15 +82,12 @@ class _Sum:
     """How many tensors of x's shape Inductor's kernel of this norm would load for it."""
     look_ups: int = 0
     """How many rows of a table it would look up for it."""
-    fp32: bool = False
-    """Whether the norm, one of ours, returns it in fp32."""
 
     @classmethod
-    def of(cls, norm: fx.Node, sums: dict[Any, _Sum], ours: bool) -> _Sum:
-        inputs: Any = (get(norm, "x"), get(norm, "residual")) if ours else norm.args[:2]
-        x, residual = inputs
+    def of(cls, norm: fx.Node, sums: dict[Any, _Sum]) -> _Sum:
+        x, residual = _inputs(norm)
         before = sums.get(residual) if residual is not None and len(residual.users) == 1 else None
-        total = cls(norm, ours, x, residual, before)
+        total = cls(norm, x, residual, before)
         total._count(x)
         if before is not None and not before.stored:
             total.tensors += before.tensors
@@ -106,6 +101,10 @@ class _Sum:
             self.look_ups += 1
         else:
             self.tensors += 2 if matchers.is_sum(node) else 1
+
+    @property
+    def ours(self) -> bool:
+        return self.norm.target in OURS
 
     @property
     def stored(self) -> bool:
@@ -146,14 +145,23 @@ def _put(node: fx.Node, **values: Any) -> None:
 
 
 def _is_native(norm: fx.Node) -> bool:
-    """Whether Inductor will compile a norm of vLLM's IR."""
-    return (
-        compat.ir_provider(IR_ADD.partition(".")[2], fx.map_arg(norm.args, lambda node: node.meta["val"])) == "native"
-    )
+    """Whether a node is a native norm: one of ours, or one with an addition of vLLM's IR, which Inductor will compile."""
+    if norm.target in OURS:
+        return get(norm, "norm_form") == "native"
+    if compat.called_op(norm) != IR_ADD:
+        return False
+    values = fx.map_arg(norm.args, lambda node: node.meta["val"])
+    return compat.ir_provider(IR_ADD.partition(".")[2], values) == "native"
 
 
-def _result(norm: fx.Node, ours: bool) -> fx.Node | None:
-    """The node of what a norm has added up, if it returns that and something reads it."""
+def _inputs(norm: fx.Node) -> Any:
+    """x and residual of a native norm."""
+    return (get(norm, "x"), get(norm, "residual")) if norm.target in OURS else norm.args[:2]
+
+
+def _result(norm: fx.Node) -> fx.Node | None:
+    """The node of what a native norm has added up, if it returns that and something reads it."""
+    ours = norm.target in OURS
     if ours and (get(norm, "residual") is None or not get(norm, "keep_sum")):
         return None
     place = len(norm.meta["val"]) - 1 if ours else 1
@@ -165,15 +173,14 @@ def _is_residual(node: fx.Node) -> bool:
     if len(node.users) != 1:
         return False
     (user,) = node.users
-    if user.target in OURS:
-        return get(user, "norm_form") == "native" and get(user, "residual") is node and get(user, "x") is not node
-    return compat.called_op(user) == IR_ADD and user.args[1] is node and user.args[0] is not node and _is_native(user)
+    if not _is_native(user):
+        return False
+    x, residual = _inputs(user)
+    return residual is node and x is not node
 
 
-def _take_residual(graph: fx.Graph, norm: fx.Node, before: _Sum | None) -> None:
+def _take_residual(graph: fx.Graph, norm: fx.Node, before: _Sum) -> None:
     """Give `norm`, one of ours, its residual unrounded."""
-    if before is None:
-        return
     if before.ours:
         added = _arguments(before.norm)
         if added["x_addend"] is None and added["residual_addend"] is None:
@@ -196,10 +203,9 @@ def _take_residual(graph: fx.Graph, norm: fx.Node, before: _Sum | None) -> None:
 
 def _in_fp32(total: _Sum) -> fx.Node:
     """What one of our norms has added up, from now on unrounded."""
-    node = _result(total.norm, True)
+    node = _result(total.norm)
     assert node is not None  # it is in `sums`, and what is there is dropped last
-    if not total.fp32:
-        total.fp32 = True
+    if not get(total.norm, "fp32_sum"):
         _put(total.norm, fp32_sum=True)
         node.meta = node.meta | {"val": node.meta["val"].to(torch.float32)}
         total.norm.meta = total.norm.meta | {"val": [*total.norm.meta["val"][:-1], node.meta["val"]]}
