@@ -11,6 +11,7 @@ import functools
 import inspect
 import logging
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -108,6 +109,38 @@ def silu_and_mul_adds_zero() -> bool:
     from vllm import __version__
 
     return Version(__version__).release >= (0, 21)
+
+
+def group_quantiser_multiplies() -> bool:
+    """Whether `per_token_group_fp8_quant` multiplies by a scale's reciprocal instead of dividing: since 0.33. With a GPU at
+    hand the op itself is asked (roundings.py). Can go with support for 0.32."""
+    from packaging.version import Version
+    from vllm import __version__
+
+    return Version(__version__).release >= (0, 33)
+
+
+def identity_of_custom_ops() -> list[str]:
+    """Version, and name, size and time of the extensions that `torch.ops._C` comes from, whatever they are called."""
+    import vllm
+
+    folder = pathlib.Path(vllm.__file__).parent
+    files = [(path.name, path.stat()) for path in sorted(folder.glob("_C*.so"))]
+    return [vllm.__version__, *(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in files)]
+
+
+def device_name() -> str:
+    """The GPU's name, found without touching it."""
+    from vllm.platforms import current_platform
+
+    return str(current_platform.get_device_name())
+
+
+def cache_root() -> pathlib.Path:
+    """The folder that vLLM's compile cache is in (all versions read)."""
+    from vllm import envs
+
+    return pathlib.Path(envs.VLLM_CACHE_ROOT)
 
 
 def ir_provider(op: str, arguments: Sequence[Any]) -> str:

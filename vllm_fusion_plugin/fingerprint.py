@@ -11,7 +11,16 @@ from . import __version__
 from .settings import Settings
 
 # cli, demo, settings and report change no graph and no kernel, so an edit there keeps a user's compile cache warm.
-SOURCES = ("compat.py", "cpu*.py", "mla.py", "pass_manager.py", "passes/*.py", "ops/*.py", "kernels/*.py")
+SOURCES = (
+    "compat.py",
+    "cpu*.py",
+    "mla.py",
+    "pass_manager.py",
+    "roundings.py",
+    "passes/*.py",
+    "ops/*.py",
+    "kernels/*.py",
+)
 
 
 @functools.cache

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from . import compat, report
+from . import compat, report, roundings
 from .ops.mla_v_up_quant import mla_v_up_group_fp8_quant
 from .ops.quant import FP8_DTYPE, FP8_MAX, GROUP_SIZES, INPUT_DTYPES, group_fp8_quant_reference, padded_rows
 
@@ -148,6 +148,7 @@ class _Output:
                 self.group_size,
                 use_ue8m0=self.use_ue8m0,
                 eps=EPS,
+                quant_form=roundings.of(roundings.GROUP_QUANT).form,
             )
         except Exception as e:  # a Triton that cannot compile it, for example: vLLM's own way is still there
             _switch_off(f"{type(e).__name__}: {e}")

@@ -58,6 +58,10 @@ class Settings(BaseModel):
     """With fuse_attn_quant, MLA layers with FP8 output in groups write it from the V up-projection, instead of quantising
     behind it."""
 
+    inexact: Literal["fuse", "leave"] = "fuse"
+    """What to do where none of the roundings that this package knows is that of the installed vLLM's quantiser or SiLU·mul:
+    fuse with the nearest, and say so in the report, or leave it to vLLM."""
+
     use_pdl: bool = True
     """Launch kernels with programmatic dependent launch where the GPU has it (compute capability 9.0 and later)."""
 

@@ -14,6 +14,7 @@ import torch
 DTYPES = (torch.bfloat16, torch.float16)
 GROUP_SIZES = (64, 128)
 FORMS = ("custom_op", "native")
+GROUP_FORMS = ("custom_op", "reciprocal", "native", "native_floored")
 EPS = 1e-10  # vLLM's, below which no group's maximum counts
 
 
@@ -54,13 +55,21 @@ def scales_name(mode: Any) -> str:
     return f"{mode.group_size}-{layout}-{'ue8m0' if mode.use_ue8m0 else 'fp32'}"
 
 
-def group_modes(quant_forms: tuple[str, ...] = FORMS) -> list[GroupMode]:
+def told_apart(mode: Any) -> bool:
+    """Whether a group quantiser's form is another than that of the same name's other half: `reciprocal` multiplies where
+    custom_op divides by an fp32 scale, and `native_floored` has a floor under a UE8M0 scale."""
+    return {"reciprocal": not mode.use_ue8m0, "native_floored": mode.use_ue8m0}.get(mode.quant_form, True)
+
+
+def group_modes(quant_forms: tuple[str, ...] | None = None) -> list[GroupMode]:
+    """quant_forms None: all, where they differ."""
     switch = (False, True)
     modes = itertools.starmap(
-        GroupMode, itertools.product(DTYPES, GROUP_SIZES, switch, switch, switch, FORMS, quant_forms)
+        GroupMode, itertools.product(DTYPES, GROUP_SIZES, switch, switch, switch, FORMS, quant_forms or GROUP_FORMS)
     )
     # TMA-aligned scales are column-major
-    return [mode for mode in modes if mode.column_major_scales or not mode.tma_aligned_scales]
+    modes = (mode for mode in modes if mode.column_major_scales or not mode.tma_aligned_scales)
+    return [mode for mode in modes if quant_forms or told_apart(mode)]
 
 
 def static_modes(quant_forms: tuple[str, ...] = FORMS) -> list[StaticMode]:

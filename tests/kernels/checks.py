@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vllm_fusion_plugin.kernels import launch
+from vllm_fusion_plugin.kernels.forms import is_native
 from vllm_fusion_plugin.ops.quant import FP8_DTYPE, FP8_MAX, empty_group_scales, padded_rows
 
 from .cases import EPS
@@ -26,7 +27,7 @@ def as_bits(t: torch.Tensor) -> torch.Tensor:
 def one_nan(t: torch.Tensor) -> torch.Tensor:
     """t with every NaN replaced by the same one, since hardware conversions lose a NaN's sign and torch on a CPU does not.
 
-    Only `quant_form="native"` leaves NaN in its outputs.
+    Only native quantisers leave NaN in their outputs.
     """
     if t.dtype == FP8_DTYPE:
         bits = as_bits(t)
@@ -106,10 +107,24 @@ def guarded_scales(x: torch.Tensor, group_size: int, column_major_scales: bool, 
 # ---- what tests of several ops check ---------------------------------------------------------------------------------
 
 
-def check_guarded(codes: Guarded, scales: Guarded, expected_codes: torch.Tensor, expected_scales: torch.Tensor) -> None:
+def assert_codes(actual: torch.Tensor, expected: torch.Tensor, quant_form: str) -> None:
+    """Codes are a reference's. A native quantiser divides by div.full.f32 on a GPU, within 2 ulp of the reference's IEEE
+    division: a code may be a step away there, next to a tie. That it is Inductor's code is for the tests with `gpu`."""
+    expected = one_nan(expected)
+    if is_native(quant_form) and actual.is_cuda:
+        steps = code_steps(actual, expected)
+        assert int(steps.max()) <= 1
+        assert int(steps.count_nonzero()) <= max(8, steps.numel() // 500)
+        return
+    assert_same_bytes(actual, expected, "codes")
+
+
+def check_guarded(
+    codes: Guarded, scales: Guarded, expected_codes: torch.Tensor, expected_scales: torch.Tensor, quant_form: str
+) -> None:
     """What a group kernel wrote is what a reference returns, whatever their NaN."""
     assert scales.tensor.stride() == expected_scales.stride()
-    assert_same_bytes(codes.tensor, one_nan(expected_codes), "codes")
+    assert_codes(codes.tensor, expected_codes, quant_form)
     assert_same_bytes(one_nan(scales.tensor), one_nan(expected_scales), "scales")
     # Storage and not tensor: TMA-aligned scales have padding, which must be zero. The buffer was poisoned.
     storage = torch.empty(0, device=expected_scales.device).set_(expected_scales.untyped_storage())

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from vllm_fusion_plugin.kernels import gated_rms_norm_quant as kernels
+from vllm_fusion_plugin.kernels.forms import is_native
 from vllm_fusion_plugin.ops.gated_rms_norm_quant import (
     gated_rms_norm_group_fp8_quant,
     gated_rms_norm_group_fp8_quant_reference,
@@ -34,12 +35,14 @@ from .cases import (
     DTYPES,
     EPS,
     FORMS,
+    GROUP_FORMS,
     GROUP_SIZES,
     all_values,
     random_input,
     scales_name,
     short,
     special_values,
+    told_apart,
     zeros_laid_out_as,
 )
 from .checks import (
@@ -80,7 +83,7 @@ class Mode(NamedTuple):
 
     @property
     def rounded(self) -> bool:
-        return (self.norm_form, self.quant_form) != ("native", "native")
+        return self.norm_form != "native" or not is_native(self.quant_form)
 
 
 QWEN3_NEXT = Mode()
@@ -102,10 +105,10 @@ def quant_modes() -> list[Mode]:
         QWEN3_NEXT._replace(
             group_size=size, column_major_scales=column, tma_aligned_scales=tma, use_ue8m0=ue8m0, quant_form=quant
         )
-        for size, column, tma, ue8m0, quant in itertools.product(GROUP_SIZES, switch, switch, switch, FORMS)
+        for size, column, tma, ue8m0, quant in itertools.product(GROUP_SIZES, switch, switch, switch, GROUP_FORMS)
         if column or not tma  # TMA-aligned scales are column-major
     ]
-    return [mode for mode in modes if mode not in norm_modes()]
+    return [mode for mode in modes if mode not in norm_modes() and told_apart(mode)]
 
 
 class Input(NamedTuple):
@@ -226,7 +229,7 @@ def run_kernel(data: Input, mode: Mode, **launch: object) -> tuple[Guarded, Guar
 def check(data: Input, mode: Mode, **launch: object) -> None:
     layout = (mode.group_size, mode.column_major_scales, mode.tma_aligned_scales)
     expected = group_fp8_quant_reference(norm(data, mode), *layout, mode.use_ue8m0, EPS, mode.quant_form)
-    check_guarded(*run_kernel(data, mode, **launch), *expected)
+    check_guarded(*run_kernel(data, mode, **launch), *expected, mode.quant_form)
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
@@ -573,7 +576,7 @@ def test_too_large_heads_are_refused(device: torch.device) -> None:
         ({"tma_aligned_scales": True}, r"tma_aligned_scales=True needs column_major_scales=True"),
         ({"activation": "swish"}, r"activation='swish' .*allowed: silu, sigmoid"),
         ({"norm_form": "custom_op"}, r"norm_form='custom_op' .*allowed: native, eager"),
-        ({"quant_form": "eager"}, r"quant_form='eager' .*allowed: custom_op, native"),
+        ({"quant_form": "eager"}, r"quant_form='eager' .*allowed: custom_op, reciprocal, native"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -22,6 +22,7 @@ from triton.language.extra import libdevice
 
 from vllm_fusion_plugin.kernels import gated_rms_norm_quant as kernels
 from vllm_fusion_plugin.kernels import numerics
+from vllm_fusion_plugin.kernels.forms import is_native
 from vllm_fusion_plugin.ops.gated_rms_norm_quant import gated_rms_norm_group_fp8_quant
 from vllm_fusion_plugin.ops.quant import empty_group_scales, group_fp8_quant_reference
 
@@ -41,6 +42,7 @@ from .checks import (
     one_nan,
     vllms_group_quant,
 )
+from .installed import installed
 from .test_gated_rms_norm_quant import (
     EPSILON,
     LAYOUTS,
@@ -213,7 +215,7 @@ class Unfused:
         return self.native[key]
 
     def quantise(self, y: torch.Tensor, mode: Mode) -> tuple[torch.Tensor, torch.Tensor]:
-        if mode.quant_form != "native":
+        if not is_native(mode.quant_form):
             return vllms_group_quant(y, mode)
         # dtypes, and one row or more: beyond the limit it would run eagerly, which divides exactly
         with torch._dynamo.config.patch(recompile_limit=64):
@@ -232,7 +234,7 @@ def unfused() -> Unfused:
 
 
 def op(data: Input, mode: Mode) -> tuple[torch.Tensor, torch.Tensor]:
-    return gated_rms_norm_group_fp8_quant(*data, EPSILON, data.heads, **mode.arguments())
+    return gated_rms_norm_group_fp8_quant(*data, EPSILON, data.heads, **installed(mode).arguments())
 
 
 def check(data: Input, mode: Mode, unfused: Unfused, what: str) -> None:

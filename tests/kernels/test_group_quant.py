@@ -19,13 +19,14 @@ from vllm_fusion_plugin.ops.quant import FP8_DTYPE, empty_group_scales, group_fp
 from .cases import (
     DTYPES,
     EPS,
-    FORMS,
+    GROUP_FORMS,
     GROUP_SIZES,
     all_values,
     random_input,
     scales_name,
     short,
     strided,
+    told_apart,
     zeros_laid_out_as,
 )
 from .checks import Guarded, assert_same_outputs, check_deterministic, check_guarded, check_tma_outputs, one_nan
@@ -50,11 +51,13 @@ class Mode(NamedTuple):
         return {name: value for name, value in self._asdict().items() if name != "dtype"}
 
 
-def modes(quant_forms: tuple[str, ...] = FORMS) -> list[Mode]:
+def modes(quant_forms: tuple[str, ...] | None = None) -> list[Mode]:
     switch = (False, True)
-    every = itertools.starmap(Mode, itertools.product(DTYPES, GROUP_SIZES, switch, switch, switch, quant_forms))
+    forms = quant_forms or GROUP_FORMS
+    every = itertools.starmap(Mode, itertools.product(DTYPES, GROUP_SIZES, switch, switch, switch, forms))
     # TMA-aligned scales are column-major
-    return [mode for mode in every if mode.column_major_scales or not mode.tma_aligned_scales]
+    every = (mode for mode in every if mode.column_major_scales or not mode.tma_aligned_scales)
+    return [mode for mode in every if quant_forms or told_apart(mode)]
 
 
 DEEPSEEK = Mode(torch.bfloat16, 128, True, True, False, "custom_op")
@@ -82,7 +85,7 @@ def run(x: torch.Tensor, mode: Mode, **launch: object) -> tuple[Guarded, Guarded
 
 def check(x: torch.Tensor, mode: Mode, **launch: object) -> None:
     *layout, quant_form = mode[1:]
-    check_guarded(*run(x, mode, **launch), *group_fp8_quant_reference(x, *layout, EPS, quant_form))
+    check_guarded(*run(x, mode, **launch), *group_fp8_quant_reference(x, *layout, EPS, quant_form), quant_form)
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
@@ -130,7 +133,7 @@ def test_strided_rows(rows: int, dtype: torch.dtype, device: torch.device) -> No
     check(x, DEEPSEEK._replace(dtype=dtype))
 
 
-@pytest.mark.parametrize("quant_form", FORMS)
+@pytest.mark.parametrize("quant_form", GROUP_FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_all_bit_patterns(dtype: torch.dtype, quant_form: str, device: torch.device) -> None:
     """In their order (a group is then of one exponent), every 512th (all exponents in a group), and shuffled."""
@@ -172,7 +175,7 @@ def test_op_has_the_layout_asked_for(mode: Mode, device: torch.device) -> None:
     assert_same_outputs(group_fp8_quant(x, **mode.arguments()), (one_nan(codes.tensor), scales.tensor))
 
 
-ARGUMENTS = [(128, False, False, False, EPS, "custom_op"), (64, True, True, True, EPS, "native")]
+ARGUMENTS = [(128, False, False, False, EPS, "custom_op"), (64, True, True, True, EPS, "native_floored")]
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=["row-major", "tma-ue8m0-native"])
@@ -223,7 +226,7 @@ def test_bad_input_is_refused(bad: str, device: torch.device) -> None:
         ({"group_size": 32}, r"group_size=32 .*allowed: 64, 128"),
         ({"group_size": 0}, r"group_size=0 .*allowed: 64, 128"),
         ({"tma_aligned_scales": True}, r"tma_aligned_scales=True needs column_major_scales=True"),
-        ({"quant_form": "eager"}, r"quant_form='eager' .*allowed: custom_op, native"),
+        ({"quant_form": "eager"}, r"quant_form='eager' .*allowed: custom_op, reciprocal, native, native_floored"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -18,6 +18,7 @@ from vllm_fusion_plugin.kernels import group_quant as kernels
 from vllm_fusion_plugin.ops.group_quant import group_fp8_quant
 from vllm_fusion_plugin.ops.quant import empty_group_scales, group_fp8_quant_reference
 
+from . import test_group_quant
 from .cases import DTYPES, EPS, all_values, from_bits, short, strided
 from .checks import (
     EDGE,
@@ -34,13 +35,15 @@ from .checks import (
     one_nan,
     vllms_group_quant,
 )
-from .test_group_quant import DEEPSEEK, Mode, activations, modes
+from .installed import NATIVE, OPAQUE, installed
+from .test_group_quant import Mode, activations, modes
 
 pytestmark = pytest.mark.gpu
 
 ELEMENTS = int(os.environ.get("VFP_EXHAUSTIVE_ELEMENTS", 2**30))
 CHUNK = (8192, 12288)
-MODES = modes(quant_forms=("custom_op",))
+MODES = modes(quant_forms=(OPAQUE,))
+DEEPSEEK = installed(test_group_quant.DEEPSEEK)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +116,7 @@ def test_model_shapes(rows: int, width: int, stock: Callable, device: torch.devi
 @pytest.mark.parametrize(
     "mode",
     # a compilation by Inductor each; its layouts are views, and its arithmetic has no group size
-    [mode for mode in modes(quant_forms=("native",)) if not mode.column_major_scales and mode.group_size == 128],
+    [mode for mode in modes(quant_forms=(NATIVE,)) if not mode.column_major_scales and mode.group_size == 128],
     ids=str,
 )
 def test_native(mode: Mode, device: torch.device) -> None:

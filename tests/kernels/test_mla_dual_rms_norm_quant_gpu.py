@@ -19,6 +19,7 @@ from vllm_fusion_plugin.ops.mla_dual_rms_norm_quant import (
 
 from .cases import DTYPES, short
 from .checks import EDGE, ENDS, Wait, assert_same_bytes, check_columns, check_cuda_graph, check_ends
+from .installed import OPAQUE
 from .test_mla_dual_rms_norm_quant import projection, weights
 from .test_rms_norm_quant import BF16, DEEPSEEK, EPSILON, Layout, Norm, inputs
 from .test_rms_norm_quant_gpu import ROWS, Ops, assert_nearly_same, compiled, ops, torch_norm
@@ -45,7 +46,7 @@ def fused(
     q: torch.Tensor, kv: torch.Tensor, q_weight: torch.Tensor, kv_weight: torch.Tensor, mode: Norm, layout: Layout
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return mla_dual_rms_norm_group_fp8_quant(
-        q, kv, q_weight, kv_weight, EPSILON, EPSILON, **layout._asdict(), norm_form=mode.norm_form
+        q, kv, q_weight, kv_weight, EPSILON, EPSILON, **layout._asdict(), norm_form=mode.norm_form, quant_form=OPAQUE
     )
 
 
@@ -165,7 +166,7 @@ def test_sanitizer_dual(rows: int, q_width: int, kv_width: int, device: torch.de
     both = weights(q, kv, mode)
     codes, scales, kv_normed = fused(q, kv, *both, mode, DEEPSEEK)
     expected = mla_dual_rms_norm_group_fp8_quant_reference(
-        q, kv, *both, EPSILON, EPSILON, **DEEPSEEK._asdict(), norm_form="custom_op"
+        q, kv, *both, EPSILON, EPSILON, **DEEPSEEK._asdict(), norm_form="custom_op", quant_form=OPAQUE
     )
     check_columns(scales, expected[1], DEEPSEEK.tma_aligned_scales)
     for one, other in zip((codes, scales, kv_normed), expected, strict=True):

@@ -10,7 +10,7 @@ import itertools
 import pytest
 import torch
 
-from vllm_fusion_plugin import report
+from vllm_fusion_plugin import report, roundings
 
 pytestmark = pytest.mark.gpu
 
@@ -22,6 +22,8 @@ BATCHES = ("decode", "one-token", "prefill", "mixed", "decode-padded", "prefill-
 def shared():
     pytest.importorskip("vllm", reason="vLLM is not installed")
     import vllm._custom_ops  # noqa: F401
+
+    roundings.known()  # asked before the tests forbid to wait for the GPU
 
     from .. import mla_layer  # not before a GPU is known to be there: it imports vLLM
 

@@ -55,16 +55,17 @@ class Mode(NamedTuple):
     column_major_scales: bool = True
     tma_aligned_scales: bool = True
     use_ue8m0: bool = False
+    quant_form: str = "custom_op"
 
     def __str__(self) -> str:
-        return f"{short(self.dtype)}-{scales_name(self)}"
+        return f"{short(self.dtype)}-{scales_name(self)}" + "-reciprocal" * (self.quant_form == "reciprocal")
 
 
 MODES = [
     Mode(*mode)
     for mode in itertools.product(DTYPES, GROUP_SIZES, *[(False, True)] * 3)
     if mode[2] or not mode[3]  # TMA-aligned scales are column-major
-]
+] + [Mode(dtype, quant_form="reciprocal") for dtype in DTYPES]
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
@@ -138,7 +139,7 @@ def outputs(x: torch.Tensor, w: torch.Tensor, mode: Mode) -> tuple[torch.Tensor,
 def run(x: torch.Tensor, w: torch.Tensor, mode: Mode, tile: kernels.Tile | None) -> tuple[Guarded, Guarded]:
     likes = outputs(x, w, mode)
     codes, scales = map(Guarded, likes)
-    arguments = (scale_padding(likes[1]), mode.group_size, mode.use_ue8m0, EPS)
+    arguments = (scale_padding(likes[1]), mode.group_size, mode.use_ue8m0, EPS, mode.quant_form)
     kernels.mla_v_up_group_fp8_quant(x, w, codes.tensor, scales.tensor, *arguments, tile=tile)
     codes.check()
     scales.check()
@@ -149,7 +150,9 @@ def check(x: torch.Tensor, w: torch.Tensor, mode: Mode, tile: kernels.Tile | Non
     codes, scales = run(x, w, mode, tile)
     expected_codes, expected_scales = outputs(x, w, mode)
     storage = torch.empty(0, device=x.device).set_(expected_scales.untyped_storage())
-    mla_v_up_group_fp8_quant_reference(x, w, expected_codes, expected_scales, mode.group_size, mode.use_ue8m0, EPS)
+    mla_v_up_group_fp8_quant_reference(
+        x, w, expected_codes, expected_scales, mode.group_size, mode.use_ue8m0, EPS, mode.quant_form
+    )
     assert_same_bytes(codes.tensor, expected_codes, "codes")
     # Storage and not tensor: TMA-aligned scales have padding, which must be zero. The buffer was poisoned.
     assert_same_bytes(scales.storage().view(torch.float32), storage, "scales and padding")
@@ -267,7 +270,9 @@ def test_stages_fit_the_device(
         (101376, kernels.Tile(256, 128, 64, 4, 8), 2),
     ):
         monkeypatch.setattr(kernels, "_gpu", lambda _, shared=shared: kernels._Device(132, shared, True))
-        kernels.mla_v_up_group_fp8_quant(x, w, codes, scales, scale_padding(scales), 128, False, EPS, tile=tile)
+        kernels.mla_v_up_group_fp8_quant(
+            x, w, codes, scales, scale_padding(scales), 128, False, EPS, "custom_op", tile=tile
+        )
         assert launched["STAGES"] == stages, (shared, tile)
 
 
@@ -291,6 +296,7 @@ def test_vllms_layouts_go_the_fast_way(
             128,
             False,
             EPS,
+            "custom_op",
             kernels.Tile(16, 128, 64, 3, 4),
             pdl=True,
         )

@@ -37,6 +37,7 @@ from .checks import (
     count_differing,
     vllms_group_quant,
 )
+from .installed import installed
 from .test_mla_v_up_quant import (
     MODES,
     Mode,
@@ -83,13 +84,13 @@ def fused(
     x: torch.Tensor, w: torch.Tensor, mode: Mode, tile: kernels.Tile | None = None, pdl: bool | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     codes, scales = outputs(x, w, mode)
-    arguments = (scale_padding(scales), mode.group_size, mode.use_ue8m0, EPS)
+    arguments = (scale_padding(scales), mode.group_size, mode.use_ue8m0, EPS, mode.quant_form)
     kernels.mla_v_up_group_fp8_quant(x, w, codes, scales, *arguments, tile=tile, pdl=pdl)
     return codes, scales
 
 
 def check(x: torch.Tensor, w: torch.Tensor, mode: Mode, unfused: Unfused, tile: kernels.Tile | None = None) -> None:
-    assert_same_outputs(fused(x, w, mode, tile), unfused(x, w, mode))
+    assert_same_outputs(fused(x, w, installed(mode), tile), unfused(x, w, mode))
 
 
 # ---- where sums are exact --------------------------------------------------------------------------------------------
@@ -120,7 +121,9 @@ def test_exact_shapes(heads: int, weights: str, unfused: Unfused, device: torch.
 def test_exact_layouts(layout: str, unfused: Unfused, device: torch.device) -> None:
     for tokens in (1, 64, 700):
         x, w = exact_inputs(tokens, 16, L, V, torch.bfloat16, device, seed=tokens)
-        assert_same_outputs(fused(laid_out_attn(x, layout), w, Mode()), unfused(x, w, Mode()), f"{tokens} tokens")
+        assert_same_outputs(
+            fused(laid_out_attn(x, layout), w, installed(Mode())), unfused(x, w, Mode()), f"{tokens} tokens"
+        )
 
 
 SHAPES = (  # tokens, depth, stages, warps, swap
@@ -216,7 +219,7 @@ def test_vllms_bytes_on_hopper_and_elsewhere_one_step_at_most(
     for seed in range(8 if tokens <= 128 else 2):
         x, w = normal_inputs(tokens, heads, dtype, device, seed=40 + seed)
         w = laid_out_weights(w, weights)
-        codes, scales = fused(x, w, mode)
+        codes, scales = fused(x, w, installed(mode))
         expected_codes, expected_scales = unfused(x, w, mode)
 
         steps = code_steps(codes, expected_codes)
@@ -264,7 +267,7 @@ def test_more_than_two_to_the_31_elements(tma: bool, unfused: Unfused, device: t
         x[end], w = exact_inputs(EDGE, heads, L, V, x.dtype, device, seed=seed)
     tile = kernels.group_tile(tokens, heads, V, 128)._replace(tma=tma)
     for mode in (Mode(), Mode(column_major_scales=False, tma_aligned_scales=False)):
-        check_ends(fused(x, w, mode, tile), [unfused(x[end], w, mode) for end in ENDS])
+        check_ends(fused(x, w, installed(mode), tile), [unfused(x[end], w, mode) for end in ENDS])
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 700])

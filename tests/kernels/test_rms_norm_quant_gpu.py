@@ -45,6 +45,7 @@ from .checks import (
     native_quantiser,
     vllms_group_quant,
 )
+from .installed import installed
 from .test_rms_norm_quant import BF16, DEEPSEEK, EPSILON, Layout, Norm, exact_input, inputs, layouts
 
 pytestmark = pytest.mark.gpu
@@ -286,7 +287,8 @@ def check_quantisers(
     """Codes and scales are what vLLM's ops make of normed, which is returned."""
     options = {"residual": residual, "keep_norm": True, **mode.forms()}
     for layout in some_layouts:
-        codes, scales, normed, *_ = rms_norm_group_fp8_quant(x, weight, epsilon, **options, **layout._asdict())
+        group_options = options | {"quant_form": installed(mode).quant_form}
+        codes, scales, normed, *_ = rms_norm_group_fp8_quant(x, weight, epsilon, **group_options, **layout._asdict())
         assert_same_outputs((codes, scales), ops.group(normed, layout), str(layout))
     for bound in (None, 0.8, 1e-9):
         scale_ub = None if bound is None else torch.tensor([bound], device=x.device)

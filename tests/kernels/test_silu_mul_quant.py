@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vllm_fusion_plugin.kernels import silu_mul_quant as kernels
+from vllm_fusion_plugin.kernels.forms import is_native
 from vllm_fusion_plugin.ops.quant import group_fp8_quant_reference, static_fp8_quant_reference
 from vllm_fusion_plugin.ops.silu_mul_quant import (
     silu_mul_group_fp8_quant,
@@ -67,7 +68,7 @@ def activation(x: torch.Tensor, act_form: str, quant_form: str) -> torch.Tensor:
     table = run(_silu_kernel, all_values(x.dtype, x.device), EXACT=False)
     gate, up = x.chunk(2, dim=-1)
     y = table[gate.contiguous().view(torch.int16).int() & 0xFFFF] * up.float()
-    return y if quant_form == "native" else y.to(x.dtype)
+    return y if is_native(quant_form) else y.to(x.dtype)
 
 
 def run_group(x: torch.Tensor, mode: GroupMode) -> tuple[Guarded, Guarded]:
@@ -84,7 +85,7 @@ def run_group(x: torch.Tensor, mode: GroupMode) -> tuple[Guarded, Guarded]:
 def check_group(x: torch.Tensor, mode: GroupMode) -> None:
     *layout, act_form, quant_form = mode[1:]
     y = activation(x, act_form, quant_form)
-    check_guarded(*run_group(x, mode), *group_fp8_quant_reference(y, *layout, EPS, quant_form))
+    check_guarded(*run_group(x, mode), *group_fp8_quant_reference(y, *layout, EPS, quant_form), quant_form)
 
 
 def run_static(x: torch.Tensor, scale: torch.Tensor, mode: StaticMode) -> torch.Tensor:
@@ -287,7 +288,7 @@ def test_bad_input_is_refused(bad: str, device: torch.device) -> None:
         ({"group_size": 0}, r"group_size=0 .*allowed: 64, 128"),
         ({"tma_aligned_scales": True}, r"tma_aligned_scales=True needs column_major_scales=True"),
         ({"act_form": "exact"}, r"act_form='exact' .*allowed: custom_op, eager, native"),
-        ({"quant_form": ""}, r"quant_form='' .*allowed: custom_op, native"),
+        ({"quant_form": ""}, r"quant_form='' .*allowed: custom_op, reciprocal, native"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

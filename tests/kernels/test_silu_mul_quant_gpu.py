@@ -51,6 +51,7 @@ from .checks import (
     native_quantiser,
     vllms_group_quant,
 )
+from .installed import NATIVE, OPAQUE
 
 pytestmark = pytest.mark.gpu
 
@@ -59,8 +60,8 @@ CHUNK = (8192, 12288)  # rows and output width, so that one chunk is 1e8 element
 UPS = 200
 STATIC_SCALES = (1.0, 0.0123, 3e-5, 700.0)
 
-DEEPSEEK = GroupMode(torch.bfloat16, 128, True, True, False, "custom_op", "custom_op")
-GROUP_MODES = group_modes(quant_forms=("custom_op",))
+DEEPSEEK = GroupMode(torch.bfloat16, 128, True, True, False, "custom_op", OPAQUE)
+GROUP_MODES = group_modes(quant_forms=(OPAQUE,))
 STATIC_MODES = static_modes(quant_forms=("custom_op",))
 
 
@@ -223,7 +224,7 @@ def assert_one_step_at_most(codes: torch.Tensor, expected: torch.Tensor) -> None
 @pytest.mark.parametrize(
     "mode",
     # a compilation by Inductor each; its quantiser's layouts are views, and its arithmetic has no group size
-    [mode for mode in group_modes(quant_forms=("native",)) if not mode.column_major_scales and mode.group_size == 128],
+    [mode for mode in group_modes(quant_forms=(NATIVE,)) if not mode.column_major_scales and mode.group_size == 128],
     ids=str,
 )
 def test_group_native_quant(mode: GroupMode, unfused: Unfused, device: torch.device) -> None:

@@ -33,7 +33,7 @@ def _kernel(
     EVEN_GROUPS: tl.constexpr,
     PADDED: tl.constexpr,
     UE8M0: tl.constexpr,
-    NATIVE: tl.constexpr,
+    FORM: tl.constexpr,
     SCALES_FROM_ALL: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -48,9 +48,9 @@ def _kernel(
         mask = mask & (column < width)[None, :, :]
     y = tl.load(x_ptr + row64[:, None, None] * x_stride + column[None, :, :], mask=mask, other=0.0).to(tl.float32)
 
-    scale = quant.group_scale(y, eps, NATIVE, UE8M0)
+    scale = quant.group_scale(y, eps, FORM, UE8M0)
     codes_ptrs = codes_ptr + row64[:, None, None] * width + column[None, :, :]
-    tl.store(codes_ptrs, quant.group_codes(y, scale, NATIVE, UE8M0), mask=mask)
+    tl.store(codes_ptrs, quant.group_codes(y, scale, FORM, UE8M0), mask=mask)
     group_mask = group * GROUP_SIZE < width
     scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
     quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, SCALES_FROM_ALL)
@@ -119,7 +119,7 @@ def group_fp8_quant(
             EVEN_GROUPS=groups % tile.groups == 0,
             PADDED=padded_rows > rows,
             UE8M0=use_ue8m0,
-            NATIVE=quant_form == "native",
+            FORM=quant_form,
             SCALES_FROM_ALL=codes.numel() < 2**23,
             num_warps=tile.num_warps,
             **pdl_options(x.device, pdl),

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from . import numerics
+from .forms import is_native
 from .launch import cdiv, next_power_of_2, on_device, rows_with_padding, wait_for_producer
 from .rms_norm_quant import (
     Tile,
@@ -76,7 +77,7 @@ def _dual_kernel(
     Q_ROUND_SCALED: tl.constexpr,
     KV_ROUND_SCALED: tl.constexpr,
     KEEP_FP32: tl.constexpr,
-    NATIVE: tl.constexpr,
+    FORM: tl.constexpr,
     EARLY: tl.constexpr,
     PDL: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -96,7 +97,7 @@ def _dual_kernel(
     norm_and_quantise_groups(
         q_ptr, None, q_weight_ptr, codes_ptr, scales_ptr, None, None, first_row, rows, padded_rows, q_stride, 0,
         scale_row_stride, scale_group_stride, q_epsilon, eps, Q_WIDTH, GROUP_SIZE, TILE_ROWS, CHUNK, SUM_WARPS, FOLD,
-        ALIGNED, PADDED, UE8M0, False, CUSTOM_OP, Q_ROUND_SCALED, KEEP_FP32, NATIVE, EARLY,
+        ALIGNED, PADDED, UE8M0, False, CUSTOM_OP, Q_ROUND_SCALED, KEEP_FP32, FORM, EARLY,
     )  # fmt: skip
     s = numerics.widen(kv)
     inverse = inverse_rms(kv_sums(s * s, FOLD), kv_epsilon, KV_WIDTH, CUSTOM_OP)
@@ -137,7 +138,7 @@ def mla_dual_rms_norm_group_fp8_quant(
     rows, width = q.shape
     if rows == 0:
         return
-    tile = tile or dual_tile(width, kv.shape[1], quant_form == "native")
+    tile = tile or dual_tile(width, kv.shape[1], is_native(quant_form))
     padded_rows = rows_with_padding(q_scales, rows)
     q_forms = forms(q, q_weight, False, norm_form, quant_form)
     with on_device(q.device):
@@ -170,6 +171,6 @@ def mla_dual_rms_norm_group_fp8_quant(
             Q_ROUND_SCALED=q_forms["ROUND_SCALED"],
             KV_ROUND_SCALED=forms(kv, kv_weight, False, norm_form, quant_form)["ROUND_SCALED"],
             KEEP_FP32=q_forms["KEEP_FP32"],
-            NATIVE=q_forms["NATIVE"],
+            FORM=quant_form,
             **start(q, [q_weight, kv_weight], tile.num_warps, pdl),
         )

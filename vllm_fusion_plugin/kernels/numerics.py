@@ -122,6 +122,16 @@ def reciprocal(x):
 
 
 @triton.jit
+def rounded_reciprocal(x):
+    """IEEE 1 / x for positive x, normal and up to 2**126, or infinite: one Newton step, as CUDA's own rcp.rn takes it."""
+    if HAS_PTX:
+        near = reciprocal(x)
+        finite = tl.where(x == float("inf"), 0.0, x)
+        return tl.fma(tl.fma(finite * -1.0, near, 1.0), near, near)
+    return 1.0 / x
+
+
+@triton.jit
 def silu(gate, EXACT: tl.constexpr):
     """gate / (1 + exp(-gate)) for fp32 values of bf16 or fp16 numbers.
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from . import numerics, quant
+from .forms import is_native
 from .launch import cdiv, next_power_of_2, on_device, pdl_options, prefetch, rows_with_padding, wait_for_producer
 
 # Up to here Inductor keeps a row in one warp and adds up its squares with fma; see row_tile.
@@ -235,7 +236,7 @@ def norm_and_quantise_groups(
     CUSTOM_OP: tl.constexpr,
     ROUND_SCALED: tl.constexpr,
     KEEP_FP32: tl.constexpr,
-    NATIVE: tl.constexpr,
+    FORM: tl.constexpr,
     EARLY: tl.constexpr,
     x_addend_ptr=None,
     residual_addend_ptr=None,
@@ -262,8 +263,8 @@ def norm_and_quantise_groups(
         if normed_ptr is not None:
             tl.store(normed_ptr + offset, y.to(dtype), mask=mask)
         y = tl.reshape(y, (TILE_ROWS, GROUPS, GROUP_SIZE))
-        scale = quant.group_scale(y, eps, NATIVE, UE8M0)
-        codes = tl.reshape(quant.group_codes(y, scale, NATIVE, UE8M0), (TILE_ROWS, CHUNK))
+        scale = quant.group_scale(y, eps, FORM, UE8M0)
+        codes = tl.reshape(quant.group_codes(y, scale, FORM, UE8M0), (TILE_ROWS, CHUNK))
         tl.store(tl.multiple_of(codes_ptr + offset, (1, ALIGNED)), codes, mask=mask)
         group = first // GROUP_SIZE + tl.arange(0, GROUPS)
         group_mask = group * GROUP_SIZE < WIDTH
@@ -310,7 +311,7 @@ def _group_kernel(
     CUSTOM_OP: tl.constexpr,
     ROUND_SCALED: tl.constexpr,
     KEEP_FP32: tl.constexpr,
-    NATIVE: tl.constexpr,
+    FORM: tl.constexpr,
     EARLY: tl.constexpr,
     PDL: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -327,7 +328,7 @@ def _group_kernel(
     norm_and_quantise_groups(
         x_ptr, residual_ptr, weight_ptr, codes_ptr, scales_ptr, normed_ptr, residual_out_ptr, first_row, rows,
         padded_rows, x_stride, residual_stride, scale_row_stride, scale_group_stride, epsilon, eps, WIDTH, GROUP_SIZE,
-        TILE_ROWS, CHUNK, SUM_WARPS, FOLD, ALIGNED, PADDED, UE8M0, GEMMA, CUSTOM_OP, ROUND_SCALED, KEEP_FP32, NATIVE, EARLY,
+        TILE_ROWS, CHUNK, SUM_WARPS, FOLD, ALIGNED, PADDED, UE8M0, GEMMA, CUSTOM_OP, ROUND_SCALED, KEEP_FP32, FORM, EARLY,
         x_addend_ptr, residual_addend_ptr, x_addend_stride, residual_addend_stride, X_ADDEND_SCALE,
     )  # fmt: skip
 
@@ -525,8 +526,7 @@ def forms(
         "GEMMA": gemma,
         "CUSTOM_OP": norm_form == "custom_op",
         "ROUND_SCALED": norm_form == "eager" and weight is not None and weight.dtype.itemsize == 2 and not gemma,
-        "KEEP_FP32": (norm_form, quant_form) == ("native", "native"),
-        "NATIVE": quant_form == "native",
+        "KEEP_FP32": norm_form == "native" and is_native(quant_form),
     }
 
 
@@ -574,7 +574,7 @@ def _launch(
     rows, width = x.shape
     if rows == 0:
         return
-    native, add = quant_form == "native", residual is not None
+    native, add = is_native(quant_form), residual is not None
     addends = x_addend is not None and residual_addend is not None
     if kernel is _token_kernel:
         crowded, most = add and (native or (addends and not sum_columns)), 2  # two: it has a row in registers twice
@@ -635,6 +635,7 @@ def rms_norm_group_fp8_quant(
         "ALIGNED": math.gcd(width, 8),
         "PADDED": padded_rows > rows,
         "UE8M0": use_ue8m0,
+        "FORM": quant_form,
     }
     norm = (x, weight, residual, codes, epsilon, gemma_weight, norm_form, quant_form)
     _launch(_group_kernel, quantiser, *norm, **more)
@@ -655,7 +656,8 @@ def rms_norm_token_fp8_quant(
 ) -> None:
     """Write codes [M, H], scales [M, 1] and, if given, normed and residual_out [M, H] of x [M, H]; arguments as the op
     checked them."""
-    quantiser = {"bound_ptr": scale_ub, "scales_ptr": scales, "ALIGNED": aligned(x.shape[1], quant_form == "native")}
+    native = is_native(quant_form)
+    quantiser = {"bound_ptr": scale_ub, "scales_ptr": scales, "ALIGNED": aligned(x.shape[1], native), "NATIVE": native}
     norm = (x, weight, residual, codes, epsilon, gemma_weight, norm_form, quant_form)
     _launch(_token_kernel, quantiser, *norm, **more)
 
@@ -673,6 +675,7 @@ def rms_norm_static_fp8_quant(
     **more: Any,
 ) -> None:
     """Write codes [M, H] and, if given, normed and residual_out [M, H] of x [M, H]; arguments as the op checked them."""
-    quantiser = {"scale_ptr": scale, "ALIGNED": aligned(x.shape[1], quant_form == "native")}
+    native = is_native(quant_form)
+    quantiser = {"scale_ptr": scale, "ALIGNED": aligned(x.shape[1], native), "NATIVE": native}
     norm = (x, weight, residual, codes, epsilon, gemma_weight, norm_form, quant_form)
     _launch(_static_kernel, quantiser, *norm, **more)

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from . import numerics, nvfp4, quant
+from .forms import is_native
 from .launch import GroupTile as Tile
 from .launch import cdiv, next_power_of_2, on_device, pdl_options, rows_with_padding, tile_grid, wait_for_producer
 
@@ -53,7 +54,7 @@ def _group_kernel(
     ADD_ZERO: tl.constexpr,
     EXACT: tl.constexpr,
     KEEP_FP32: tl.constexpr,
-    NATIVE: tl.constexpr,
+    FORM: tl.constexpr,
     SCALES_FROM_ALL: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -71,9 +72,9 @@ def _group_kernel(
     up = tl.load(x_ptrs + width, mask=mask, other=0.0)
 
     y = _silu_mul(gate, up, TWICE, ADD_ZERO, EXACT, KEEP_FP32)
-    scale = quant.group_scale(y, eps, NATIVE, UE8M0)
+    scale = quant.group_scale(y, eps, FORM, UE8M0)
     codes_ptrs = codes_ptr + row64[:, None, None] * width + column[None, :, :]
-    tl.store(codes_ptrs, quant.group_codes(y, scale, NATIVE, UE8M0), mask=mask)
+    tl.store(codes_ptrs, quant.group_codes(y, scale, FORM, UE8M0), mask=mask)
     group_mask = group * GROUP_SIZE < width
     scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
     quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, SCALES_FROM_ALL)
@@ -149,8 +150,7 @@ def _forms(x: torch.Tensor, act_form: str, quant_form: str) -> dict[str, bool]:
         "TWICE": twice,
         "ADD_ZERO": act_form == "custom_op",
         "EXACT": twice and x.dtype == torch.float16,
-        "KEEP_FP32": not twice and quant_form == "native",
-        "NATIVE": quant_form == "native",
+        "KEEP_FP32": not twice and is_native(quant_form),
     }
 
 
@@ -194,6 +194,7 @@ def silu_mul_group_fp8_quant(
             PADDED=padded_rows > rows,
             UE8M0=use_ue8m0,
             SCALES_FROM_ALL=not 2**22 <= codes.numel() < 2**26,
+            FORM=quant_form,
             **_forms(x, act_form, quant_form),
             num_warps=tile.num_warps,
             **pdl_options(x.device, pdl),
@@ -217,6 +218,7 @@ def silu_mul_static_fp8_quant(
             x.stride(0),
             BLOCK=block,
             EVEN=width % block == 0,
+            NATIVE=is_native(quant_form),
             **_forms(x, act_form, quant_form),
             num_warps=2 if block == 2048 else 1,
             **pdl_options(x.device, None),

@@ -30,11 +30,13 @@ import torch
 
 from .quant import (
     FP8_DTYPE,
+    GROUP_FORMS,
     INPUT_DTYPES,
     check_form,
     check_group_layout,
     empty_group_scales,
     group_fp8_quant_reference,
+    is_native,
 )
 from .registry import register
 
@@ -118,7 +120,7 @@ def _check(
             f"x has heads of {head_dim}; allowed: multiples of group_size={group_size} from {group_size} to {MAX_HEAD_DIM}"
         )
     check_form("norm_form", norm_form, NORM_FORMS)
-    check_form("quant_form", quant_form)
+    check_form("quant_form", quant_form, GROUP_FORMS)
     return x.shape[0] if x.dim() == 3 else x.shape[0] // num_heads, num_heads * head_dim
 
 
@@ -142,7 +144,7 @@ def gated_rms_norm_group_fp8_quant_reference(
     rows, width = _check(
         x, z, weight, num_heads, activation, group_size, column_major_scales, tma_aligned_scales, norm_form, quant_form
     )
-    rounded = (norm_form, quant_form) != ("native", "native")
+    rounded = norm_form != "native" or not is_native(quant_form)
     y = gated_rms_norm_reference(x, z, weight, epsilon, norm_before_gate, activation, rounded=rounded)
     return group_fp8_quant_reference(
         y.reshape(rows, width), group_size, column_major_scales, tma_aligned_scales, use_ue8m0, eps, quant_form
@@ -238,7 +240,7 @@ def gated_rms_norm_group_fp8_quant(
         column_major_scales: scales with strides (1, N) instead of (num_heads * D / group_size, 1).
         tma_aligned_scales: with column_major_scales, strides (1, N rounded up to 4); the padding is zero.
         use_ue8m0: round each scale up to a power of two.
-        eps: floor of a group's maximum (quant_form custom_op).
+        eps: floor of a group's maximum (quant_form custom_op and reciprocal).
         norm_form, quant_form: which of vLLM's roundings to reproduce; see the module's docstring and ops/quant.py.
 
     Returns:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The FP8 group quantiser by itself, for activations whose producer cannot quantise them.
 
-Exact on NVIDIA GPUs: codes and scales are the bytes of vLLM's `per_token_group_fp8_quant` (`quant_form="custom_op"`) or
-of Inductor's kernel for `QuantFP8.forward_native` (`native`). The forms are in ops/quant.py.
+Exact on NVIDIA GPUs: codes and scales are the bytes of vLLM's `per_token_group_fp8_quant` (`quant_form="custom_op"` or
+`reciprocal`, by version) or of Inductor's kernel for `QuantFP8.forward_native` (`native` or `native_floored`). The forms are
+in ops/quant.py.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 
 from .quant import (
     FP8_DTYPE,
+    GROUP_FORMS,
     INPUT_DTYPES,
     check_form,
     check_group_layout,
@@ -32,7 +34,7 @@ def _check(x: torch.Tensor, group_size: int, column_major: bool, tma_aligned: bo
     if x.stride(1) != 1:
         raise ValueError(f"x has stride {x.stride(1)} along its columns; allowed: 1 (rows themselves may be strided)")
     check_group_layout(width, group_size, column_major, tma_aligned)
-    check_form("quant_form", quant_form)
+    check_form("quant_form", quant_form, GROUP_FORMS)
     return rows, width
 
 
@@ -82,7 +84,7 @@ def group_fp8_quant(
         column_major_scales: scales with strides (1, M) instead of (K / group_size, 1).
         tma_aligned_scales: with column_major_scales, strides (1, M rounded up to 4); the padding is zero.
         use_ue8m0: round each scale up to a power of two.
-        eps: floor of a group's maximum (quant_form custom_op).
+        eps: floor of a group's maximum (quant_form custom_op and reciprocal).
         quant_form: which of vLLM's quantisers to reproduce; see ops/quant.py.
 
     Returns:

@@ -19,7 +19,15 @@ from __future__ import annotations
 
 import torch
 
-from .quant import FP8_DTYPE, check_form, check_group_layout, empty_group_scales, group_fp8_quant_reference
+from .quant import (
+    FP8_DTYPE,
+    GROUP_FORMS,
+    check_form,
+    check_group_layout,
+    empty_group_scales,
+    group_fp8_quant_reference,
+    is_native,
+)
 from .registry import register
 from .rms_norm_quant import NORM_FORMS, check_rows, check_weight, rms_norm_reference
 
@@ -45,7 +53,7 @@ def mla_dual_rms_norm_group_fp8_quant_reference(
     """`mla_dual_rms_norm_group_fp8_quant` in plain torch, on any device."""
     layout = (group_size, column_major_scales, tma_aligned_scales)
     _check(q, kv, q_weight, kv_weight, *layout, norm_form, quant_form)
-    rounded = (norm_form, quant_form) != ("native", "native")
+    rounded = norm_form != "native" or not is_native(quant_form)
     y, _ = rms_norm_reference(q, q_weight, q_epsilon, norm_form=norm_form, rounded=rounded)
     kv_normed, _ = rms_norm_reference(kv, kv_weight, kv_epsilon, norm_form=norm_form)
     return *group_fp8_quant_reference(y, *layout, use_ue8m0, eps, quant_form), kv_normed
@@ -73,7 +81,7 @@ def _check(
     if kv.device != q.device:
         raise ValueError(f"kv is on {kv.device}; allowed: q's device, {q.device}")
     check_form("norm_form", norm_form, NORM_FORMS)
-    check_form("quant_form", quant_form)
+    check_form("quant_form", quant_form, GROUP_FORMS)
     check_weight("q_weight", q_weight, q, norm_form)
     check_weight("kv_weight", kv_weight, kv, norm_form)
     check_group_layout(width, group_size, column_major, tma_aligned)
@@ -144,7 +152,7 @@ def mla_dual_rms_norm_group_fp8_quant(
         column_major_scales: scales with strides (1, M) instead of (Hq / group_size, 1).
         tma_aligned_scales: with column_major_scales, strides (1, M rounded up to 4); the padding is zero.
         use_ue8m0: round each scale up to a power of two.
-        eps: floor of a group's maximum (quant_form custom_op).
+        eps: floor of a group's maximum (quant_form custom_op and reciprocal).
         norm_form, quant_form: which of vLLM's roundings to reproduce; see `ops/rms_norm_quant.py`.
 
     Returns:

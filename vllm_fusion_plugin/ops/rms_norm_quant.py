@@ -44,12 +44,15 @@ from typing import Any, NamedTuple
 import torch
 
 from .quant import (
+    FORMS,
     FP8_DTYPE,
+    GROUP_FORMS,
     INPUT_DTYPES,
     check_form,
     check_group_layout,
     empty_group_scales,
     group_fp8_quant_reference,
+    is_native,
     static_fp8_quant_reference,
     token_fp8_quant_reference,
 )
@@ -149,10 +152,11 @@ def _check_norm(
     norm_form: str,
     quant_form: str,
     addends: Addends,
+    quant_forms: tuple[str, ...] = FORMS,
 ) -> tuple[int, int]:
     rows, width = check_rows("x", x)
     check_form("norm_form", norm_form, NORM_FORMS)
-    check_form("quant_form", quant_form)
+    check_form("quant_form", quant_form, quant_forms)
     if weight is not None:
         check_weight("weight", weight, x, norm_form)
     if gemma_weight and weight is None:
@@ -161,8 +165,9 @@ def _check_norm(
         raise ValueError(
             "gemma_weight=True with norm_form='custom_op', which has no such weight; allowed: native, eager"
         )
-    if keep_norm and quant_form == "native":
-        raise ValueError("keep_norm=True with quant_form='native', which rounds nothing to keep; allowed: custom_op")
+    if keep_norm and is_native(quant_form):
+        allowed = ", ".join(form for form in quant_forms if not is_native(form))
+        raise ValueError(f"keep_norm=True with {quant_form=}, which rounds nothing to keep; allowed: {allowed}")
     if residual is not None:
         _check_like_x("residual", residual, x, fp32=norm_form == "native")
     addends.check(x, residual, norm_form)
@@ -232,7 +237,7 @@ def _norm(
     addends: Addends,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """What is quantised, and the outputs behind codes and scales."""
-    rounded = (norm_form, quant_form) != ("native", "native")
+    rounded = norm_form != "native" or not is_native(quant_form)
     y, residual_out = rms_norm_reference(
         x, weight, epsilon, residual, gemma_weight, norm_form, addends, rounded=rounded
     )
@@ -305,7 +310,7 @@ def _check_group(
     quant_form: str,
     addends: Addends,
 ) -> tuple[int, int]:
-    rows, width = _check_norm(x, weight, residual, gemma_weight, keep_norm, norm_form, quant_form, addends)
+    rows, width = _check_norm(x, weight, residual, gemma_weight, keep_norm, norm_form, quant_form, addends, GROUP_FORMS)
     check_group_layout(width, group_size, column_major, tma_aligned)
     return rows, width
 
@@ -395,7 +400,7 @@ def rms_norm_group_fp8_quant(
         column_major_scales: scales with strides (1, M) instead of (H / group_size, 1).
         tma_aligned_scales: with column_major_scales, strides (1, M rounded up to 4); the padding is zero.
         use_ue8m0: round each scale up to a power of two.
-        eps: floor of a group's maximum (quant_form custom_op).
+        eps: floor of a group's maximum (quant_form custom_op and reciprocal).
         norm_form, quant_form: which of vLLM's roundings to reproduce; see the module's docstring.
 
     Returns:

@@ -27,11 +27,13 @@ import torch
 from .nvfp4 import check_global_scale, check_width, empty_block_scales, nvfp4_quant_reference
 from .quant import (
     FP8_DTYPE,
+    GROUP_FORMS,
     INPUT_DTYPES,
     check_form,
     check_group_layout,
     empty_group_scales,
     group_fp8_quant_reference,
+    is_native,
     static_fp8_quant_reference,
 )
 from .registry import register
@@ -67,7 +69,7 @@ def silu_mul_reference(x: torch.Tensor, act_form: str = "custom_op", *, rounded:
 
 
 def _activation(x: torch.Tensor, act_form: str, quant_form: str) -> torch.Tensor:
-    return silu_mul_reference(x, act_form, rounded=(act_form, quant_form) != ("native", "native"))
+    return silu_mul_reference(x, act_form, rounded=act_form != "native" or not is_native(quant_form))
 
 
 # ---- group FP8 -------------------------------------------------------------------------------------------------------
@@ -95,7 +97,7 @@ def _check_group(
     rows, width = _check_input(x)
     check_group_layout(width, group_size, column_major, tma_aligned)
     check_form("act_form", act_form, ACT_FORMS)
-    check_form("quant_form", quant_form)
+    check_form("quant_form", quant_form, GROUP_FORMS)
     return rows, width
 
 
@@ -143,7 +145,7 @@ def silu_mul_group_fp8_quant(
         column_major_scales: scales with strides (1, M) instead of (K / group_size, 1).
         tma_aligned_scales: with column_major_scales, strides (1, M rounded up to 4); the padding is zero.
         use_ue8m0: round each scale up to a power of two.
-        eps: floor of a group's maximum (quant_form custom_op).
+        eps: floor of a group's maximum (quant_form custom_op and reciprocal).
         act_form, quant_form: which of vLLM's roundings to reproduce; see the module's docstring.
 
     Returns:

@@ -42,6 +42,9 @@ class PatternReplacement(ABC):
     here stands for them in the example trace, where the matcher knows them by value: no other number of the pattern may be
     equal to it."""
 
+    inexactness: str = ""
+    """In which way the replacement's bytes are not the pattern's, as far as is known; nothing if they are."""
+
     @abstractmethod
     def pattern(self, *inputs: Any) -> Any:
         """The computation as the model's graph holds it."""
@@ -237,6 +240,8 @@ class FusionPass(VllmPatternMatcherPass):
         place = match.output_node()
         try:
             reason = replacement.refuse(match) or _refuse_cycle(match) or _refused_by_op(replacement, match, arity)
+            if reason is None and replacement.inexactness and self.settings.inexact == "leave":
+                reason = f"{replacement.inexactness}, and the setting inexact is 'leave'"
         except Exception as e:  # a graph that `refuse` is not prepared for must not stop the model
             reason = f"{type(e).__name__}: {e}"
         if reason is not None:
@@ -246,6 +251,8 @@ class FusionPass(VllmPatternMatcherPass):
         if self.refused.pop(place, None):
             self.seen_in_refused.difference_update(match.nodes)
         report.RECORDER.found(self.pass_name, replacement.key(), innermost_common(match.nodes))
+        if replacement.inexactness:
+            report.RECORDER.note(f"{self.name}: {replacement.key()} is {replacement.inexactness}")
         return True
 
     def prepare(self, graph: fx.Graph) -> None:

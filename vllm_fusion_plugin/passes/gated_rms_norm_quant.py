@@ -47,6 +47,7 @@ class GatedRMSNormGroupQuant(PatternReplacement):
         self.norm_before_gate = norm_before_gate
         self.weight_dtype = weight_dtype
         self.quant = quant
+        self.inexactness = quant.inexactness
         self.dtype = dtype
         self.norm_form = "eager" if precision_casts else "native"
         self.flattens = flattens
@@ -104,12 +105,12 @@ class GatedRMSNormGroupQuant(PatternReplacement):
             q.use_ue8m0,
             q.eps,
             self.norm_form,
-            q.form,
+            q.rounding,
         )
 
     def refuse(self, match: Match) -> str | None:
         if self.quant.form == "native":
-            return self.quant.refuse_native(match)
+            return None
         return self.quant.refuse(*(match.kwargs[f"arg{i}"].meta["val"] for i in (3, 4)))
 
 

@@ -27,6 +27,7 @@ class LoneGroupQuant(PatternReplacement):
 
     def __init__(self, quant: matchers.GroupQuant, dtype: torch.dtype) -> None:
         self.quant = quant
+        self.inexactness = quant.inexactness
         self.dtype = dtype
 
     def possible(self, ops: OpIndex) -> bool:
@@ -45,7 +46,7 @@ class LoneGroupQuant(PatternReplacement):
     def replacement(self, x: torch.Tensor, *buffers: torch.Tensor) -> Any:
         q = self.quant
         return torch.ops.vllm_fusion_plugin.group_fp8_quant.default(
-            x, q.group_size, q.column_major_scales, q.tma_aligned_scales, q.use_ue8m0, q.eps, q.form
+            x, q.group_size, q.column_major_scales, q.tma_aligned_scales, q.use_ue8m0, q.eps, q.rounding
         )
 
     def refuse(self, match: Match) -> str | None:

@@ -17,14 +17,14 @@ import torch
 import vllm.model_executor.layers.layernorm as norm_layers
 from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
-from torch._inductor.pattern_matcher import Match
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 from vllm.platforms import current_platform
 
-from .. import compat
+from .. import compat, roundings
 from ..ops.quant import FP8_DTYPE, FP8_MAX, empty_group_scales
 from .base import OpIndex
 
@@ -329,14 +329,17 @@ class GroupQuant:
             empty(rows, width // self.group_size, dtype=torch.float32),
         ]
 
-    def refuse_native(self, match: Match) -> str | None:
-        """Why the native form is not the one that our ops compute, or None if it is."""
-        for node in match.nodes:
-            scale: Any = node.args[0]
-            # since 0.33; tells in groups without anything above the floor
-            if compat.called_op(node) == "aten.log2" and compat.called_op(scale).startswith("aten.clamp"):
-                return "a UE8M0 scale gets its floor before it is rounded up; fused where it gets it behind that"
-        return None
+    @property
+    def rounding(self) -> str:
+        """`quant_form` to hand to an op."""
+        if self.form == "native":
+            return "native_floored" if _native_scale_is_floored_first() else "native"
+        return roundings.of(roundings.GROUP_QUANT).form
+
+    @property
+    def inexactness(self) -> str:
+        """Why an op's bytes are not this quantiser's, or nothing if they are."""
+        return "" if self.form == "native" else roundings.of(roundings.GROUP_QUANT).reason
 
     def refuse(self, codes: torch.Tensor, scales: torch.Tensor) -> str | None:
         """Why what a call of the custom op writes to is not what the op is told, or None if it is."""
@@ -407,6 +410,16 @@ def _layer(layer: Callable[..., Any], **arguments: Any) -> Any:
         return layer(**arguments)
 
 
+@functools.cache
+def _native_scale_is_floored_first() -> bool:
+    """Whether `QuantFP8.forward_native` gives a UE8M0 scale its floor before it rounds it up (since 0.33). Asked of it: a
+    scale that is rounded up last is a power of two, also that of a group of zeros."""
+    with unset_fake_temporarily():
+        layer = _quant_fp8(static=False, group_shape=GroupShape(1, 128), column_major_scales=False, use_ue8m0=True)
+        scale = layer.forward_native(torch.zeros(1, 128, dtype=torch.bfloat16, device="cpu"))[1]
+        return float(scale.view(torch.int32).bitwise_and(0x7FFFFF).max()) == 0
+
+
 @dataclass(frozen=True)
 class TokenQuant:
     """Dynamic FP8 quantiser with one scale a row; `bounded` if an upper bound of the scales is given."""
@@ -417,6 +430,14 @@ class TokenQuant:
     @property
     def readers(self) -> int:
         return 2 if self.form == "native" else 1
+
+    @property
+    def rounding(self) -> str:
+        return self.form if self.form == "native" else roundings.of(roundings.TOKEN_QUANT).form
+
+    @property
+    def inexactness(self) -> str:
+        return "" if self.form == "native" else roundings.of(roundings.TOKEN_QUANT).reason
 
     def possible(self, ops: OpIndex) -> bool:
         if self.form == "native":
@@ -461,6 +482,14 @@ class StaticQuant:
     form: str
     readers = 1
 
+    @property
+    def rounding(self) -> str:
+        return self.form if self.form == "native" else roundings.of(roundings.STATIC_QUANT).form
+
+    @property
+    def inexactness(self) -> str:
+        return "" if self.form == "native" else roundings.of(roundings.STATIC_QUANT).reason
+
     def possible(self, ops: OpIndex) -> bool:
         return _converts_to_fp8(ops) if self.form == "native" else "_C.static_scaled_fp8_quant" in ops
 
@@ -493,6 +522,8 @@ class Nvfp4Quant:
     form: str = "custom_op"
     swizzled: bool = True
     readers = 1
+    rounding = "custom_op"
+    inexactness = ""
 
     def possible(self, ops: OpIndex) -> bool:
         return any(n.kwargs.get("is_sf_swizzled_layout") == self.swizzled for n in ops.get("_C.scaled_fp4_quant", []))

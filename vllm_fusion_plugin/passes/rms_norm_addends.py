@@ -28,6 +28,7 @@ import torch
 from torch import fx
 
 from .. import compat
+from ..kernels.forms import is_native
 from ..ops import rms_norm_quant  # noqa: F401  (registers the ops)
 from . import matchers
 
@@ -59,7 +60,7 @@ def take(graph: fx.Graph, deterministic: bool = False) -> None:
             if total.before is not None:
                 _take_residual(graph, norm, total.before)
             _take_x(graph, norm)
-            _put(norm, sum_columns=_sum_columns(total, get(norm, "quant_form") == "native", deterministic))
+            _put(norm, sum_columns=_sum_columns(total, is_native(get(norm, "quant_form")), deterministic))
         elif total.before is not None and total.before.ours:
             norm.update_arg(1, _addition(graph, norm, total.before))
         if (node := _result(norm)) is not None and _is_residual(node):

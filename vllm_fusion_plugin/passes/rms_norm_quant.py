@@ -52,6 +52,7 @@ class RMSNormQuant(PatternReplacement):
         self.norm = norm
         self.keep_norm = keep_norm
         self.quant = quant
+        self.inexactness = quant.inexactness
         self.dtype = dtype
         self.native_form = "eager" if precision_casts else "native"
 
@@ -156,14 +157,14 @@ class RMSNormGroupQuant(RMSNormQuant):
             q.use_ue8m0,
             q.eps,
             norm_form,
-            q.form,
+            q.rounding,
         )
 
     def refuse(self, match: Match) -> str | None:
         if reason := super().refuse(match):
             return reason
         if self.quant.form == "native":
-            return self.quant.refuse_native(match)
+            return None
         return self.quant.refuse(self.quant_value(match, 0), self.quant_value(match, 1))
 
 
@@ -180,7 +181,7 @@ class RMSNormTokenQuant(RMSNormQuant):
     def fused(self, x, weight, epsilon, residual, gemma_weight, keep_norm, quant_inputs, norm_form):
         scale_ub = quant_inputs[0] if self.quant.bounded else None
         return ops.rms_norm_token_fp8_quant.default(
-            x, weight, epsilon, residual, gemma_weight, keep_norm, scale_ub, norm_form, self.quant.form
+            x, weight, epsilon, residual, gemma_weight, keep_norm, scale_ub, norm_form, self.quant.rounding
         )
 
     def refuse(self, match: Match) -> str | None:
@@ -204,7 +205,7 @@ class RMSNormStaticQuant(RMSNormQuant):
 
     def fused(self, x, weight, epsilon, residual, gemma_weight, keep_norm, quant_inputs, norm_form):
         return ops.rms_norm_static_fp8_quant.default(
-            x, weight, epsilon, residual, gemma_weight, keep_norm, quant_inputs[0], norm_form, self.quant.form
+            x, weight, epsilon, residual, gemma_weight, keep_norm, quant_inputs[0], norm_form, self.quant.rounding
         )
 
     def refuse(self, match: Match) -> str | None:

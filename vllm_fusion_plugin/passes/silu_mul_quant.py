@@ -12,7 +12,7 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._inductor.pattern_matcher import Match
 from vllm.config import VllmConfig
 
-from .. import compat, report
+from .. import compat, report, roundings
 from ..ops import silu_mul_quant  # noqa: F401  (registers the ops)
 from ..ops.quant import GROUP_SIZES
 from . import matchers
@@ -26,7 +26,7 @@ aten = torch.ops.aten
 def _rounding(act_form: str, precision_casts: bool) -> str:
     """act_form to hand to the op: the roundings that the graph's SiLU·mul would have made."""
     if act_form == "custom_op":
-        return "custom_op" if compat.silu_and_mul_adds_zero() else "eager"
+        return roundings.of(roundings.SILU_MUL).form
     return "eager" if precision_casts else "native"
 
 
@@ -40,8 +40,11 @@ class SiluMulQuant(PatternReplacement):
         self.dtype = dtype
         self.forms = {
             "act_form": _rounding(act_form, precision_casts),
-            "quant_form": quant.form,
+            "quant_form": quant.rounding,
         }
+        self.inexactness = quant.inexactness or (
+            roundings.of(roundings.SILU_MUL).reason if act_form == "custom_op" else ""
+        )
 
     def possible(self, ops: OpIndex) -> bool:
         return matchers.SILU_MUL_OPS[self.act_form] in ops and self.quant.possible(ops)
@@ -88,7 +91,7 @@ class SiluMulGroupQuant(SiluMulQuant):
         if reason := super().refuse(match):
             return reason
         if self.quant.form == "native":
-            return self.quant.refuse_native(match)
+            return None
         return self.quant.refuse(*(match.kwargs[f"arg{i}"].meta["val"] for i in (1, 2)))
 
 

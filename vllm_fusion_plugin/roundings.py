@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the installed vLLM's quantisers and SiLU·mul round: asked of the ops themselves, once, on the GPU.
+
+vLLM changes roundings between releases without a word (0.33 multiplies by a scale's reciprocal where 0.32 divided), and a
+fused op has to give the bytes of the ops that it replaces. So each op gets a few thousand numbers on which the known
+roundings differ (next to ties, subnormals, zeros, maxima, huge and tiny scales, NaN), and its bytes are compared with each
+known rounding's pure-torch reference. The answer is kept beside vLLM's compile cache, and is part of that cache's key.
+
+Without a GPU, or before the process has touched it (asking would make a later fork fail), it goes by version.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import compat
+from .ops import quant
+from .ops.silu_mul_quant import silu_mul_reference
+
+logger = logging.getLogger("vllm.fusion_plugin")
+
+GROUP_QUANT, TOKEN_QUANT, STATIC_QUANT = "group quantiser", "token quantiser", "static quantiser"
+SILU_MUL = "SiLU·mul"
+
+
+class Rounding(NamedTuple):
+    """What an op of vLLM does, as far as is known."""
+
+    form: str
+    """The `quant_form` or `act_form` whose bytes are the op's, or come nearest."""
+    differing: int = 0
+    """Numbers of a million, of those made to find differences, whose bytes are not the op's; 0: the form is exact."""
+    asked: bool = False
+    """Found by asking the op, not by vLLM's version."""
+
+    def __str__(self) -> str:
+        how = "asked of the op" if self.asked else "by version"
+        return f"{self.form} ({how})" if not self.differing else f"nearest is {self.form} ({self.reason})"
+
+    @property
+    def reason(self) -> str:
+        return f"not exact on this vLLM, by up to {self.differing} codes in a million" if self.differing else ""
+
+
+def of(op: str) -> Rounding:
+    """How the installed vLLM's `op`, one of the names above, rounds."""
+    return known()[op]
+
+
+def key() -> str:
+    """What of this a compile cache's key has to cover."""
+    return "; ".join(f"{op}: {rounding.form} {rounding.differing}" for op, rounding in sorted(known().items()))
+
+
+def known() -> dict[str, Rounding]:
+    """All answers: those that this process has, those kept by an earlier one, the ops' own, or by version. Never raises."""
+    if not _answers:
+        try:
+            found = _kept() or (_ask_and_keep() if _may_ask() else None)
+        except Exception as e:
+            logger.warning("vllm-fusion-plugin: how vLLM's ops round is taken from its version; asking failed: %r", e)
+            found = _by_version()  # and not asked again
+        if found is None:
+            return _by_version()
+        _answers.update(found)
+    return _answers
+
+
+_answers: dict[str, Rounding] = {}
+
+
+def _by_version() -> dict[str, Rounding]:
+    return {
+        GROUP_QUANT: Rounding("reciprocal" if compat.group_quantiser_multiplies() else "custom_op"),
+        TOKEN_QUANT: Rounding("custom_op"),
+        STATIC_QUANT: Rounding("custom_op"),
+        SILU_MUL: Rounding("custom_op" if compat.silu_and_mul_adds_zero() else "eager"),
+    }
+
+
+# ---- asking ----------------------------------------------------------------------------------------------------------
+
+
+def _may_ask() -> bool:
+    ready = torch.version.cuda is not None and torch.cuda.is_initialized()
+    return ready and not torch.cuda.is_current_stream_capturing()
+
+
+def _ask_and_keep() -> dict[str, Rounding]:
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    start = time.perf_counter()
+    with unset_fake_temporarily(), torch.inference_mode():
+        found = ask(torch.device("cuda", torch.cuda.current_device()))
+    logger.info(
+        "vllm-fusion-plugin: asked vLLM's ops how they round, %.0f ms: %s",
+        1e3 * (time.perf_counter() - start),
+        ", ".join(f"{op} {rounding}" for op, rounding in found.items()),
+    )
+    _keep(found)
+    return found
+
+
+def ask(device: torch.device) -> dict[str, Rounding]:
+    """Ask every op that this build of vLLM has, on `device`; the rest by version."""
+    compat.load_custom_ops()
+    questions: dict[str, tuple[str, tuple[str, ...], Callable[[str, torch.device], tuple[int, int]]]] = {
+        GROUP_QUANT: ("per_token_group_fp8_quant", quant.OPAQUE, _group_quant_differs),
+        TOKEN_QUANT: ("dynamic_per_token_scaled_fp8_quant", ("custom_op",), _token_quant_differs),
+        STATIC_QUANT: ("static_scaled_fp8_quant", ("custom_op",), _static_quant_differs),
+        SILU_MUL: ("silu_and_mul", ("custom_op", "eager"), _silu_mul_differs),
+    }
+    answers = _by_version()
+    for name, (op, forms, differs) in questions.items():
+        if not hasattr(torch.ops._C, op):
+            continue
+        per_million = {}
+        for form in sorted(forms, key=lambda form: form != answers[name].form):
+            differing, total = differs(form, device)
+            per_million[form] = -(-differing * 1_000_000 // total)
+            if not differing:
+                break
+        nearest = min(per_million, key=lambda form: per_million[form])
+        answers[name] = Rounding(nearest, per_million[nearest], asked=True)
+    return answers
+
+
+def _differing(*pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, int]:
+    """Elements whose bytes differ, NaN being equal to NaN, and all elements."""
+    differing = total = 0
+    for found, expected in pairs:
+        found, expected = (t.float() if t.dtype == quant.FP8_DTYPE else t for t in (found, expected))
+        bits = torch.int32 if found.dtype == torch.float32 else torch.int16
+        same = (found.view(bits) == expected.view(bits)) | (found.isnan() & expected.isnan())
+        differing += int((~same).sum())
+        total += found.numel()
+    return differing, total
+
+
+def _group_quant_differs(form: str, device: torch.device) -> tuple[int, int]:
+    counts = [0, 0]
+    for dtype in quant.INPUT_DTYPES:
+        for group_size in quant.GROUP_SIZES:
+            x = _numbers(dtype, group_size).to(device)
+            for use_ue8m0 in (False, True):
+                codes = torch.empty_like(x, dtype=quant.FP8_DTYPE)
+                scales = x.new_empty((len(x), x.shape[1] // group_size), dtype=torch.float32)
+                torch.ops._C.per_token_group_fp8_quant(
+                    x, codes, scales, group_size, 1e-10, -quant.FP8_MAX, quant.FP8_MAX, use_ue8m0, False, False
+                )
+                expected = quant.group_fp8_quant_reference(x, group_size, False, False, use_ue8m0, 1e-10, form)
+                found = _differing((codes, expected[0]), (scales, expected[1]))
+                counts = [a + b for a, b in zip(counts, found, strict=True)]
+    return counts[0], counts[1]
+
+
+def _token_quant_differs(form: str, device: torch.device) -> tuple[int, int]:
+    x = _numbers(torch.bfloat16, 128).view(-1, 128).to(device)
+    codes, scales = torch.empty_like(x, dtype=quant.FP8_DTYPE), x.new_empty((len(x), 1), dtype=torch.float32)
+    torch.ops._C.dynamic_per_token_scaled_fp8_quant(codes, x, scales, None)
+    expected = quant.token_fp8_quant_reference(x, None, form)
+    return _differing((codes, expected[0]), (scales, expected[1]))
+
+
+def _static_quant_differs(form: str, device: torch.device) -> tuple[int, int]:
+    x = _numbers(torch.bfloat16, 128).to(device)
+    scale = torch.tensor([0.0123], device=device)
+    codes = torch.empty_like(x, dtype=quant.FP8_DTYPE)
+    torch.ops._C.static_scaled_fp8_quant(codes, x, scale, **compat.static_quant_extra_arguments())
+    return _differing((codes, quant.static_fp8_quant_reference(x, scale, form)))
+
+
+def _silu_mul_differs(form: str, device: torch.device) -> tuple[int, int]:
+    gates = _numbers(torch.bfloat16, 128).view(-1, 128).to(device)
+    x = torch.cat([gates, gates.roll(1, 0)], dim=1)
+    x[::5, 128:] = -0.0  # what tells the forms apart
+    out = torch.empty_like(gates)
+    torch.ops._C.silu_and_mul(out, x)
+    return _differing((out, silu_mul_reference(x, form)))
+
+
+@functools.cache
+def _numbers(dtype: torch.dtype, group_size: int) -> torch.Tensor:
+    """[32, 4 * group_size] on the CPU, by a seed: groups of numbers next to ties, of any bits, and of special values."""
+    generator = torch.Generator().manual_seed(33)
+    groups = 64
+    # Maxima of 48 to 65504 * 2**-k; numbers next to where x / scale lies halfway between two codes.
+    top = (1 + torch.rand(groups, 1, generator=generator)) * torch.exp2(
+        torch.randint(-10, 14, (groups, 1), generator=generator).float()
+    )
+    top = top.to(dtype).float()
+    codes = torch.arange(0x7E, dtype=torch.uint8).view(quant.FP8_DTYPE).float()
+    halfway = (codes[:-1] + codes[1:]) / 2
+    chosen = halfway[torch.randint(len(halfway), (groups, group_size), generator=generator)]
+    ties = (chosen * (top / quant.FP8_MAX)).to(dtype) * (
+        1 - 2 * torch.randint(2, chosen.shape, generator=generator)
+    ).to(dtype)
+    ties[:, :1] = top.to(dtype)
+    bits = torch.randint(-32768, 32768, (groups - 8, group_size), generator=generator, dtype=torch.int32)
+    info = torch.finfo(dtype)
+    special = torch.zeros(8, group_size, dtype=dtype)
+    special[1, 3], special[2, 5], special[3, 7] = info.tiny * info.eps, info.tiny, info.max
+    special[4, 1], special[5, 2], special[6, 4] = float("inf"), float("nan"), -info.max
+    special[5, 9], special[7] = 1.5, -0.0
+    return torch.cat([ties, bits.to(torch.int16).view(dtype), special]).view(-1, 4 * group_size)
+
+
+# ---- keeping ---------------------------------------------------------------------------------------------------------
+
+
+def _file() -> Path:
+    """Where the answers of this vLLM on this GPU are kept; named by all that they depend on."""
+    sources = b"".join(Path(f.__code__.co_filename).read_bytes() for f in (ask, quant.ue8m0, silu_mul_reference))
+    parts = [
+        *compat.identity_of_custom_ops(),
+        compat.device_name(),
+        torch.__version__,
+        hashlib.sha256(sources).hexdigest(),
+    ]
+    name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return compat.cache_root() / "vllm_fusion_plugin" / f"roundings.{name}.json"
+
+
+def _kept() -> dict[str, Rounding] | None:
+    try:
+        data = json.loads(_file().read_text())
+        return {op: Rounding(*data[op]) for op in _by_version()}
+    except Exception:  # not there, not readable, or of another shape: ask again
+        return None
+
+
+def _keep(answers: dict[str, Rounding]) -> None:
+    try:
+        path = _file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(answers))
+        temporary.replace(path)
+    except Exception as e:
+        logger.debug("vllm-fusion-plugin: how vLLM's ops round is not kept: %r", e)
