@@ -178,7 +178,7 @@ BAD = {
         r"kv_weight has dtype torch\.float32; allowed with norm_form='custom_op': the input's, torch\.bfloat16",
     ),
     "norm_form": ({"norm_form": "exact"}, r"norm_form='exact' .*allowed: native, eager, custom_op"),
-    "quant_form": ({"quant_form": "eager"}, r"quant_form='eager' .*allowed: custom_op, native"),
+    "quant_form": ({"quant_form": "eager"}, r"quant_form='eager' .*allowed: custom_op, reciprocal, native"),
     "group_size": ({"group_size": 32}, r"group_size=32 .*allowed: 64, 128"),
     "tma": ({"tma_aligned_scales": True}, r"tma_aligned_scales=True needs column_major_scales=True"),
 }

@@ -372,7 +372,7 @@ def test_padding_of_an_allocation_like_vllms(op, device: torch.device) -> None:
     assert bool((storage[16:] != 7.0).all())
 
 
-@pytest.mark.parametrize("arguments", [(128, False, EPS), (64, True, EPS)], ids=["128", "64-ue8m0"])
+@pytest.mark.parametrize("arguments", [(128, False, EPS, "custom_op"), (64, True, EPS, "reciprocal")], ids=["128", "64-ue8m0"])
 def test_opcheck(arguments: tuple, device: torch.device) -> None:
     x, w = exact_inputs(5, 2, 32, 128, torch.bfloat16, device, seed=9)
     codes, scales = (t.zero_() for t in outputs(x, w, Mode(group_size=arguments[0], tma_aligned_scales=False)))
@@ -390,7 +390,7 @@ def test_compiled_with_dynamic_tokens(device: torch.device) -> None:
         codes = torch.zeros(x.shape[0], 256, dtype=FP8_DTYPE, device=x.device)
         scales = torch.zeros(x.shape[0], 2, device=x.device)
         before = scales + 1.0
-        OP(x, w, codes, scales, 128, False, EPS)
+        OP(x, w, codes, scales, 128, False, EPS, "custom_op")
         return before, codes, scales
 
     for tokens in (5, 2, 33):
@@ -479,7 +479,7 @@ def test_bad_arguments_are_refused_while_compiling(device: torch.device) -> None
 
     @torch.compile(fullgraph=True)
     def compiled(attn_out, w_uv, codes, scales, group_size):
-        OP(attn_out, w_uv, codes, scales, 96, False, EPS)
+        OP(attn_out, w_uv, codes, scales, 96, False, EPS, "custom_op")
 
     with pytest.raises(Exception, match=r"group_size=96 .*allowed: 64, 128"):
         compiled(**good)

@@ -32,7 +32,18 @@ from vllm_fusion_plugin.ops.rms_norm_quant import (
     scale_rows,
 )
 
-from .cases import DTYPES, EPS, FORMS, GROUP_FORMS, all_values, random_input, scales_name, short, special_values, strided
+from .cases import (
+    DTYPES,
+    EPS,
+    FORMS,
+    GROUP_FORMS,
+    all_values,
+    random_input,
+    scales_name,
+    short,
+    special_values,
+    strided,
+)
 from .checks import Guarded, as_bits, assert_codes, assert_same_bytes, assert_same_outputs, check_deterministic, one_nan
 
 EPSILON = 1e-6
