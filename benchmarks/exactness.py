@@ -51,8 +51,13 @@ class Case(NamedTuple):
     def quant(self) -> Any:
         return QUANTISERS[self.kind].of(self.mode)
 
+    @property
+    def rounding(self) -> str:
+        """What the installed vLLM's quantiser of that form does."""
+        return self.quant.rounding(self.quant_form) if self.kind == "group" else self.quant_form
+
     def ours(self, inputs: Tensors) -> Outputs:
-        quant, told = self.quant, {"quant_form": self.quant_form}
+        quant, told = self.quant, {"quant_form": self.rounding}
         if isinstance(quant, Group):
             told |= {
                 "group_size": quant.group_size,
@@ -172,7 +177,7 @@ def compare(case: Case, width: int, dtype: torch.dtype, elements: int) -> dict[s
     inputs = (case.producer.inputs(ROWS, width, dtype, generator) for _ in range(chunks))
     return {
         "op": case.op, "mode": ",".join(filter(None, [case.mode, *case.producer.words])), "form": case.form,
-        "quant_form": case.quant_form, "dtype": str(dtype).removeprefix("torch."), "H": width,
+        "quant_form": case.rounding, "dtype": str(dtype).removeprefix("torch."), "H": width,
         "elements": chunks * ROWS * width, **tally((case.ours(tensors), case.replaced(tensors)) for tensors in inputs),
     }  # fmt: skip
 
@@ -195,7 +200,7 @@ def compare_mla_v_up(mode: str, tokens: int, heads: int, dtype: torch.dtype, ele
             yield named(inputs[-2:]), replaced
 
     return {
-        "op": MLAVUp.op, "mode": mode, "form": "bmm", "quant_form": "custom_op", "dtype": str(dtype).removeprefix("torch."),
+        "op": MLAVUp.op, "mode": mode, "form": "bmm", "quant_form": workload.quant.rounding(), "dtype": str(dtype).removeprefix("torch."),
         "M": tokens, "H": heads, "elements": launches * tokens * heads * V, **tally(pairs()),
     }  # fmt: skip
 

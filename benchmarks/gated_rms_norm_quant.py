@@ -90,7 +90,7 @@ class GatedRMSNormGroup(grid.Workload):
             self.quant.ue8m0,
             EPS,
             "native",
-            "custom_op",
+            self.quant.rounding(),
             tile,
         )
 

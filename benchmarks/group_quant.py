@@ -23,7 +23,7 @@ class GroupQuant(grid.Workload):
     def __init__(self, mode: str) -> None:
         super().__init__(mode)
         self.quant = Group.of(mode)
-        self.forms = (self.quant.group_size, self.quant.ue8m0, EPS, "custom_op")
+        self.forms = (self.quant.group_size, self.quant.ue8m0, EPS, self.quant.rounding())
 
     def inputs(self, rows: int, width: int, dtype: torch.dtype) -> grid.Tensors:
         x = torch.randn(rows, width, device="cuda", dtype=dtype)

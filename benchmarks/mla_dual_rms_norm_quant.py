@@ -27,7 +27,7 @@ class MLADualRMSNorm(grid.Workload):
     def __init__(self, mode: str) -> None:
         super().__init__(mode)
         self.quant = Group.of(mode)
-        forms = ("native" if "native" in self.words else "custom_op", "custom_op")
+        forms = ("native" if "native" in self.words else "custom_op", self.quant.rounding())
         self.forms = (EPSILON, EPSILON, self.quant.group_size, self.quant.ue8m0, EPS, *forms)
 
     def inputs(self, rows: int, width: int, dtype: torch.dtype) -> grid.Tensors:

@@ -79,7 +79,7 @@ class MLAVUp(grid.Workload):
     def ours(self, tile, x, w, y, codes, scales):
         quant = self.quant
         kernels.mla_v_up_group_fp8_quant(
-            x, w, codes, scales, scale_padding(scales), quant.group_size, quant.ue8m0, EPS, tile
+            x, w, codes, scales, scale_padding(scales), quant.group_size, quant.ue8m0, EPS, quant.rounding(), tile
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from gated_rms_norm_quant import HEAD_DIM
 from rms_norm_quant import EPSILON
 
+from vllm_fusion_plugin.kernels.forms import is_native
 from vllm_fusion_plugin.ops import (
     gated_rms_norm_quant,
     group_quant,
@@ -148,7 +149,7 @@ class RMSNorm(Producer):
     def ours(self, kind, inputs, form, **quant):
         x, weight, *more = inputs
         sums = dict(zip(("residual", "residual_addend"), more, strict=False))
-        keep_norm = quant["quant_form"] == "custom_op"  # a native quantiser never rounds what would be kept
+        keep_norm = not is_native(quant["quant_form"])  # a native quantiser never rounds what would be kept
         op = getattr(rms_norm_quant, f"rms_norm_{kind}_fp8_quant")
         norm = {"gemma_weight": self.gemma, "keep_norm": keep_norm, "norm_form": form}
         outputs = op(x, weight, epsilon=EPSILON, **sums, **norm, **quant)

@@ -37,6 +37,12 @@ class Group:
             64 if "group64" in words else 128, "column" in words or "tma" in words, "tma" in words, "ue8m0" in words
         )
 
+    def rounding(self, form: str = "custom_op") -> str:
+        """`quant_form` of the installed vLLM's quantiser in that form, custom_op or native."""
+        from vllm_fusion_plugin.passes.matchers import GroupQuant
+
+        return GroupQuant(form, self.group_size, self.column_major, self.tma_aligned, self.ue8m0).rounding
+
     def outputs(self, x: torch.Tensor, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales to write to, on x's device; ValueError on a width that is not whole groups."""
         check_group_layout(width, self.group_size, self.column_major, self.tma_aligned)

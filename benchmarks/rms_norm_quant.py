@@ -138,9 +138,9 @@ class RMSNormGroup(RMSNorm):
     quantiser = Group
 
     def launch(self, x, residual, weight, codes, scales, more):
-        epsilon, gemma, *forms = self.forms
-        group = (self.quant.group_size, self.quant.ue8m0, EPS)
-        kernels.rms_norm_group_fp8_quant(x, weight, residual, codes, scales, epsilon, gemma, *group, *forms, **more)
+        epsilon, gemma, norm_form, _ = self.forms
+        group = (self.quant.group_size, self.quant.ue8m0, EPS, norm_form, self.quant.rounding())
+        kernels.rms_norm_group_fp8_quant(x, weight, residual, codes, scales, epsilon, gemma, *group, **more)
 
     def stock_fused(self, x, residual, weight, y, residual_out, codes, scales):
         group = (self.quant.group_size, self.quant.column_major)

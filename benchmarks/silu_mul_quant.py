@@ -25,7 +25,7 @@ class SiluMulGroup(grid.Workload):
         super().__init__(mode)
         self.quant = Group.of(mode)
         act_form = "native" if "native" in self.words else "custom_op"
-        self.forms = (self.quant.group_size, self.quant.ue8m0, EPS, act_form, "custom_op")
+        self.forms = (self.quant.group_size, self.quant.ue8m0, EPS, act_form, self.quant.rounding())
 
     def inputs(self, rows: int, width: int, dtype: torch.dtype) -> grid.Tensors:
         x = torch.randn(rows, 2 * width, device="cuda", dtype=dtype)
