@@ -200,8 +200,8 @@ def compare_mla_v_up(mode: str, tokens: int, heads: int, dtype: torch.dtype, ele
             yield named(inputs[-2:]), replaced
 
     return {
-        "op": MLAVUp.op, "mode": mode, "form": "bmm", "quant_form": workload.quant.rounding(), "dtype": str(dtype).removeprefix("torch."),
-        "M": tokens, "H": heads, "elements": launches * tokens * heads * V, **tally(pairs()),
+        "op": MLAVUp.op, "mode": mode, "form": "bmm", "quant_form": workload.quant.rounding(),
+        "dtype": str(dtype).removeprefix("torch."), "M": tokens, "H": heads, "elements": launches * tokens * heads * V, **tally(pairs()),
     }  # fmt: skip
 
 
