@@ -73,11 +73,17 @@ def unfused() -> Unfused:
 
 
 @pytest.fixture
-def fp32_sums(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fp32_sums() -> Iterator[None]:
     """cuBLAS may add up parts of a sum in the output's dtype, unless told not to."""
-    for switch in ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"):
-        monkeypatch.setattr(torch.backends.cuda.matmul, switch, False)
+    switches = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    matmul = torch.backends.cuda.matmul
+    before = {switch: getattr(matmul, switch) for switch in switches}
+    # not by monkeypatch: these attributes are in no __dict__, and pytest 9.2 would undo them by deletion
+    for switch in switches:
+        setattr(matmul, switch, False)
     yield
+    for switch, value in before.items():
+        setattr(matmul, switch, value)
 
 
 def fused(

@@ -38,9 +38,11 @@ def test_asking_takes_less_than_a_tenth_of_a_second(device: torch.device) -> Non
 
 def test_the_numbers_tell_known_roundings_apart(device: torch.device) -> None:
     x = roundings._numbers(torch.bfloat16, 128).to(device)
-    for forms, use_ue8m0, least in ((quant.OPAQUE, False, 100), (quant.NATIVE, True, 1)):
-        codes = [quant.group_fp8_quant_reference(x, 128, False, False, use_ue8m0, 1e-10, form)[0] for form in forms]
-        assert int((codes[0].view(torch.uint8) != codes[1].view(torch.uint8)).sum()) >= least, forms
+    divided, multiplied = (
+        quant.group_fp8_quant_reference(x, 128, False, False, False, 1e-10, form)[0].view(torch.uint8)
+        for form in quant.OPAQUE
+    )
+    assert int((divided != multiplied).sum()) >= 20
 
 
 @pytest.mark.parametrize("op", ["per_token_group_fp8_quant", "silu_and_mul"])
