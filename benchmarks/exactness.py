@@ -201,7 +201,8 @@ def compare_mla_v_up(mode: str, tokens: int, heads: int, dtype: torch.dtype, ele
 
     return {
         "op": MLAVUp.op, "mode": mode, "form": "bmm", "quant_form": workload.quant.rounding(),
-        "dtype": str(dtype).removeprefix("torch."), "M": tokens, "H": heads, "elements": launches * tokens * heads * V, **tally(pairs()),
+        "dtype": str(dtype).removeprefix("torch."), "M": tokens, "H": heads,
+        "elements": launches * tokens * heads * V, **tally(pairs()),
     }  # fmt: skip
 
 

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +52,10 @@ def vllm_group_quant(x, codes, scales, group_size, eps, low, high, ue8m0, column
 def hooked(monkeypatch):
     monkeypatch.setattr(torch.ops._C, "per_token_group_fp8_quant", vllm_group_quant, raising=False)
     mla_layer.hook(monkeypatch)
+
+
+class Owner:
+    """What an engine is known by."""
 
 
 def fused_rows(monkeypatch) -> list[int]:
@@ -183,6 +189,31 @@ def test_other_weights_are_looked_at_again():
         assert told is reason or reason in told
     assert "torch.float16" in mla.why_not(layer, q.half(), codes, scales, 128)
     assert "groups of 96" in mla.why_not(layer, q, codes, scales, 96)
+
+
+def test_replaced_weights_are_freed_at_once():
+    """They are 1 GB in all of DeepSeek-V3's layers when weights are loaded anew."""
+    layer = make_layer()
+    run(layer, "mixed")
+    for _ in range(2):
+        before = weakref.ref(layer.W_UV)
+        layer.W_UV = layer.W_UV.clone()
+        gc.collect()
+        assert before() is None
+        run(layer, "mixed")
+
+
+def test_a_note_is_in_the_report_of_the_layers_engine(monkeypatch):
+    recorder, mine, other = report.RECORDER, Owner(), Owner()
+    layer = make_layer()
+    layer.layer_name = "model.layers.0.self_attn.attn"
+    mine.static_forward_context = {layer.layer_name: layer}
+    other.static_forward_context = {layer.layer_name: make_layer()}
+    record = recorder.engine(mine)
+    assert recorder.engine(other) is not record  # compiled last
+    run(layer, "decode")
+    assert record.report.notes == ["MLA's V up-projection quantises decode rows"]
+    assert recorder.engine(other).report.notes == []
 
 
 def test_context_parallelism_that_is_not_known_yet(monkeypatch):

@@ -36,6 +36,43 @@ def test_tables_show_brackets():
     assert "used [twice]" in text
 
 
+def test_tables_show_states_kernels_and_notes():
+    ranks = [RankReport(rank=r, manager="eager: none", linear_kernels={"K": 3}, notes=["why [so]"]) for r in (0, 1)]
+    ranks[1].notes.append("alone")
+    report = FusionReport(ranks=ranks)
+    assert report.rank_rows() == [("0,1", "eager: none", "3 K")]
+    assert report.note_rows() == [("0,1", "why [so]"), ("1", "alone")]
+    assert [table.title for table in report.tables()] == ["State", "Fused", "Notes"]
+
+
+def test_a_place_compiled_for_two_ranges_is_one_place():
+    def norm(module: str) -> Found:
+        return Found(pass_name="norm", pattern="p", module=module)
+
+    missed = Missed(pass_name="p", reason="r", module="layers.0")
+    subgraphs = [
+        Subgraph(index=i, compile_range=r, found=[norm(f"layers.{i}")] * 2, missed=[missed], part=part)
+        for part in (0, 1)
+        for i in (0, 1)
+        for r in ("(1, 8)", "(9, 64)", "(65, 512)")
+    ]
+    report = FusionReport(ranks=[RankReport(subgraphs=subgraphs)])
+    assert report.ranks[0].match_table() == {"norm": 24}
+    assert report.layer_table() == {"norm": 8}  # two norms in each of two layers of two parts
+    assert [row[2:5] for row in report.rows()] == [(r, 8, 8) for r in ("(1, 8)", "(65, 512)", "(9, 64)")]
+    assert report.missed_rows() == [("p", "r", 4, "layers.0")]
+
+
+def test_models_of_one_engine_are_told_apart():
+    subgraphs = [
+        Subgraph(index=0, compile_range="(1, 8)", found=[FOUND], model=model, part=part)
+        for part, model in enumerate(("backbone", "draft_model"))
+    ]
+    report = FusionReport(ranks=[RankReport(subgraphs=subgraphs)])
+    assert report.layer_table() == {"p": 2}
+    assert [row[-1] for row in report.rows()] == ["backbone: layers.0.mlp", "draft_model: layers.0.mlp"]
+
+
 def test_sum_keeps_passes_without_a_match():
     assert sum_match_tables([{"a": 1, "b": 0}, {"a": 2}]) == {"a": 3, "b": 0}
 

@@ -100,7 +100,7 @@ def test_switched_off_touches_nothing():
     pytest.importorskip("vllm")
     result = answers(run(REGISTER.format(body="plugin.register()"), VLLM_FUSION_PLUGIN="0"))
     assert result["untouched"] == "True"
-    assert result["state"] == "inactive: VLLM_FUSION_PLUGIN=0"
+    assert result["state"] == "off: VLLM_FUSION_PLUGIN=0"
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_switched_off_touches_nothing():
             "the pass manager is a.b.C already",
         ),
         (
-            "import vllm_fusion_plugin.compat as c; c.hash_into_config = lambda *a: 1 / 0; plugin.register()",
+            "import vllm_fusion_plugin.compat_engine as c; c.hash_into_config = lambda *a: 1 / 0; plugin.register()",
             {},
             "ZeroDivisionError",
         ),

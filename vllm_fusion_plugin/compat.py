@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that depends on which vLLM is installed, and every vLLM internal that we reach into.
 
-Each entry: what it does, why, since when, and when it can go. Nothing else in the package asks for a version.
+Each entry: what it does, why, since when, and when it can go. Nothing else in the package asks for a version. What is about
+engines, their compile caches and their workers is in compat_engine.py, by the same rules; the rest is here.
 Read against 0.20.2, 0.26.0, 0.32.0 and 0.33.0. Features are probed, not derived from version numbers.
 """
 
@@ -241,136 +242,6 @@ def install_pass_manager(qualname: str) -> str | None:
         return f"the pass manager is {now} already, not stock's; two that replace it cannot be combined"
     platform.get_pass_manager_cls = classmethod(lambda cls: qualname)  # type: ignore[assignment]
     return None
-
-
-def remove_pass_manager(qualname: str) -> None:
-    """Undo `install_pass_manager` in this process."""
-    from vllm.platforms import current_platform
-
-    platform = type(current_platform)
-    if getattr(platform, "get_pass_manager_cls", lambda: None)() == qualname and "get_pass_manager_cls" in vars(
-        platform
-    ):
-        del platform.get_pass_manager_cls  # type: ignore[attr-defined]
-
-
-def hook_compiler(begin: Callable[..., None], end: Callable[..., None]) -> bool:
-    """Call `begin(graph_index, compile_range, nodes)` and `end(artefact)` around every subgraph that vLLM compiles.
-
-    The pass manager alone cannot know how often an artefact is reused: vLLM stops compiling before any pass runs when it
-    has an identical graph already. Reporting only; False if this vLLM has no such method. Re-entrant.
-    """
-    from vllm.compilation.backends import CompilerManager
-
-    original = getattr(CompilerManager, "compile", None)
-    if original is None:
-        return False
-    if hasattr(original, "_fusion_plugin"):
-        return True
-
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def compile(self: Any, graph: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            bound = signature.bind(self, graph, *args, **kwargs).arguments
-            begin(bound.get("graph_index", 0), bound.get("compile_range"), list(graph.graph.nodes))
-        except Exception as e:  # a report must never stop a model from compiling
-            logger.warning("fusion report: subgraph not recorded: %r", e)
-        artefact = original(self, graph, *args, **kwargs)
-        end(artefact)
-        return artefact
-
-    compile._fusion_plugin = True  # type: ignore[attr-defined]
-    setattr(CompilerManager, "compile", compile)  # noqa: B010  (a type checker forbids assigning to a method)
-    return True
-
-
-# ---- compile cache ---------------------------------------------------------------------------------------------------
-
-
-def hash_into_config(fingerprint: Callable[[Any], str | None], prepare: Callable[[], None]) -> None:
-    """Make `VllmConfig.compute_hash` cover `fingerprint(config)`, and call `prepare()` first.
-
-    Both of vLLM's caches (AOT artefacts, and the Inductor artefacts of VllmBackend) name their folders by it, and both ask
-    before they load: `prepare` registers our ops, which a loaded artefact calls although no pass has run. A folder that
-    the user names (`compilation_config.cache_dir`) is not hashed by vLLM at all, so ours get one below it.
-    All versions read. Goes when plugins can add hash factors.
-    """
-    from vllm.config import VllmConfig
-
-    original = VllmConfig.compute_hash
-    if hasattr(original, "_fusion_plugin"):
-        return
-
-    @functools.wraps(original)
-    def compute_hash(self: Any, *args: Any, **kwargs: Any) -> str:
-        import hashlib
-
-        stock = original(self, *args, **kwargs)
-        mine = fingerprint(self)
-        if mine is None:
-            return stock
-        prepare()
-        _own_cache_folder(self.compilation_config, mine)
-        return hashlib.sha256(f"{stock} {mine}".encode()).hexdigest()[: len(stock)]
-
-    compute_hash._fusion_plugin = True  # type: ignore[attr-defined]
-    VllmConfig.compute_hash = compute_hash  # type: ignore[method-assign]
-
-
-def _own_cache_folder(compilation_config: Any, fingerprint: str) -> None:
-    # Only a folder that is there before vLLM chose one is the user's; vLLM writes its own choice into the same field.
-    if compilation_config.__dict__.setdefault("_fusion_plugin_cache_dir", compilation_config.cache_dir or "") and (
-        fingerprint not in compilation_config.cache_dir
-    ):
-        compilation_config.cache_dir = os.path.join(compilation_config.cache_dir, f"vllm_fusion_plugin-{fingerprint}")
-
-
-def artefact_folder(compilation_config: Any) -> str | None:
-    """Where vLLM keeps the code that this process compiles or has loaded.
-
-    `local_cache_dir` is VllmBackend's folder while it compiles, but a process that loads an AOT artefact makes no
-    VllmBackend: there it is the artefact's. Inductor's folder, which vLLM sets, is the artefact's in both.
-    """
-    artefact = os.path.dirname(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
-    if os.path.basename(os.path.dirname(artefact)) == "torch_aot_compile":
-        return artefact
-    return compilation_config.local_cache_dir
-
-
-# ---- workers ---------------------------------------------------------------------------------------------------------
-
-
-def attach_worker_methods(methods: dict[str, Callable[[Any], Any]]) -> None:
-    """Give every worker `methods`; a worker class that defines one itself (GPU workers have `get_compilation_match_table`)
-    keeps its own."""
-    from vllm.v1.worker.worker_base import WorkerBase
-
-    for name, method in methods.items():
-        if not hasattr(WorkerBase, name):
-            setattr(WorkerBase, name, method)
-
-
-def linear_kernels(worker: Any) -> dict[str, int]:
-    """Classes of the kernels behind a worker's quantised linear layers, counted: they decide what there is to fuse. Looks at
-    what layers' quant methods hold (`fp8_linear` since 0.20), so empty where that is kept otherwise."""
-    found: dict[str, int] = {}
-    model = getattr(getattr(worker, "model_runner", None), "model", None)
-    for module in model.modules() if isinstance(model, torch.nn.Module) else ():
-        for held in vars(getattr(module, "quant_method", None) or object).values():
-            name = type(held).__name__
-            if name.endswith("Kernel"):
-                found[name] = found.get(name, 0) + 1
-    return found
-
-
-def stock_match_table() -> dict[str, int]:
-    """vLLM's own match table, in which our passes count too; empty where this vLLM has none."""
-    from vllm.compilation.passes import vllm_inductor_pass
-
-    getter = getattr(vllm_inductor_pass, "get_match_table", None)
-    return getter() if getter else {}
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class EngineResult:
     match_tables: list[dict[str, int]]
     """vLLM's own, one a rank."""
     reports: list[dict[str, Any]]
-    """The plugin's RankReport, one a rank; empty where the plugin is off."""
+    """The plugin's RankReport, one a rank; empty where vLLM has not loaded the plugin."""
     counters: list[dict[str, int]]
     """vLLM's compilation counters, one a rank: how often it compiled, saved, loaded."""
     compilation_mode: str
@@ -69,7 +69,7 @@ class WorkerProbe:
         return dataclasses.asdict(compilation_counter)
 
     def fusion_report(self) -> dict[str, Any] | None:
-        """The plugin's report of this rank; None where the plugin has not attached itself to workers."""
+        """The plugin's report of this rank; None where vLLM has not loaded the plugin."""
         get_fusion_report = getattr(self, "get_fusion_report", None)
         return get_fusion_report() if get_fusion_report else None
 

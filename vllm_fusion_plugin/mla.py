@@ -24,12 +24,13 @@ import inspect
 import logging
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from . import compat, report, roundings
+from . import compat, compat_engine, report, roundings
 from .ops.mla_v_up_quant import mla_v_up_group_fp8_quant
 from .ops.quant import FP8_DTYPE, FP8_MAX, GROUP_SIZES, INPUT_DTYPES, group_fp8_quant_reference, padded_rows
 
@@ -63,18 +64,28 @@ def configure(enabled: bool) -> None:
         _switch_off(reason)
 
 
-def _switch_off(reason: str) -> None:
+def _switch_off(reason: str, layer: Any = None) -> None:
     global _enabled
     _enabled = False
-    _note(reason)
+    _note(reason, layer)
 
 
-def _note(reason: str) -> None:
-    """Tell once that, and why, the V up-projection and the quantiser stay two kernels."""
+def _note(reason: str, layer: Any = None) -> None:
+    """Tell once that, and why, the V up-projection and the quantiser stay two kernels; the layer's engine reports it."""
     if reason not in _noted:
         _noted.add(reason)
         logger.warning("vllm-fusion-plugin: %s does not quantise: %s", NOTE, reason)
-    report.RECORDER.note(f"{NOTE} does not quantise: {reason}")
+    _record_of(layer).note(f"{NOTE} does not quantise: {reason}")
+
+
+def _record_of(layer: Any) -> report.EngineRecord | report.Recorder:
+    """Where to note what concerns a layer: its engine's record, looked for once; without a layer, or one of no engine, the
+    engine that was last spoken of."""
+    kept = vars(layer).get("_fusion_plugin_record") if layer is not None else None
+    if kept is None and layer is not None:
+        kept = report.RECORDER.engine_where(lambda owner: compat_engine.is_layer_of(owner, layer))
+        vars(layer)["_fusion_plugin_record"] = kept  # not setattr, which would look for parameters
+    return kept or report.RECORDER
 
 
 # ---- wrapping --------------------------------------------------------------------------------------------------------
@@ -137,7 +148,7 @@ class _Output:
         count = len(out)
         shape = (count, layer.num_heads, layer.kv_lora_rank)
         if layer is not self.layer or out.data_ptr() != self.rows.data_ptr() or x.numel() != torch.Size(shape).numel():
-            _note("it is not called as it is known to be")
+            _note("it is not called as it is known to be", layer)
             return False
         try:
             mla_v_up_group_fp8_quant(
@@ -151,9 +162,9 @@ class _Output:
                 quant_form=roundings.of(roundings.GROUP_QUANT).form,
             )
         except Exception as e:  # a Triton that cannot compile it, for example: vLLM's own way is still there
-            _switch_off(f"{type(e).__name__}: {e}")
+            _switch_off(f"{type(e).__name__}: {e}", layer)
             return False
-        report.RECORDER.note(f"{NOTE} quantises decode rows")
+        _record_of(layer).note(f"{NOTE} quantises decode rows")
         self.decoded = count
         return True
 
@@ -178,7 +189,7 @@ def _forward(original: Callable[..., torch.Tensor], layer: Any, *args: Any, **kw
         return original(layer, *args, **kwargs)  # NVFP4, or not called as vLLM's op calls it
     q, attn_metadata = args[0], args[4]
     if reason := why_not(layer, q, codes, scales, kwargs.get("quant_group_size")):
-        _note(reason)
+        _note(reason, layer)
         return original(layer, *args, **kwargs)
     if attn_metadata is None:  # profiling: vLLM zeroes the codes
         result = original(layer, *args, **kwargs)
@@ -199,12 +210,15 @@ def why_not(
     layer: Any, q: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, group_size: int | None
 ) -> str | None:
     """Why a layer's output is left to vLLM; None if it is written here. Asked at every call: what does not change between
-    calls is kept with the layer, for as long as it has the same weights."""
-    known = (getattr(layer, "W_UV", None), q.dtype, q.device, group_size)
-    weight, *others, reason = vars(layer).get("_fusion_plugin_v_up", (None, None))
-    if weight is None or weight is not known[0] or (*others,) != known[1:]:
-        reason = _why_not(layer, *known)
-        vars(layer)["_fusion_plugin_v_up"] = (*known, reason)  # not setattr, which would look for parameters
+    calls is kept with the layer, for as long as it has the same weights. They are held weakly: 1 GB in all of DeepSeek-V3,
+    which a replaced weight must give back at once."""
+    weight = getattr(layer, "W_UV", None)
+    known = (q.dtype, q.device, group_size)
+    held, *others, reason = vars(layer).get("_fusion_plugin_v_up", (None, None))
+    if weight is None or held is None or held() is not weight or (*others,) != known:
+        reason = _why_not(layer, weight, *known)
+        held = None if weight is None else weakref.ref(weight)
+        vars(layer)["_fusion_plugin_v_up"] = (held, *known, reason)  # not setattr, which would look for parameters
     if reason:
         return reason
     width = layer.num_heads * layer.v_head_dim

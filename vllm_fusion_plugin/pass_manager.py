@@ -7,6 +7,7 @@ pulls in torch's compiler.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable
@@ -14,11 +15,11 @@ from importlib import import_module
 from typing import Any
 
 from torch import fx
-from vllm.compilation.passes.inductor_pass import get_pass_context
+from vllm.compilation.passes.inductor_pass import InductorPass, get_pass_context
 from vllm.compilation.passes.pass_manager import PostGradPassManager
 from vllm.config import VllmConfig
 
-from . import compat, settings
+from . import compat, compat_engine, plugin, settings
 from .report import RECORDER
 
 logger = logging.getLogger("vllm.fusion_plugin")
@@ -55,22 +56,29 @@ def _build(name: str, stock: Callable[..., Any] | None, config: VllmConfig) -> A
     return made
 
 
+class _LeavesGraphs(InductorPass):
+    """For a flag that is set although vLLM has no pass behind it here: cpu.py leaves flags set for passes of ours, and then
+    ours may be out."""
+
+    def __init__(self, config: VllmConfig) -> None: ...
+
+    def __call__(self, graph: fx.Graph) -> None: ...
+
+
 class FusionPassManager(PostGradPassManager):
     """PostGradPassManager that builds our passes where it would have built the stock ones of the same name."""
 
     def configure(self, config: VllmConfig) -> None:
-        RECORDER.report.rank = config.parallel_config.rank
-        RECORDER.folder = compat.artefact_folder(config.compilation_config)
-        # vLLM makes its pass manager before it hashes the config, which is where bad settings are told and the plugin is
-        # taken out: then this one is there already, and has to be stock's.
         try:
-            chosen = settings.load(config.additional_config)
-        except settings.SettingsError:
-            chosen = settings.Settings(enabled=False)
-        if not chosen.enabled:
-            super().configure(config)
+            chosen = self._begin(config)
+        except Exception as e:  # must not stop vLLM, which compiles without us
+            logger.warning("vllm-fusion-plugin is not active: %s: %s", type(e).__name__, e)
+            chosen = None
+        if chosen is None:
+            RECORDER.leave_part()
+            with compat.stand_ins({name: _LeavesGraphs for name in OURS if compat.stock_pass(name) is None}):
+                super().configure(config)
             return
-        RECORDER.report.manager = "active"
         stand_ins = {
             name: functools.partial(_build, name, compat.stock_pass(name))
             for name in OURS
@@ -83,6 +91,23 @@ class FusionPassManager(PostGradPassManager):
         for name, (_, setting) in BEHIND.items():
             self._add_behind(name, setting, wanted=getattr(chosen, setting), config=config)
 
+    def _begin(self, config: VllmConfig) -> settings.Settings | None:
+        """Say to the recorder that this manager is at work for the engine of `config`; None if the plugin is not to be."""
+        owner = compat_engine.engine_owner(config)
+        record = RECORDER.engine(owner)
+        record.report.rank = config.parallel_config.rank
+        if record.inactive:
+            return None
+        # vLLM makes its pass manager before it hashes the config, which is where bad settings are told and the plugin is
+        # taken out: then this one is there already, and has to be stock's.
+        chosen, out = plugin.settings_of(config)
+        if out:
+            return None
+        record.report.manager = "active"
+        folder = compat_engine.artefact_folder(config.compilation_config)
+        RECORDER.begin_part(self, owner, compat_engine.part_name(config), folder)
+        return chosen
+
     def _add_behind(self, name: str, setting: str, wanted: bool, config: VllmConfig) -> None:
         if not wanted:
             RECORDER.report.passes[name] = f"off: {setting}=false"
@@ -94,8 +119,9 @@ class FusionPassManager(PostGradPassManager):
             logger.warning("vllm-fusion-plugin: %s is left out, it failed: %s: %s", name, type(e).__name__, e)
 
     def __call__(self, graph: fx.Graph) -> None:
-        RECORDER.begin_passes(get_pass_context().compile_range)
+        with contextlib.suppress(Exception):  # a report must never stop a model from compiling
+            RECORDER.begin_passes(self, get_pass_context().compile_range)
         super().__call__(graph)
 
 
-compat.hook_compiler(RECORDER.begin_subgraph, RECORDER.end_subgraph)
+compat_engine.hook_compiler(RECORDER.begin_subgraph, RECORDER.end_subgraph)

@@ -3,47 +3,52 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from typing import Any
 
 from . import settings
-from .report import RECORDER, get_fusion_report
+from .report import RECORDER, EngineRecord
 
 # Below "vllm", so that vLLM's own handlers and levels apply.
 logger = logging.getLogger("vllm.fusion_plugin")
 
 PASS_MANAGER = "vllm_fusion_plugin.plugin.make_pass_manager"
+NOTHING_YET = "installed, nothing compiled yet"
 
 _warned: set[str] = set()
+# Why no pass of ours runs in this process, whatever the engine; "" if one may. None: vLLM has not called `register`.
+_off: str | None = None
 
 
-def _warn_once(reason: str) -> None:
-    RECORDER.report.manager = f"inactive: {reason}"
-    if reason not in _warned:
-        _warned.add(reason)
-        logger.warning("vllm-fusion-plugin is not active, vLLM runs as if it were not installed: %s", reason)
+# ---- the process -----------------------------------------------------------------------------------------------------
 
 
 def register() -> None:
     """Put the plugin in place, or leave vLLM as it is and say why. Never raises: an exception here would stop vLLM."""
+    global _off
     try:
-        _register()
+        from . import compat, compat_engine
+
+        compat.announce_environment(settings.ENV_SWITCH)
+        compat_engine.attach_worker_methods(
+            {"get_compilation_match_table": _get_compilation_match_table, "get_fusion_report": _get_fusion_report}
+        )
+        _off = _register()
     except Exception as e:
-        _warn_once(f"{type(e).__name__}: {e}")
+        _off = _inactive(f"{type(e).__name__}: {e}")
+    RECORDER.report.manager = _off or NOTHING_YET
 
 
-def _register() -> None:
-    from . import compat
+def _register() -> str:
+    """Why the plugin is off in this process; "" if it is in place."""
+    from . import compat, compat_engine
 
-    compat.announce_environment(settings.ENV_SWITCH)
     if not settings.parse_switch():
-        RECORDER.report.manager = f"inactive: {settings.ENV_SWITCH}=0"
-        return
-    chosen = settings.load()
-    if not chosen.enabled:
-        RECORDER.report.manager = "inactive: enabled=false in the settings"
-        return
+        return f"off: {settings.ENV_SWITCH}=0"
+    if not settings.load().enabled:
+        return "off: enabled=false in the settings"
 
     from vllm.platforms import current_platform
 
@@ -52,15 +57,23 @@ def _register() -> None:
 
         cpu.enable()
     # The cache comes before the passes: with passes and a stale hash, an old artefact could be used silently.
-    compat.hash_into_config(_fingerprint, _register_ops)
+    compat_engine.hash_into_config(configure_engine, engine_key)
     if reason := compat.install_pass_manager(PASS_MANAGER):
-        _warn_once(reason)
-        return
-    RECORDER.report.manager = "installed, nothing compiled yet"
+        return _inactive(reason)
+    return ""
+
+
+def _inactive(reason: str) -> str:
+    """The state to report; warns, once a reason."""
+    if reason not in _warned:
+        _warned.add(reason)
+        logger.warning("vllm-fusion-plugin is not active, vLLM runs as if it were not installed: %s", reason)
+    return f"inactive: {reason}"
 
 
 def make_pass_manager() -> Any:
     """What vLLM calls for a pass manager: ours, or stock's with a warning if ours does not go with this vLLM."""
+    global _off
     try:
         from .pass_manager import FusionPassManager
 
@@ -68,8 +81,86 @@ def make_pass_manager() -> Any:
     except Exception as e:
         from . import compat
 
-        _warn_once(f"its pass manager cannot be made: {type(e).__name__}: {e}")
+        _off = RECORDER.report.manager = _inactive(f"its pass manager cannot be made: {type(e).__name__}: {e}")
         return compat.stock_pass_manager()
+
+
+# ---- an engine -------------------------------------------------------------------------------------------------------
+
+
+def configure_engine(config: Any) -> None:
+    """Prepare this process for the engine of `config`, before vLLM compiles it or loads its compiled code: settle what its
+    compile cache is keyed by, give it a cache folder of its own, register our ops, take part in loading, and pass settings
+    on to kernels and MLA layers. PDL and MLA's switch are the process's: the engine that is configured last decides. The
+    pass manager stays in place; for an engine that the plugin keeps out of, it is vLLM's own in all but name. vLLM hashes
+    a config several times; each time this is done again. Never raises.
+    """
+    from . import compat_engine, fingerprint
+
+    record = RECORDER.engine(compat_engine.engine_owner(config))
+    try:
+        _configure_engine(config, record)
+    except Exception as e:
+        # A bug of ours: nobody knows what is in place, so what is compiled now must not be found again.
+        record.failed, record.key = True, fingerprint.unique_key()
+        record.inactive = _inactive(f"{type(e).__name__}: {e}")
+        with contextlib.suppress(Exception):
+            from . import mla
+
+            mla.configure(False)
+        with contextlib.suppress(Exception):
+            compat_engine.use_own_cache_folder(config, record.key)
+
+
+def _configure_engine(config: Any, record: EngineRecord) -> None:
+    from . import compat_engine, fingerprint, mla, roundings
+
+    if record.failed:
+        return
+    record.report.rank = config.parallel_config.rank
+    chosen, record.inactive = settings_of(config)
+    if not record.inactive and (reason := _why_kernels_cannot_run()):
+        record.inactive = _inactive(reason)
+    if record.inactive:
+        record.key = None
+        mla.configure(False)
+        return
+    record.key = record.report.fingerprint = fingerprint.fingerprint(chosen, {"roundings": roundings.key()})
+    if unknown := fingerprint.unknown_code():
+        _note_unknown_code(record, unknown)
+    _register_ops()
+    compat_engine.use_own_cache_folder(config, record.key)
+    compat_engine.hook_aot_load(lambda c: RECORDER.begin_load(compat_engine.engine_owner(c)), RECORDER.end_load)
+    _pass_on(chosen, config)
+
+
+def settings_of(config: Any) -> tuple[settings.Settings, str]:
+    """An engine's settings, and the state to report if they keep the plugin out of it; "" if they do not."""
+    try:
+        chosen = settings.load(config.additional_config)
+    except settings.SettingsError as e:
+        return settings.Settings(enabled=False), _inactive(str(e))
+    if chosen.enabled:
+        return chosen, ""
+    switch = settings.ENV_SWITCH
+    return chosen, f"off: {'enabled=false in the settings' if settings.parse_switch() else f'{switch}=0'}"
+
+
+def _why_kernels_cannot_run() -> str:
+    """Why a fused op could not run its kernel here; "" if it could, or needs none."""
+    from vllm.platforms import current_platform
+
+    from . import fingerprint
+
+    return "" if current_platform.is_cpu() else fingerprint.kernels_without_source()
+
+
+def _note_unknown_code(record: EngineRecord, reason: str) -> None:
+    text = f"compiled code is not kept for other processes, for the state of this package is not known: {reason}"
+    record.note(text)
+    if text not in _warned:
+        _warned.add(text)
+        logger.warning("vllm-fusion-plugin: %s", text)
 
 
 def _register_ops() -> None:
@@ -84,28 +175,6 @@ def _register_ops() -> None:
     )
 
 
-def _fingerprint(config: Any) -> str | None:
-    """What vLLM's cache hash must cover beyond vLLM's own: None where the plugin changes nothing."""
-    from . import compat, fingerprint, mla
-
-    compat.attach_worker_methods(
-        {"get_compilation_match_table": _get_compilation_match_table, "get_fusion_report": _get_fusion_report}
-    )
-    try:
-        chosen = settings.load(config.additional_config)
-    except settings.SettingsError as e:
-        chosen = settings.Settings(enabled=False)
-        _warn_once(str(e))
-    if not chosen.enabled:
-        compat.remove_pass_manager(PASS_MANAGER)
-        mla.configure(False)
-        return None
-    compat.install_pass_manager(PASS_MANAGER)  # an engine before this one in the process may have switched it off
-    _pass_on(chosen, config)
-    RECORDER.report.fingerprint = fingerprint.fingerprint(chosen)
-    return RECORDER.report.fingerprint
-
-
 def _pass_on(chosen: settings.Settings, config: Any) -> None:
     from . import mla
     from .kernels import launch
@@ -115,18 +184,57 @@ def _pass_on(chosen: settings.Settings, config: Any) -> None:
     mla.configure(bool(wanted) and "MLAAttnQuantFusionPass" not in chosen.stock_passes)
 
 
-def _get_compilation_match_table(worker: Any) -> dict[str, int]:
-    """Matches by pass in this worker's compiled graphs, stock's passes and ours."""
-    from . import compat
+def engine_key(config: Any) -> str | None:
+    """What vLLM's cache hash must cover beyond vLLM's own: None where the plugin changes nothing. `configure_engine` comes
+    first."""
+    from . import compat_engine
 
-    return compat.stock_match_table()
+    return RECORDER.engine(compat_engine.engine_owner(config)).key
+
+
+# ---- worker methods --------------------------------------------------------------------------------------------------
+
+
+def _get_compilation_match_table(worker: Any) -> dict[str, int]:
+    """Matches by pass in this process's compiled graphs, stock's passes and ours."""
+    from . import compat_engine
+
+    return compat_engine.stock_match_table()
 
 
 def _get_fusion_report(worker: Any) -> dict[str, Any]:
-    """This worker's `RankReport` as plain data."""
-    from . import compat
+    """This worker's `RankReport` as plain data, whatever has become of the plugin."""
+    from . import compat_engine
 
-    RECORDER.report.rank = worker.vllm_config.parallel_config.rank
-    RECORDER.load(compat.artefact_folder(worker.vllm_config.compilation_config))
-    RECORDER.report.linear_kernels = compat.linear_kernels(worker)
-    return get_fusion_report()
+    record = RECORDER.engine(compat_engine.engine_owner(worker.vllm_config))
+    report = record.report
+    report.rank = worker.vllm_config.parallel_config.rank
+    report.manager = _state(worker.vllm_config, record)
+    report.from_file = bool(report.subgraphs) and all(s.from_cache for s in report.subgraphs)
+    try:
+        report.linear_kernels = compat_engine.linear_kernels(worker)
+    except Exception as e:
+        record.note(f"linear kernels could not be counted: {type(e).__name__}: {e}")
+    return report.model_dump()
+
+
+def _state(config: Any, record: EngineRecord) -> str:
+    """What became of the plugin in an engine, in words."""
+    from . import compat_engine
+
+    if _off or record.inactive:
+        return _off or record.inactive
+    if out := settings_of(config)[1]:
+        return out
+    if reason := compat_engine.why_nothing_compiles(config):
+        return reason
+    subgraphs = record.report.subgraphs
+    if record.unreported:
+        part = "some of its" if subgraphs else "its"
+        return f"active, {part} compiled code from file, and no report was kept beside it"
+    if not subgraphs:
+        return NOTHING_YET
+    from_file = sum(s.from_cache for s in subgraphs)
+    if from_file == len(subgraphs):
+        return "active, from file: compiled code and report were kept by an earlier start"
+    return f"active, {from_file} of {len(subgraphs)} subgraphs from file" if from_file else "active"

@@ -119,7 +119,136 @@ def pass_left_to_stock() -> None:
         } == kept
 
 
+def hash_never_raises() -> None:
+    """Whatever goes wrong while hashing, vLLM gets a hash that is its own combined with something never seen again."""
+    load_plugins()
+    from vllm_fusion_plugin import compat_engine, fingerprint, plugin, report
+
+    stock = STOCK["config_hash"]
+    config = VllmConfig()
+    first = config.compute_hash()
+    assert first == config.compute_hash() == VllmConfig().compute_hash() != stock(config)
+
+    def failing(*args: object) -> str:
+        raise OSError("the disk is gone")
+
+    plugin._register_ops, kept = failing, plugin._register_ops
+    broken = [VllmConfig(), VllmConfig()]
+    hashes = [c.compute_hash() for c in broken]
+    assert len({*hashes, first, stock(config)}) == 4
+    plugin._register_ops = kept
+    assert [c.compute_hash() for c in broken] == hashes  # the plugin keeps out of these engines for good
+    record = report.RECORDER.engine(compat_engine.engine_owner(broken[0]))
+    assert record.inactive == "inactive: OSError: the disk is gone"
+    assert config.compute_hash() == first
+
+    plugin.RECORDER = None  # and what not even configure_engine is prepared for
+    assert len({config.compute_hash(), config.compute_hash(), first, stock(config)}) == 4
+    plugin.RECORDER = report.RECORDER
+    assert config.compute_hash() == first
+
+    fingerprint.code_hash = failing
+    fingerprint._state.cache_clear()
+    unknown = config.compute_hash()
+    assert unknown == config.compute_hash() and unknown not in (first, stock(config))
+    fingerprint._state.cache_clear()  # as another process
+    assert config.compute_hash() != unknown
+    record = report.RECORDER.engine(compat_engine.engine_owner(config))
+    assert any("the disk is gone" in note for note in record.report.notes)
+
+
+def user_folders_are_kept_apart() -> None:
+    load_plugins()
+    config = VllmConfig(compilation_config=CompilationConfig(cache_dir="/users"))
+    config.compute_hash()
+    first = config.compilation_config.cache_dir
+    assert first.startswith("/users/vllm_fusion_plugin-")
+    config.compute_hash()
+    assert config.compilation_config.cache_dir == first
+
+
+def kernels_that_triton_could_not_compile() -> None:
+    """On a GPU, an installation without sources leaves vLLM alone; CPU needs no kernels."""
+    load_plugins()
+    from vllm_fusion_plugin import compat_engine, fingerprint, report
+
+    fingerprint.kernels_without_source = lambda: "no source"
+    assert VllmConfig().compute_hash() != STOCK["config_hash"](VllmConfig())
+    config = VllmConfig()
+    type(current_platform).is_cpu = lambda self: False
+    assert config.compute_hash() == STOCK["config_hash"](config)
+    record = report.RECORDER.engine(compat_engine.engine_owner(config))
+    assert record.inactive == "inactive: no source"
+
+
+def one_engine_has_one_owner() -> None:
+    """A draft model's config is made with parts of the target's; an equal one is another engine."""
+    from vllm_fusion_plugin import compat_engine
+
+    target = VllmConfig()
+    draft = VllmConfig(compilation_config=target.compilation_config, parallel_config=target.parallel_config)
+    assert draft is not target
+    assert compat_engine.engine_owner(draft) is compat_engine.engine_owner(target)
+    assert compat_engine.engine_owner(VllmConfig()) is not compat_engine.engine_owner(target)
+
+
+def worker_methods() -> None:
+    """Attached at registration, whatever the state, and without importing vLLM's workers for it."""
+    os.environ["VLLM_FUSION_PLUGIN"] = "0"
+    workers = "vllm.v1.worker.worker_base"
+    assert workers not in sys.modules
+    load_plugins()
+    assert workers not in sys.modules
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    vllm.plugins.load_general_plugins()  # as every worker does before it is made
+    assert not hasattr(WorkerBase, "get_fusion_report")  # or an extension class that has it could not be used
+
+    class Extension:
+        def get_compilation_match_table(self) -> str:
+            return "the extension's"
+
+    class Worker(WorkerBase):
+        def __init__(self, config: VllmConfig) -> None:
+            self.vllm_config, self.model_runner = config, None
+
+    for name in dir(Extension):
+        assert name.startswith("__") or not hasattr(Worker, name)
+    Worker.__bases__ += (Extension,)
+    config = VllmConfig()
+    worker = Worker(config)
+    assert worker.get_fusion_report()["manager"] == "off: VLLM_FUSION_PLUGIN=0"
+    assert worker.get_compilation_match_table() == "the extension's"
+    assert not hasattr(worker, "no_such_method")
+
+    os.environ.pop("VLLM_FUSION_PLUGIN")
+    load_plugins()
+    nothing_yet = "installed, nothing compiled yet"
+    modes = {
+        CompilationMode.NONE: "eager: vLLM compiles nothing, so no pass runs",
+        CompilationMode.DYNAMO_TRACE_ONCE: "not compiled by vLLM: mode DYNAMO_TRACE_ONCE runs no pass",
+        CompilationMode.VLLM_COMPILE: nothing_yet,
+    }
+    for mode, state in modes.items():
+        config.compilation_config.mode = mode
+        assert worker.get_fusion_report()["manager"] == state
+    config.compilation_config.backend = "eager"
+    assert worker.get_fusion_report()["manager"] == "not compiled: backend 'eager' runs no pass"
+    config.compilation_config.mode = CompilationMode.NONE
+    from vllm.compilation import breakable_cudagraph
+
+    breakable_cudagraph.is_breakable_cudagraph_enabled = lambda: True
+    assert worker.get_fusion_report()["manager"].startswith("breakable CUDA graphs: vLLM compiles nothing")
+    config.additional_config = {"fusion_plugin": {"no_such_setting": 1}}
+    assert "no_such_setting=1" in worker.get_fusion_report()["manager"]
+
+
 CASES = (
+    hash_never_raises,
+    user_folders_are_kept_apart,
+    kernels_that_triton_could_not_compile,
+    one_engine_has_one_owner,
+    worker_methods,
     switched_off,
     cpu_not_asked_for,
     cpu_asked_for_twice,

@@ -68,8 +68,15 @@ def test_a_warm_start_still_reports_what_is_fused(with_plugin, back_again):
     """No pass runs in a process that loads its code; vLLM's own match table is empty there."""
     assert back_again.result.match_tables == [{}]
     kept, fresh = back_again.result.reports[0], with_plugin.result.reports[0]
-    assert kept["from_file"]
-    assert kept["subgraphs"] == fresh["subgraphs"]
+    assert (kept["from_file"], fresh["from_file"]) == (True, False)
+    assert kept["manager"].startswith("active, from file") and fresh["manager"] == "active"
+    assert kept["subgraphs"] == [s | {"from_cache": True} for s in fresh["subgraphs"]]
+
+
+def test_a_plugin_that_is_off_says_so(switched_off):
+    (report,) = switched_off.result.reports
+    assert report["manager"] == "off: VLLM_FUSION_PLUGIN=0"
+    assert report["linear_kernels"] and not report["subgraphs"]
 
 
 def test_inductors_own_cache(tmp_path):

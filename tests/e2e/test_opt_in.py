@@ -19,6 +19,11 @@ SWITCHES = ("VLLM_FUSION_PLUGIN", "VLLM_FUSION_PLUGIN_CPU", "VLLM_FUSION_PLUGIN_
 
 
 CASES = (
+    "hash_never_raises",
+    "user_folders_are_kept_apart",
+    "kernels_that_triton_could_not_compile",
+    "one_engine_has_one_owner",
+    "worker_methods",
     "switched_off",
     "cpu_not_asked_for",
     "cpu_asked_for_twice",

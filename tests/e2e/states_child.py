@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`states_child.py MODEL RESULT`: one process, one engine after another, each in another state of the plugin.
+
+Writes {name: the engine's report}. Weights are random, and nothing is generated: the report is about compilation.
+"""
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+from vllm import LLM
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+from vllm_fusion_plugin import demo, fingerprint, plugin
+from vllm_fusion_plugin.demo_engine import INDUCTOR_CONFIG
+
+
+def report(model: str, layers: int = 2, **arguments) -> dict:
+    compilation = {"pass_config": dict.fromkeys(demo.FLAGS, True), "inductor_compile_config": INDUCTOR_CONFIG}
+    llm = LLM(
+        model,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_model_len=128,
+        max_num_seqs=4,
+        disable_log_stats=True,
+        hf_overrides={"num_hidden_layers": layers},
+        **{"compilation_config": compilation} | arguments,
+    )
+    (found,) = llm.collective_rpc("get_fusion_report")
+    (table,) = llm.collective_rpc("get_compilation_match_table")
+    assert isinstance(table, dict)
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+    return found
+
+
+def failing(config):
+    raise RuntimeError("a bug of ours")
+
+
+def main(model: str, result_file: str) -> None:
+    reports = {"eager": report(model, enforce_eager=True)}
+    reports["2 layers"] = report(model)
+    reports["1 layer"] = report(model, layers=1)
+    reports["settings error"] = report(model, additional_config={"fusion_plugin": {"no_such_setting": 1}})
+    reports["disabled"] = report(model, additional_config={"fusion_plugin": {"enabled": False}})
+    reports["AOT artefacts"] = report(model, layers=1)
+    os.environ["VLLM_USE_AOT_COMPILE"] = "0"
+    reports["2 layers, no AOT"] = report(model)
+    reports["Inductor artefacts"] = report(model)
+    plugin.settings_of, was = failing, plugin.settings_of
+    try:
+        reports["bug"] = report(model, layers=1)
+    finally:
+        plugin.settings_of = was
+    fingerprint._state.cache_clear()
+    fingerprint.MODULES = (*fingerprint.MODULES, "no such module")
+    reports["unknown code"] = report(model, layers=1)
+    Path(result_file).write_text(json.dumps(reports, indent=1))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`collective_rpc("get_fusion_report")` answers in every state of the plugin, for the engine that is asked and for no other.
+
+One process, one engine after another: see states_child.py.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vllm_fusion_plugin import demo
+from vllm_fusion_plugin.demo_checkpoint import write_checkpoint
+from vllm_fusion_plugin.report import RankReport
+
+pytestmark = pytest.mark.slow
+
+LAYER = {"activation_quant_fusion_pass": 1, "rmsnorm_quant_fusion_pass": 2}
+TWO_LAYERS = {name: 2 * count for name, count in LAYER.items()}
+STATES = {
+    "eager": ("eager: vLLM compiles nothing, so no pass runs", {}),
+    "2 layers": ("active", TWO_LAYERS),
+    "1 layer": ("active", LAYER),
+    "settings error": ("inactive: fusion plugin settings: no_such_setting=1", {}),
+    "disabled": ("off: enabled=false in the settings", {}),
+    "AOT artefacts": ("active, from file", LAYER),
+    "2 layers, no AOT": ("active", TWO_LAYERS),
+    "Inductor artefacts": ("active, from file", TWO_LAYERS),
+    "bug": ("inactive: RuntimeError: a bug of ours", {}),
+    "unknown code": ("active", LAYER),
+}
+
+
+@pytest.fixture(scope="module")
+def child(tmp_path_factory) -> tuple[dict[str, RankReport], str]:
+    folder = tmp_path_factory.mktemp("states")
+    result, log = folder / "result.json", folder / "log"
+    command = [sys.executable, str(Path(__file__).parent / "states_child.py")]
+    with log.open("w") as stream:
+        process = subprocess.run(
+            [*command, str(write_checkpoint(folder / "model")), str(result)],
+            env=demo.engine_environment(1, folder / "cache"),
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            timeout=800,
+        )
+    assert process.returncode == 0, log.read_text()[-3000:]
+    reports = json.loads(result.read_text())
+    assert tuple(reports) == tuple(STATES)
+    return {name: RankReport.model_validate(report) for name, report in reports.items()}, log.read_text()
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_state_and_layers(child, name):
+    report, (state, layers) = child[0][name], STATES[name]
+    assert report.manager.startswith(state)
+    if state == "active":
+        assert report.manager == state
+    assert report.layer_table() == layers
+    assert report.linear_kernels  # counted in any state
+    assert report.from_file == ("from file" in state)
+    fused_in = {f.module.split(".mlp")[0] for s in report.subgraphs for f in s.found}
+    assert fused_in == {f"layers.{i}" for i in range(layers.get("activation_quant_fusion_pass", 0))}
+
+
+def test_a_warm_start_reports_what_the_cold_one_did(child):
+    reports = child[0]
+    for cold, warm in (("1 layer", "AOT artefacts"), ("2 layers, no AOT", "Inductor artefacts")):
+        for field in ("found", "missed", "modules", "compile_range", "reused_from", "model"):
+            before, after = ([getattr(s, field) for s in reports[name].subgraphs] for name in (cold, warm))
+            assert before == after
+        assert reports[cold].passes == reports[warm].passes
+        assert reports[cold].fingerprint == reports[warm].fingerprint
+
+
+def test_what_is_not_known_is_told_and_never_found_again(child):
+    reports, log = child
+    (note,) = (n for n in reports["unknown code"].notes if "not kept for other processes" in n)
+    assert "no module no such module is found" in note
+    assert log.count(note) == 1
+    assert reports["unknown code"].fingerprint != reports["1 layer"].fingerprint
+    assert not reports["unknown code"].from_file and not reports["bug"].subgraphs

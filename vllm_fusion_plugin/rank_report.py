@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one rank reports of one engine: plain data, which recorder.py fills in and report.py shows."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+# "L['self'].layers.0.mlp.act_fn" -> "layers.0.mlp.act_fn"
+_ROOT = re.compile(r"^L\['self'\]\.?")
+
+
+class Found(BaseModel):
+    """A match of one pattern in one compiled graph."""
+
+    pass_name: str
+    pattern: str
+    module: str = ""
+
+
+class Missed(BaseModel):
+    """A boundary that a pass looks for and did not fuse."""
+
+    pass_name: str
+    reason: str
+    module: str = ""
+
+
+class Subgraph(BaseModel):
+    """One subgraph of one compiled model part, in the order in which vLLM compiled it."""
+
+    index: int
+    compile_range: str
+    model: str = ""
+    """vLLM's name for what was compiled: "backbone", or "draft_model", "eagle_head", ... beside it."""
+    part: int = 0
+    """Which of the engine's compiled parts this is of. Modules are named from their part's root, so equal names in two parts
+    are two modules."""
+    modules: list[str] = Field(default_factory=list)
+    reused_from: int | None = None
+    """Position in `RankReport.subgraphs` of the subgraph whose artefact this one runs; None if it has its own."""
+    from_cache: bool = False
+    """The artefact came from disk: our passes did not run in this process (their findings are read back if kept)."""
+    found: list[Found] = Field(default_factory=list)
+    missed: list[Missed] = Field(default_factory=list)
+
+
+class RankReport(BaseModel):
+    rank: int = 0
+    fingerprint: str = ""
+    manager: str = ""
+    """The state of the plugin in this engine: "active", or why none of its passes ran."""
+    passes: dict[str, str] = Field(default_factory=dict)
+    """Stock's pass name -> "ours", or why stock's own runs."""
+    linear_kernels: dict[str, int] = Field(default_factory=dict)
+    """Kernel class behind the quantised linear layers -> number of layers; it decides what there is to fuse."""
+    subgraphs: list[Subgraph] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
+    from_file: bool = False
+    """All of it was read back from beside the compiled code: no pass ran in this process."""
+
+    def match_table(self) -> Counter[str]:
+        """Matches by pass in distinct compiled graphs: what vLLM's own match table counts."""
+        return Counter(f.pass_name for s in self.subgraphs if s.reused_from is None for f in s.found)
+
+    def layer_table(self) -> Counter[str]:
+        """Matches by pass over all layers: reuses counted, and each place once, for however many ranges it is compiled."""
+        places = count_places(
+            ((s.part, f.module, f.pass_name), s.compile_range) for s in self.subgraphs for f in s.found
+        )
+        table: Counter[str] = Counter()
+        for (_, _, pass_name), count in places.items():
+            table[pass_name] += count
+        return table
+
+
+def count_places(seen: Iterable[tuple[Any, str]]) -> Counter[Any]:
+    """How many places each key stands for, from (key, compile range) of everything seen. The same graph compiled for another
+    range is no new place; two matches of one key in one range, such as both norms of a layer, are two."""
+    by_range = Counter(seen)
+    places: Counter[Any] = Counter()
+    for (key, _), count in by_range.items():
+        places[key] = max(places[key], count)
+    return places
+
+
+def module_of(node: Any) -> str:
+    """Path of the innermost module that made an fx node, for example "layers.3.mlp.act_fn"; "" if unknown."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] if isinstance(entry, tuple) else str(entry) for entry in stack.values()]
+    return _ROOT.sub("", paths[-1]) if paths else ""
+
+
+def modules_of(nodes: Iterable[Any]) -> list[str]:
+    return list(dict.fromkeys(filter(None, map(module_of, nodes))))
