@@ -19,7 +19,7 @@ from vllm.compilation.passes.vllm_inductor_pass import VllmInductorPass, VllmPat
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from .. import compat, fingerprint, report, settings
+from .. import compat, fingerprint, report, roundings, settings
 
 logger = logging.getLogger("vllm.fusion_plugin")
 
@@ -163,7 +163,7 @@ class FusionPass(VllmPatternMatcherPass):
         """All nodes of these matches."""
         self._dumps: VllmConfig | None = None
         self.settings = settings.load(config.additional_config)
-        self._fingerprint = fingerprint.fingerprint(self.settings)
+        self._fingerprint = fingerprint.fingerprint(self.settings, {"roundings": roundings.key()})
 
     def register(self, replacement: PatternReplacement) -> None:
         """Look for one more pattern, traced when a graph first has the ops for it.
