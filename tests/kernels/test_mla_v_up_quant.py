@@ -372,7 +372,9 @@ def test_padding_of_an_allocation_like_vllms(op, device: torch.device) -> None:
     assert bool((storage[16:] != 7.0).all())
 
 
-@pytest.mark.parametrize("arguments", [(128, False, EPS, "custom_op"), (64, True, EPS, "reciprocal")], ids=["128", "64-ue8m0"])
+@pytest.mark.parametrize(
+    "arguments", [(128, False, EPS, "custom_op"), (64, True, EPS, "reciprocal")], ids=["128", "64-ue8m0"]
+)
 def test_opcheck(arguments: tuple, device: torch.device) -> None:
     x, w = exact_inputs(5, 2, 32, 128, torch.bfloat16, device, seed=9)
     codes, scales = (t.zero_() for t in outputs(x, w, Mode(group_size=arguments[0], tma_aligned_scales=False)))
