@@ -244,6 +244,53 @@ def install_pass_manager(qualname: str) -> str | None:
     return None
 
 
+# ---- warm-up ---------------------------------------------------------------------------------------------------------
+
+
+def hook_warm_up(before_serving: Callable[[], None]) -> str | None:
+    """Call `before_serving()` when a worker has warmed up and captured everything of its own, and before it watches for
+    compilations; the reason if that cannot be. Re-entrant.
+
+    What: `vllm.utils.jit_monitor.activate`, since 0.26, which `Worker.compile_or_warm_up_model` imports and calls at its
+    end, with `enable_jit_warmup` off (enforce_eager) not at all since 0.32; up to 0.20.2 `compile_or_warm_up_model` itself.
+    Why: all our kernels have to be compiled by then, and each graph has been run by then, with each call of our ops in it.
+    `JITWarmupRegistry` (0.32) belongs to layers, which our ops are not. Goes when vLLM asks plugins what to warm up.
+    """
+    owner: Any
+    try:
+        from vllm.utils import jit_monitor as owner
+
+        name, first = "activate", True
+    except ImportError:
+        module = sys.modules.get("vllm.v1.worker.gpu_worker")
+        if module is None:  # a process without a worker on a GPU
+            return None
+        owner, name, first = module.Worker, "compile_or_warm_up_model", False
+    original = getattr(owner, name, None)
+    if original is None:
+        return f"this vLLM's {owner.__name__} has no {name}"
+    if hasattr(original, "_fusion_plugin"):
+        return None
+
+    @functools.wraps(original)
+    def with_ours(*args: Any, **kwargs: Any) -> Any:
+        if first:
+            before_serving()
+        result = original(*args, **kwargs)
+        if not first:
+            before_serving()
+        return result
+
+    with_ours._fusion_plugin = True  # type: ignore[attr-defined]
+    setattr(owner, name, with_ours)
+    return None
+
+
+def most_tokens(config: Any) -> int:
+    """The most tokens that a forward pass of the model has (all versions read)."""
+    return int(config.scheduler_config.max_num_batched_tokens)
+
+
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 

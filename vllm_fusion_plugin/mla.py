@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from . import compat, compat_engine, report, roundings
+from .ops import calls, registry
 from .ops.mla_v_up_quant import mla_v_up_group_fp8_quant
 from .ops.quant import FP8_DTYPE, FP8_MAX, GROUP_SIZES, INPUT_DTYPES, group_fp8_quant_reference, padded_rows
 
@@ -192,6 +193,7 @@ def _forward(original: Callable[..., torch.Tensor], layer: Any, *args: Any, **kw
         _note(reason, layer)
         return original(layer, *args, **kwargs)
     if attn_metadata is None:  # profiling: vLLM zeroes the codes
+        _remember(layer, q, codes, scales, kwargs)
         result = original(layer, *args, **kwargs)
         zero_scales(scales, 0)
         return result
@@ -204,6 +206,24 @@ def _forward(original: Callable[..., torch.Tensor], layer: Any, *args: Any, **kw
         _running.output = outer
     output.finish(attn_metadata.num_actual_tokens)
     return codes
+
+
+def _remember(layer: Any, q: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, told: dict[str, Any]) -> None:
+    """Tell the warm-up what will be called: vLLM may run no decode step before it serves."""
+    if not calls.recording() or not len(codes):
+        return
+    attn_out = q.new_empty((1, layer.num_heads, layer.kv_lora_rank))
+    form = roundings.of(roundings.GROUP_QUANT).form
+    arguments = (
+        layer.W_UV,
+        codes[:1],
+        scales[:1],
+        told["quant_group_size"],
+        bool(told.get("quant_scale_ue8m0")),
+        EPS,
+        form,
+    )
+    calls.remember(registry.SIGNATURES["mla_v_up_group_fp8_quant"], (attn_out, *arguments))
 
 
 def why_not(

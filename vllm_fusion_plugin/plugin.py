@@ -176,12 +176,13 @@ def _register_ops() -> None:
 
 
 def _pass_on(chosen: settings.Settings, config: Any) -> None:
-    from . import mla
+    from . import mla, warmup
     from .kernels import launch
 
     os.environ[launch.ENV] = "1" if chosen.use_pdl else "0"
     wanted = chosen.mla_v_up_quant and config.compilation_config.pass_config.fuse_attn_quant
     mla.configure(bool(wanted) and "MLAAttnQuantFusionPass" not in chosen.stock_passes)
+    warmup.install(config)
 
 
 def engine_key(config: Any) -> str | None:

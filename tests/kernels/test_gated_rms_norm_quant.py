@@ -428,7 +428,7 @@ def test_every_tile_adds_in_the_same_order() -> None:
     found = json.loads(done.stdout)
     assert len(found) > 5
     for sums in found:
-        rows, _, parts, _ = sums["tile"]
+        rows, _, parts, *_ = sums["tile"]
         threads = min(triton.next_power_of_2(sums["head_dim"]) // 8 // parts, 32)
         assert sums["sizePerThread"] in ([1, 1, 1, 8], [1, 1, 1, 1, 8]), sums
         assert math.prod(sums["threadsPerWarp"][3:]) == threads, sums

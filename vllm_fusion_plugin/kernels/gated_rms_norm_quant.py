@@ -16,7 +16,18 @@ from triton.language.extra import libdevice
 
 from . import numerics, quant
 from .forms import is_native
-from .launch import cdiv, next_power_of_2, on_device, pdl_options, rows_with_padding, tile_grid, wait_for_producer
+from .launch import (
+    MAX_GRID_1,
+    cdiv,
+    choose,
+    launch,
+    next_power_of_2,
+    pdl_options,
+    row_stride,
+    rows_with_padding,
+    tile_grid,
+    wait_for_producer,
+)
 
 
 @triton.jit
@@ -150,7 +161,7 @@ def _group_kernel(
     group = (group_head * HEAD_GROUPS + in_head).to(tl.int64)
     scale_columns = scales_ptr + group[None, :] * scale_group_stride
     quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, SCALES_FROM_ALL)
-    if PADDED and first_row + TILE_ROWS >= rows:
+    if PADDED and ((padded_rows > rows) & (first_row + TILE_ROWS >= rows)):
         quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride)
 
 
@@ -173,6 +184,7 @@ class Tile(NamedTuple):
     heads: int
     parts: int = 1  # more than one only where a head is one group and squares are exact
     rows_first: bool = False  # neighbouring programs have neighbouring rows, not heads
+    scales_from_all: bool = True  # see quant.store_scales
 
 
 def head_tile(rows: int, heads: int, head_dim: int) -> Tile:
@@ -184,15 +196,16 @@ def head_tile(rows: int, heads: int, head_dim: int) -> Tile:
     if elements < 2**19:
         return Tile(1, least)
     if elements < LARGE:
-        return Tile(1, min(4 * least, most))
+        return Tile(1, min(4 * least, most), rows_first=rows > MAX_GRID_1)
     fitting = min(2 * least, most)
     parts = 2 if fitting * block >= 2 * WARP else 1
-    return Tile(2 if elements >= 2**25 else 1, fitting, parts, rows_first=elements >= 2**25)
+    large = elements >= 2**25
+    return Tile(2 if large else 1, fitting, parts, rows_first=large or rows > MAX_GRID_1, scales_from_all=False)
 
 
 def _strides(x: torch.Tensor, heads: int) -> tuple[int, int]:
     """Strides of rows and heads, x being [rows * heads, D] or [rows, heads, D]."""
-    return (x.stride(0), x.stride(1)) if x.dim() == 3 else (heads * x.stride(0), x.stride(0))
+    return (row_stride(x), x.stride(1)) if x.dim() == 3 else (heads * row_stride(x), row_stride(x))
 
 
 def gated_rms_norm_group_fp8_quant(
@@ -218,43 +231,44 @@ def gated_rms_norm_group_fp8_quant(
     if rows == 0:
         return
     block = next_power_of_2(head_dim)
-    tile = tile or head_tile(rows, num_heads, head_dim)
+    tile = tile or choose(head_tile, rows, num_heads, head_dim)
     # the compiler contracts sums of inexact squares, those of gated numbers, in one way with parts and in another without
     parts = tile.parts if group_size == block and norm_before_gate else 1
-    padded_rows = rows_with_padding(scales, rows)
     grid, rows_first = tile_grid(cdiv(rows, tile.rows), cdiv(num_heads, tile.heads), tile.rows_first)
-    with on_device(x.device):
-        _group_kernel[grid](
-            x,
-            z,
-            weight,
-            codes,
-            scales,
-            rows,
-            num_heads,
-            padded_rows,
-            *_strides(x, num_heads),
-            *_strides(z, num_heads),
-            scales.stride(0),
-            scales.stride(1),
-            epsilon,
-            eps,
-            HEAD_DIM=head_dim,
-            BLOCK=block,
-            GROUP_SIZE=group_size,
-            TILE_ROWS=tile.rows,
-            TILE_HEADS=tile.heads,
-            PARTS=parts,
-            ROWS_FIRST=rows_first,
-            EVEN_HEADS=num_heads % tile.heads == 0,
-            PADDED=padded_rows > rows,
-            UE8M0=use_ue8m0,
-            GATE_FIRST=not norm_before_gate,
-            SIGMOID=activation == "sigmoid",
-            KEEP_FP32=norm_form == "native" and is_native(quant_form),
-            FORM=quant_form,
-            SCALES_FROM_ALL=codes.numel() < LARGE,
-            num_warps=max(min(tile.heads * block // (WARP * parts), MAX_WARPS), 1),
-            enable_fp_fusion=True,  # squares are added by fma, as in Inductor's kernels; Triton's default will not last
-            **pdl_options(x.device, pdl),
-        )
+    launch(
+        _group_kernel,
+        grid,
+        x.device,
+        x,
+        z,
+        weight,
+        codes,
+        scales,
+        rows,
+        num_heads,
+        rows_with_padding(scales, rows),
+        *_strides(x, num_heads),
+        *_strides(z, num_heads),
+        scales.stride(0),
+        scales.stride(1),
+        epsilon,
+        eps,
+        HEAD_DIM=head_dim,
+        BLOCK=block,
+        GROUP_SIZE=group_size,
+        TILE_ROWS=tile.rows,
+        TILE_HEADS=tile.heads,
+        PARTS=parts,
+        ROWS_FIRST=rows_first,
+        EVEN_HEADS=num_heads % tile.heads == 0,
+        PADDED=scales.stride(0) == 1,
+        UE8M0=use_ue8m0,
+        GATE_FIRST=not norm_before_gate,
+        SIGMOID=activation == "sigmoid",
+        KEEP_FP32=norm_form == "native" and is_native(quant_form),
+        FORM=quant_form,
+        SCALES_FROM_ALL=tile.scales_from_all,
+        num_warps=max(min(tile.heads * block // (WARP * parts), MAX_WARPS), 1),
+        enable_fp_fusion=True,  # squares are added by fma, as in Inductor's kernels; Triton's default will not last
+        **pdl_options(x.device, pdl),
+    )

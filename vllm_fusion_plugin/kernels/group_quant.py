@@ -9,7 +9,7 @@ import triton.language as tl
 
 from . import quant
 from .launch import GroupTile as Tile
-from .launch import cdiv, on_device, pdl_options, rows_with_padding, tile_grid, wait_for_producer
+from .launch import cdiv, choose, launch, pdl_options, row_stride, rows_with_padding, tile_grid, wait_for_producer
 
 
 # What changes with the number of tokens is not specialised on: a server would meet a new specialisation, and half a second
@@ -54,7 +54,7 @@ def _kernel(
     group_mask = group * GROUP_SIZE < width
     scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
     quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, SCALES_FROM_ALL)
-    if PADDED and first_row + TILE_ROWS >= rows:
+    if PADDED and ((padded_rows > rows) & (first_row + TILE_ROWS >= rows)):
         quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride)
 
 
@@ -77,8 +77,8 @@ def group_tile(rows: int, groups: int, group_size: int) -> Tile:
     elif elements < 2**23:
         tile = Tile(8, per_128, 2)
     else:
-        tile = Tile(8, 4 * per_128, 8)
-    return tile.fitting(groups)
+        tile = Tile(8, 4 * per_128, 8, scales_from_all=False)
+    return tile.fitting(rows, groups)
 
 
 def group_fp8_quant(
@@ -97,30 +97,31 @@ def group_fp8_quant(
     if rows == 0:
         return
     groups = width // group_size
-    tile = tile or group_tile(rows, groups, group_size)
-    padded_rows = rows_with_padding(scales, rows)
+    tile = tile or choose(group_tile, rows, groups, group_size)
     grid, rows_first = tile_grid(cdiv(rows, tile.rows), cdiv(groups, tile.groups), tile.rows_first)
-    with on_device(x.device):
-        _kernel[grid](
-            x,
-            codes,
-            scales,
-            rows,
-            width,
-            padded_rows,
-            x.stride(0),
-            scales.stride(0),
-            scales.stride(1),
-            eps,
-            GROUP_SIZE=group_size,
-            TILE_ROWS=tile.rows,
-            TILE_GROUPS=tile.groups,
-            ROWS_FIRST=rows_first,
-            EVEN_GROUPS=groups % tile.groups == 0,
-            PADDED=padded_rows > rows,
-            UE8M0=use_ue8m0,
-            FORM=quant_form,
-            SCALES_FROM_ALL=codes.numel() < 2**23,
-            num_warps=tile.num_warps,
-            **pdl_options(x.device, pdl),
-        )
+    launch(
+        _kernel,
+        grid,
+        x.device,
+        x,
+        codes,
+        scales,
+        rows,
+        width,
+        rows_with_padding(scales, rows),
+        row_stride(x),
+        scales.stride(0),
+        scales.stride(1),
+        eps,
+        GROUP_SIZE=group_size,
+        TILE_ROWS=tile.rows,
+        TILE_GROUPS=tile.groups,
+        ROWS_FIRST=rows_first,
+        EVEN_GROUPS=groups % tile.groups == 0,
+        PADDED=scales.stride(0) == 1,
+        UE8M0=use_ue8m0,
+        FORM=quant_form,
+        SCALES_FROM_ALL=tile.scales_from_all,
+        num_warps=tile.num_warps,
+        **pdl_options(x.device, pdl),
+    )

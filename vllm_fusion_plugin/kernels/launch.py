@@ -12,7 +12,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -99,16 +100,23 @@ class GroupTile(NamedTuple):
     groups: int
     num_warps: int
     rows_first: bool = False  # neighbouring programs have neighbouring rows, not columns
+    scales_from_all: bool = True  # see quant.store_scales
 
-    def fitting(self, groups: int) -> GroupTile:
-        """More rows instead of groups that a row of `groups` has not."""
+    def fitting(self, rows: int, groups: int) -> GroupTile:
+        """For `rows` rows: more of them instead of groups that a row of `groups` has not."""
         fitting = min(self.groups, next_power_of_2(groups))
-        return self._replace(rows=self.rows * self.groups // fitting, groups=fitting)
+        tile_rows = self.rows * self.groups // fitting
+        along_rows = self.rows_first or cdiv(rows, tile_rows) > MAX_GRID_1
+        return GroupTile(tile_rows, fitting, self.num_warps, along_rows, self.scales_from_all)
+
+
+# Axis 0 of a grid alone may be longer.
+MAX_GRID_1 = 65535
 
 
 def tile_grid(row_tiles: int, column_tiles: int, rows_first: bool) -> tuple[tuple[int, int], bool]:
-    """The grid, and whether its axis 0 goes along rows: as asked for, or because axis 0 alone may exceed 65535."""
-    rows_first = rows_first or row_tiles > 65535
+    """The grid, and whether its axis 0 goes along rows: as asked for, or because it has to."""
+    rows_first = rows_first or row_tiles > MAX_GRID_1
     return ((row_tiles, column_tiles) if rows_first else (column_tiles, row_tiles)), rows_first
 
 
@@ -117,8 +125,62 @@ def rows_with_padding(scales: torch.Tensor, rows: int) -> int:
     return scales.stride(1) if scales.stride(0) == 1 else rows
 
 
+def row_stride(x: torch.Tensor | None) -> int:
+    """x's stride from row to row, for a kernel. Of one row it means nothing and may be anything, which Triton would compile
+    for: then, and without x, it is 0."""
+    return x.stride(0) if x is not None and x.shape[0] > 1 else 0
+
+
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, whatever device its arguments are on."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
+
+
+# ---- what is launched ------------------------------------------------------------------------------------------------
+#
+# Triton compiles a kernel anew for each set of compile-time arguments (compile_keys.py), half a second that no request may
+# wait for. So what a launch takes from the number of rows comes from a table of few tiles, and which of these there are can
+# be asked without a GPU: launched on "meta" tensors, which have no data, kernels do not run but are written down.
+
+Choice = TypeVar("Choice")
+
+
+class Plan(NamedTuple):
+    """What launches on meta tensors would have been."""
+
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]
+    """Kernel, arguments by position and by name."""
+    choices: list[Callable[[int], Any]]
+    """For each launch that takes something from the number of rows: what, of any number of rows."""
+
+
+_plan: Plan | None = None
+
+
+@contextlib.contextmanager
+def planning() -> Iterator[Plan]:
+    """Write down what launches on meta tensors are, meanwhile."""
+    global _plan
+    before, _plan = _plan, Plan([], [])
+    try:
+        yield _plan
+    finally:
+        _plan = before
+
+
+def choose(table: Callable[..., Choice], rows: int, *shape: Any) -> Choice:
+    """table(rows, *shape): everything that a launch takes from the number of its rows, at compile time."""
+    if _plan is not None:
+        _plan.choices.append(lambda rows: table(rows, *shape))
+    return table(rows, *shape)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, /, *args: Any, **kwargs: Any) -> None:
+    """Run `kernel` on `device`; on "meta", only write it down."""
+    if device.type != "meta":
+        with on_device(device):
+            kernel[grid](*args, **kwargs)
+    elif _plan is not None:
+        _plan.launches.append((kernel, args, kwargs))

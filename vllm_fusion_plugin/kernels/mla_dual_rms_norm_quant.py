@@ -11,8 +11,9 @@ import triton.language as tl
 
 from . import numerics
 from .forms import is_native
-from .launch import cdiv, next_power_of_2, on_device, rows_with_padding, wait_for_producer
+from .launch import cdiv, choose, launch, next_power_of_2, row_stride, rows_with_padding, wait_for_producer
 from .rms_norm_quant import (
+    LARGE,
     Tile,
     forms,
     inverse_rms,
@@ -112,6 +113,11 @@ def dual_tile(width: int, kv_width: int, native_quant: bool) -> Tile:
     return row_tile(width, native_quant)
 
 
+def tile_of(rows: int, width: int, kv_width: int, native_quant: bool) -> Tile:
+    """`dual_tile`, and whether weights are loaded early, for `rows` rows."""
+    return dual_tile(width, kv_width, native_quant)._replace(early=rows * width < LARGE)
+
+
 def mla_dual_rms_norm_group_fp8_quant(
     q: torch.Tensor,
     kv: torch.Tensor,
@@ -138,39 +144,40 @@ def mla_dual_rms_norm_group_fp8_quant(
     rows, width = q.shape
     if rows == 0:
         return
-    tile = tile or dual_tile(width, kv.shape[1], is_native(quant_form))
-    padded_rows = rows_with_padding(q_scales, rows)
+    tile = tile or choose(tile_of, rows, width, kv.shape[1], is_native(quant_form))
     q_forms = forms(q, q_weight, False, norm_form, quant_form)
-    with on_device(q.device):
-        _dual_kernel[(cdiv(rows, tile.rows),)](
-            q,
-            kv,
-            q_weight,
-            kv_weight,
-            q_codes,
-            q_scales,
-            kv_normed,
-            rows,
-            padded_rows,
-            q.stride(0),
-            kv.stride(0),
-            q_scales.stride(0),
-            q_scales.stride(1),
-            q_epsilon,
-            kv_epsilon,
-            eps,
-            Q_WIDTH=width,
-            KV_WIDTH=kv.shape[1],
-            GROUP_SIZE=group_size,
-            **tile.constants(),
-            KV_BLOCK=next_power_of_2(kv.shape[1]),
-            ALIGNED=math.gcd(width, 8),
-            PADDED=padded_rows > rows,
-            UE8M0=use_ue8m0,
-            CUSTOM_OP=q_forms["CUSTOM_OP"],
-            Q_ROUND_SCALED=q_forms["ROUND_SCALED"],
-            KV_ROUND_SCALED=forms(kv, kv_weight, False, norm_form, quant_form)["ROUND_SCALED"],
-            KEEP_FP32=q_forms["KEEP_FP32"],
-            FORM=quant_form,
-            **start(q, [q_weight, kv_weight], tile.num_warps, pdl),
-        )
+    launch(
+        _dual_kernel,
+        (cdiv(rows, tile.rows),),
+        q.device,
+        q,
+        kv,
+        q_weight,
+        kv_weight,
+        q_codes,
+        q_scales,
+        kv_normed,
+        rows,
+        rows_with_padding(q_scales, rows),
+        row_stride(q),
+        row_stride(kv),
+        q_scales.stride(0),
+        q_scales.stride(1),
+        q_epsilon,
+        kv_epsilon,
+        eps,
+        Q_WIDTH=width,
+        KV_WIDTH=kv.shape[1],
+        GROUP_SIZE=group_size,
+        **tile.constants(),
+        KV_BLOCK=next_power_of_2(kv.shape[1]),
+        ALIGNED=math.gcd(width, 8),
+        PADDED=q_scales.stride(0) == 1,
+        UE8M0=use_ue8m0,
+        CUSTOM_OP=q_forms["CUSTOM_OP"],
+        Q_ROUND_SCALED=q_forms["ROUND_SCALED"],
+        KV_ROUND_SCALED=forms(kv, kv_weight, False, norm_form, quant_form)["ROUND_SCALED"],
+        KEEP_FP32=q_forms["KEEP_FP32"],
+        FORM=quant_form,
+        **start(q, [q_weight, kv_weight], tile.num_warps, pdl),
+    )

@@ -25,7 +25,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import quant
-from .launch import cdiv, on_device, pdl_options, wait_for_producer
+from .launch import cdiv, choose, launch, pdl_options, wait_for_producer
 from .numerics import rounded
 
 
@@ -260,7 +260,7 @@ def mla_v_up_group_fp8_quant(
     width = w_uv.shape[2]
     if tokens == 0:
         return
-    tile = tile or group_tile(tokens, heads, width, group_size)
+    tile = tile or choose(group_tile, tokens, heads, width, group_size)
     columns = math.gcd(width, max(tile.columns, group_size))
     tile_depth = math.gcd(depth, tile.depth)
     gpu = _gpu(attn_out.device)
@@ -273,42 +273,47 @@ def mla_v_up_group_fp8_quant(
     # vLLM's weights are contiguous along the columns or along the contraction, by how they were dequantised.
     w_rows = w_uv.stride(2) == 1
     x, w = attn_out.transpose(0, 1), w_uv if w_rows else w_uv.transpose(1, 2)
+    if tokens == 1:  # its stride from token to token means nothing and may be anything
+        x = x.as_strided(x.shape, (x.stride(0), depth, x.stride(2)), x.storage_offset())
     tma = tile.tma and gpu.has_tma and _describable(w) and _describable(x)
     descriptors: tuple[Any, Any] = (None, None)
+    strides = (x.stride(1), x.stride(0), x.stride(2), *w_uv.stride())
     if tma:
+        strides = (0,) * 6  # descriptors have them; Triton would compile for each of these
         w_block = [1, tile_depth, columns] if w_rows else [1, columns, tile_depth]
         descriptors = (
             TensorDescriptor.from_tensor(x, [1, tile.tokens, tile_depth]),
             TensorDescriptor.from_tensor(w, w_block),
         )
-    with on_device(attn_out.device):
-        _group_kernel[(min(gpu.multiprocessors, units * token_tiles),) if tile.persistent else (token_tiles, units)](
-            attn_out,
-            w_uv,
-            *descriptors,
-            codes,
-            scales,
-            heads,
-            tokens,
-            *padding,
-            *attn_out.stride(),
-            *w_uv.stride(),
-            codes.stride(0),
-            *scales.stride(),
-            eps,
-            L=depth,
-            V=width,
-            GROUP_SIZE=group_size,
-            TOKENS=tile.tokens,
-            COLUMNS=columns,
-            DEPTH=tile_depth,
-            STAGES=stages,
-            SWAP=tile.swap,
-            TMA=tma,
-            PERSISTENT=tile.persistent,
-            W_ROWS=w_rows,
-            UE8M0=use_ue8m0,
-            FORM=quant_form,
-            num_warps=tile.num_warps,
-            **pdl_options(attn_out.device, pdl),
-        )
+    launch(
+        _group_kernel,
+        (min(gpu.multiprocessors, units * token_tiles),) if tile.persistent else (token_tiles, units),
+        attn_out.device,
+        attn_out,
+        w_uv,
+        *descriptors,
+        codes,
+        scales,
+        heads,
+        tokens,
+        *padding,
+        *strides,
+        codes.stride(0),
+        *scales.stride(),
+        eps,
+        L=depth,
+        V=width,
+        GROUP_SIZE=group_size,
+        TOKENS=tile.tokens,
+        COLUMNS=columns,
+        DEPTH=tile_depth,
+        STAGES=stages,
+        SWAP=tile.swap,
+        TMA=tma,
+        PERSISTENT=tile.persistent,
+        W_ROWS=w_rows,
+        UE8M0=use_ue8m0,
+        FORM=quant_form,
+        num_warps=tile.num_warps,
+        **pdl_options(attn_out.device, pdl),
+    )

@@ -118,7 +118,10 @@ def store_scales(columns, scale, row, rows, group_mask, row_stride, FROM_ALL: tl
 
 @triton.jit
 def zero_scale_padding(columns, rows, padded_rows, group_mask, row_stride):
-    """Zero the rows between `rows` and `padded_rows`, 3 at most, of TMA-aligned scales; by the program of the last rows."""
+    """Zero the rows between `rows` and `padded_rows`, 3 at most, of TMA-aligned scales; by the program of the last rows.
+
+    Whether there are any is found out when it runs. A kernel compiled for each of the two would be compiled in a request.
+    """
     pad = rows + tl.arange(0, 4)[:, None]
     ptrs = columns + pad.to(tl.int64) * row_stride
     tl.store(ptrs, tl.zeros(ptrs.shape, tl.float32), mask=(pad < padded_rows) & group_mask[None, :])

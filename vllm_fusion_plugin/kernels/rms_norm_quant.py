@@ -12,7 +12,17 @@ import triton.language as tl
 
 from . import numerics, quant
 from .forms import is_native
-from .launch import cdiv, next_power_of_2, on_device, pdl_options, prefetch, rows_with_padding, wait_for_producer
+from .launch import (
+    cdiv,
+    choose,
+    launch,
+    next_power_of_2,
+    pdl_options,
+    prefetch,
+    row_stride,
+    rows_with_padding,
+    wait_for_producer,
+)
 
 # Up to here Inductor keeps a row in one warp and adds up its squares with fma; see row_tile.
 WARP_WIDTH = tl.constexpr(1024)
@@ -270,7 +280,7 @@ def norm_and_quantise_groups(
         group_mask = group * GROUP_SIZE < WIDTH
         scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
         quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, EARLY or FOLD == 1)
-        if PADDED and first_row + TILE_ROWS >= rows:
+        if PADDED and ((padded_rows > rows) & (first_row + TILE_ROWS >= rows)):
             quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride)
 
 
@@ -466,14 +476,16 @@ class Tile(NamedTuple):
     chunk: int
     num_warps: int
     sum_warps: int = 0  # see row_sums; a multiple of num_warps, up to 4 times that
+    early: bool = True  # see load_weights
 
-    def constants(self) -> dict[str, int]:
+    def constants(self) -> dict[str, int | bool]:
         """What kernels are told of it."""
         return {
             "TILE_ROWS": self.rows,
             "CHUNK": self.chunk,
             "SUM_WARPS": self.sum_warps,
             "FOLD": max(1, self.sum_warps // self.num_warps),
+            "EARLY": self.early,
         }
 
 
@@ -512,6 +524,14 @@ def folded(tile: Tile, rows: int, add: bool, most: int = 4) -> Tile:
     return Tile(tile.rows, tile.chunk, warps // min(most, 2 if warps == 8 or few_wide else 4), warps)
 
 
+def tile_of(
+    rows: int, width: int, native_quant: bool, crowded: bool, sum_columns: int, add: bool, most_fold: int
+) -> Tile:
+    """Tile for `rows` rows of `width`: `row_tile`, `folded`, and whether weights are loaded early."""
+    tile = folded(row_tile(width, native_quant, crowded, sum_columns), rows, add, most_fold)
+    return Tile(tile.rows, tile.chunk, tile.num_warps, tile.sum_warps, early=rows * width < LARGE)
+
+
 def aligned(width: int, native_quant: bool) -> int:
     """Codes that a thread stores at once, hence columns it has side by side, if the quantiser is by token or static.
 
@@ -530,10 +550,6 @@ def forms(
     }
 
 
-def row_stride(x: torch.Tensor | None) -> int:
-    return x.stride(0) if x is not None else 0
-
-
 def start(
     x: torch.Tensor, weights: list[torch.Tensor | None], num_warps: int, pdl: bool | None
 ) -> dict[str, bool | int]:
@@ -542,7 +558,6 @@ def start(
     known = [w for w in weights if w is not None]
     whole = all(w.data_ptr() % 16 == 0 and w.numel() * w.element_size() % (16 * num_warps) == 0 for w in known)
     return {
-        "EARLY": x.numel() < LARGE,
         "PREFETCH": given["PDL"] and whole,
         "WARPS": num_warps,
         "num_warps": num_warps,
@@ -580,30 +595,32 @@ def _launch(
         crowded, most = add and (native or (addends and not sum_columns)), 2  # two: it has a row in registers twice
     else:
         crowded, most = addends and not native and not sum_columns, 4
-    tile = tile or folded(row_tile(width, native, crowded, sum_columns), rows, add, most)
-    with on_device(x.device):
-        kernel[(cdiv(rows, tile.rows),)](
-            x_ptr=x,
-            residual_ptr=residual,
-            weight_ptr=weight,
-            codes_ptr=codes,
-            normed_ptr=normed,
-            residual_out_ptr=residual_out,
-            rows=rows,
-            x_stride=x.stride(0),
-            residual_stride=row_stride(residual),
-            epsilon=epsilon,
-            WIDTH=width,
-            x_addend_ptr=x_addend,
-            residual_addend_ptr=residual_addend,
-            x_addend_stride=row_stride(x_addend),
-            residual_addend_stride=row_stride(residual_addend),
-            X_ADDEND_SCALE=x_addend_scale,
-            **quantiser,
-            **tile.constants(),
-            **forms(x, weight, gemma_weight, norm_form, quant_form),
-            **start(x, [weight], tile.num_warps, pdl),
-        )
+    tile = tile or choose(tile_of, rows, width, native, crowded, sum_columns, add, most)
+    launch(
+        kernel,
+        (cdiv(rows, tile.rows),),
+        x.device,
+        x_ptr=x,
+        residual_ptr=residual,
+        weight_ptr=weight,
+        codes_ptr=codes,
+        normed_ptr=normed,
+        residual_out_ptr=residual_out,
+        rows=rows,
+        x_stride=row_stride(x),
+        residual_stride=row_stride(residual),
+        epsilon=epsilon,
+        WIDTH=width,
+        x_addend_ptr=x_addend,
+        residual_addend_ptr=residual_addend,
+        x_addend_stride=row_stride(x_addend),
+        residual_addend_stride=row_stride(residual_addend),
+        X_ADDEND_SCALE=x_addend_scale,
+        **quantiser,
+        **tile.constants(),
+        **forms(x, weight, gemma_weight, norm_form, quant_form),
+        **start(x, [weight], tile.num_warps, pdl),
+    )
 
 
 def rms_norm_group_fp8_quant(
@@ -624,16 +641,15 @@ def rms_norm_group_fp8_quant(
     """Write codes [M, H], scales [M, H / group_size] and, if given, normed and residual_out [M, H] of x [M, H]; arguments as
     the op checked them."""
     rows, width = x.shape
-    padded_rows = rows_with_padding(scales, rows)
     quantiser = {
         "scales_ptr": scales,
-        "padded_rows": padded_rows,
+        "padded_rows": rows_with_padding(scales, rows),
         "scale_row_stride": scales.stride(0),
         "scale_group_stride": scales.stride(1),
         "eps": eps,
         "GROUP_SIZE": group_size,
         "ALIGNED": math.gcd(width, 8),
-        "PADDED": padded_rows > rows,
+        "PADDED": scales.stride(0) == 1,
         "UE8M0": use_ue8m0,
         "FORM": quant_form,
     }

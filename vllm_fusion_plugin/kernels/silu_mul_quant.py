@@ -10,7 +10,17 @@ import triton.language as tl
 from . import numerics, nvfp4, quant
 from .forms import is_native
 from .launch import GroupTile as Tile
-from .launch import cdiv, next_power_of_2, on_device, pdl_options, rows_with_padding, tile_grid, wait_for_producer
+from .launch import (
+    cdiv,
+    choose,
+    launch,
+    next_power_of_2,
+    pdl_options,
+    row_stride,
+    rows_with_padding,
+    tile_grid,
+    wait_for_producer,
+)
 
 
 @triton.jit
@@ -78,7 +88,7 @@ def _group_kernel(
     group_mask = group * GROUP_SIZE < width
     scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
     quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, SCALES_FROM_ALL)
-    if PADDED and first_row + TILE_ROWS >= rows:
+    if PADDED and ((padded_rows > rows) & (first_row + TILE_ROWS >= rows)):
         quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride)
 
 
@@ -134,14 +144,19 @@ def group_tile(rows: int, groups: int, group_size: int) -> Tile:
     elif elements < 2**22:
         tile = Tile(8, per_128, 4)
     elif elements < 2**23:
-        tile = Tile(1, 4 * per_128, 1)
+        tile = Tile(1, 4 * per_128, 1, scales_from_all=False)
     elif elements >= 2**26:
         tile = Tile(2, 4 * per_128, 1)
     elif groups % (8 * per_128) == 0:
-        tile = Tile(1, 8 * per_128, 2)
+        tile = Tile(1, 8 * per_128, 2, scales_from_all=False)
     else:
-        tile = Tile(2, 4 * per_128, 2)
-    return tile.fitting(groups)
+        tile = Tile(2, 4 * per_128, 2, scales_from_all=False)
+    return tile.fitting(rows, groups)
+
+
+def static_block(rows: int, width: int) -> int:
+    """Columns of a program of the static quantiser's kernel."""
+    return 2048 if width % 2048 == 0 and rows > 16 else 512
 
 
 def _forms(x: torch.Tensor, act_form: str, quant_form: str) -> dict[str, bool]:
@@ -171,34 +186,35 @@ def silu_mul_group_fp8_quant(
     if rows == 0:
         return
     groups = width // group_size
-    tile = tile or group_tile(rows, groups, group_size)
-    padded_rows = rows_with_padding(scales, rows)
+    tile = tile or choose(group_tile, rows, groups, group_size)
     grid, rows_first = tile_grid(cdiv(rows, tile.rows), cdiv(groups, tile.groups), tile.rows_first)
-    with on_device(x.device):
-        _group_kernel[grid](
-            x,
-            codes,
-            scales,
-            rows,
-            width,
-            padded_rows,
-            x.stride(0),
-            scales.stride(0),
-            scales.stride(1),
-            eps,
-            GROUP_SIZE=group_size,
-            TILE_ROWS=tile.rows,
-            TILE_GROUPS=tile.groups,
-            ROWS_FIRST=rows_first,
-            EVEN_GROUPS=groups % tile.groups == 0,
-            PADDED=padded_rows > rows,
-            UE8M0=use_ue8m0,
-            SCALES_FROM_ALL=not 2**22 <= codes.numel() < 2**26,
-            FORM=quant_form,
-            **_forms(x, act_form, quant_form),
-            num_warps=tile.num_warps,
-            **pdl_options(x.device, pdl),
-        )
+    launch(
+        _group_kernel,
+        grid,
+        x.device,
+        x,
+        codes,
+        scales,
+        rows,
+        width,
+        rows_with_padding(scales, rows),
+        row_stride(x),
+        scales.stride(0),
+        scales.stride(1),
+        eps,
+        GROUP_SIZE=group_size,
+        TILE_ROWS=tile.rows,
+        TILE_GROUPS=tile.groups,
+        ROWS_FIRST=rows_first,
+        EVEN_GROUPS=groups % tile.groups == 0,
+        PADDED=scales.stride(0) == 1,
+        UE8M0=use_ue8m0,
+        SCALES_FROM_ALL=tile.scales_from_all,
+        FORM=quant_form,
+        **_forms(x, act_form, quant_form),
+        num_warps=tile.num_warps,
+        **pdl_options(x.device, pdl),
+    )
 
 
 def silu_mul_static_fp8_quant(
@@ -208,24 +224,26 @@ def silu_mul_static_fp8_quant(
     rows, width = codes.shape
     if rows == 0:
         return
-    block = 2048 if width % 2048 == 0 and rows > 16 else 512
-    with on_device(x.device):
-        _static_kernel[rows, cdiv(width, block)](
-            x,
-            scale,
-            codes,
-            width,
-            x.stride(0),
-            BLOCK=block,
-            EVEN=width % block == 0,
-            NATIVE=is_native(quant_form),
-            **_forms(x, act_form, quant_form),
-            num_warps=2 if block == 2048 else 1,
-            **pdl_options(x.device, None),
-        )
+    block = choose(static_block, rows, width)
+    launch(
+        _static_kernel,
+        (rows, cdiv(width, block)),
+        x.device,
+        x,
+        scale,
+        codes,
+        width,
+        row_stride(x),
+        BLOCK=block,
+        EVEN=width % block == 0,
+        NATIVE=is_native(quant_form),
+        **_forms(x, act_form, quant_form),
+        num_warps=2 if block == 2048 else 1,
+        **pdl_options(x.device, None),
+    )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _nvfp4_kernel(
     x_ptr,
     global_scale_ptr,
@@ -287,21 +305,23 @@ def silu_mul_nvfp4_quant(
     # 1024 elements; untuned, for want of the GPUs that have FP4 GEMMs
     tile = tile or Tile(4, min(16, 4 * next_power_of_2(quads)), 2)
     forms = _forms(x, act_form, "custom_op")
-    with on_device(x.device):
-        _nvfp4_kernel[padded_rows // tile.rows, cdiv(4 * quads, tile.groups)](
-            x,
-            global_scale,
-            codes,
-            scales,
-            rows,
-            width,
-            quads,
-            x.stride(0),
-            TILE_ROWS=tile.rows,
-            TILE_BLOCKS=tile.groups,
-            TWICE=forms["TWICE"],
-            ADD_ZERO=forms["ADD_ZERO"],
-            EXACT=forms["EXACT"],
-            num_warps=tile.num_warps,
-            **pdl_options(x.device, None),
-        )
+    launch(
+        _nvfp4_kernel,
+        (padded_rows // tile.rows, cdiv(4 * quads, tile.groups)),
+        x.device,
+        x,
+        global_scale,
+        codes,
+        scales,
+        rows,
+        width,
+        quads,
+        row_stride(x),
+        TILE_ROWS=tile.rows,
+        TILE_BLOCKS=tile.groups,
+        TWICE=forms["TWICE"],
+        ADD_ZERO=forms["ADD_ZERO"],
+        EXACT=forms["EXACT"],
+        num_warps=tile.num_warps,
+        **pdl_options(x.device, None),
+    )

@@ -205,6 +205,8 @@ _OP = register(
     fake=_fake,
     cuda=_cuda,
     cpu=gated_rms_norm_group_fp8_quant_reference,
+    per_row=("x", "z"),
+    rows_by="num_heads",
 )
 
 

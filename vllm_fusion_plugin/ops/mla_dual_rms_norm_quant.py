@@ -122,6 +122,7 @@ _DUAL = register(
     fake=_fake,
     cuda=_cuda,
     cpu=mla_dual_rms_norm_group_fp8_quant_reference,
+    per_row=("q", "kv"),
 )
 
 

@@ -132,6 +132,7 @@ _OP = register(
     fake=_fake,
     cuda=_cuda,
     cpu=mla_v_up_group_fp8_quant_reference,
+    per_row=("attn_out", "codes", "scales"),
 )
 
 

@@ -11,29 +11,55 @@ from collections.abc import Callable
 
 import torch
 
+from . import calls
+
 NAMESPACE = "vllm_fusion_plugin"
 
 CPU_IMPLEMENTATIONS: dict[str, Callable[..., object]] = {}
 """Of each op by its name."""
+
+CUDA_IMPLEMENTATIONS: dict[str, Callable[..., object]] = {}
+"""Likewise. They take meta tensors, too, and launch nothing then (kernels/launch.py)."""
+
+SIGNATURES: dict[str, calls.Signature] = {}
+"""Likewise."""
 
 # Held for the life of the process: the registrations go away with the object.
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def register(
-    schema: str, *, fake: Callable[..., object], cuda: Callable[..., object], cpu: Callable[..., object]
+    schema: str,
+    *,
+    fake: Callable[..., object],
+    cuda: Callable[..., object],
+    cpu: Callable[..., object],
+    per_row: tuple[str, ...] = ("x",),
+    rows_by: str | None = None,
 ) -> torch._ops.OpOverload:
     """Define the op of `schema` ("name(Tensor x, ...) -> ...") once a process and return its overload.
 
     Ops that patterns put into a graph are functional (nothing is mutated), so the compiler may reorder, share and drop them,
     and a pattern's replacement is one node with no buffers to hand around. An op that runs inside one of vLLM's opaque ops
     gets its buffers from there: its schema marks what it writes ("Tensor(a!) codes"), and it returns nothing.
+
+    per_row: arguments whose first dimension goes along tokens; rows_by: the argument that says how many rows a token has
+    in those of two dimensions.
     """
     name = schema.partition("(")[0]
     CPU_IMPLEMENTATIONS[name] = cpu
+    CUDA_IMPLEMENTATIONS[name] = cuda
     if not hasattr(getattr(torch.ops, NAMESPACE), name):
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-        _LIBRARY.impl(name, cuda, "CUDA")
+        SIGNATURES[name] = _signature(name, per_row, rows_by)
+        _LIBRARY.impl(name, calls.remembering(SIGNATURES[name], cuda), "CUDA")
         _LIBRARY.impl(name, cpu, "CPU")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _signature(name: str, per_row: tuple[str, ...], rows_by: str | None) -> calls.Signature:
+    arguments = getattr(getattr(torch.ops, NAMESPACE), name).default._schema.arguments
+    at = {argument.name: position for position, argument in enumerate(arguments)}
+    written = frozenset(at[a.name] for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+    return calls.Signature(name, frozenset(at[n] for n in per_row), written, at[rows_by] if rows_by else None)

@@ -61,6 +61,7 @@ from .registry import register
 # The end of the ops' schemas; see Addends.
 ADDENDS = "Tensor? x_addend=None, float x_addend_scale=1.0, Tensor? residual_addend=None"
 ADDENDS += ", bool keep_sum=True, int sum_columns=0, bool fp32_sum=False"
+ROW_ARGUMENTS = ("x", "residual", "x_addend", "residual_addend")
 NORM_FORMS = ("native", "eager", "custom_op")
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SUM_COLUMNS = (0, 1024, 2048)
@@ -355,6 +356,7 @@ _GROUP = register(
     fake=_group_fake,
     cuda=_group_cuda,
     cpu=rms_norm_group_fp8_quant_reference,
+    per_row=ROW_ARGUMENTS,
 )
 
 
@@ -501,6 +503,7 @@ _TOKEN = register(
     fake=_token_fake,
     cuda=_token_cuda,
     cpu=rms_norm_token_fp8_quant_reference,
+    per_row=ROW_ARGUMENTS,
 )
 
 
@@ -613,6 +616,7 @@ _STATIC = register(
     fake=_static_fake,
     cuda=_static_cuda,
     cpu=rms_norm_static_fp8_quant_reference,
+    per_row=ROW_ARGUMENTS,
 )
 
 
