@@ -58,6 +58,8 @@ def _build(name: str, stock: Callable[..., Any] | None, config: VllmConfig) -> A
 class FusionPassManager(PostGradPassManager):
     """PostGradPassManager that builds our passes where it would have built the stock ones of the same name."""
 
+    leftovers: Any = None
+
     def configure(self, config: VllmConfig) -> None:
         RECORDER.report.rank = config.parallel_config.rank
         RECORDER.folder = compat.artefact_folder(config.compilation_config)
@@ -77,11 +79,13 @@ class FusionPassManager(PostGradPassManager):
             if name not in chosen.stock_passes
         }
         RECORDER.report.passes |= {name: "stock's: settings leave it to vLLM" for name in chosen.stock_passes}
-        RECORDER.report.passes |= {name: "off: its flag is not set" for name in stand_ins}
+        RECORDER.report.passes |= {name: compat.why_off(config, name) for name in stand_ins}
         with compat.stand_ins(stand_ins):
             super().configure(config)
         for name, (_, setting) in BEHIND.items():
             self._add_behind(name, setting, wanted=getattr(chosen, setting), config=config)
+        self.leftovers = import_module(f"{__package__}.passes.leftovers").Leftovers(self.passes, config)
+        self.add(self.leftovers)  # behind all others: reports what is left, changes nothing
 
     def _add_behind(self, name: str, setting: str, wanted: bool, config: VllmConfig) -> None:
         if not wanted:
@@ -95,6 +99,8 @@ class FusionPassManager(PostGradPassManager):
 
     def __call__(self, graph: fx.Graph) -> None:
         RECORDER.begin_passes(get_pass_context().compile_range)
+        if self.leftovers is not None:
+            self.leftovers.begin(graph)
         super().__call__(graph)
 
 

@@ -22,6 +22,9 @@ from pydantic import BaseModel, Field
 logger = logging.getLogger("vllm.fusion_plugin.report")
 
 _FILE = "fusion_report.json"
+
+# In the place of a pass's name: fused without a pass of ours, by vLLM's model code or a pass of vLLM's. Not in match tables.
+MODEL_CODE, VLLMS_PASS = "vLLM's model code", "vLLM's own pass"
 # "L['self'].layers.0.mlp.act_fn" -> "layers.0.mlp.act_fn"
 _ROOT = re.compile(r"^L\['self'\]\.?")
 
@@ -32,6 +35,11 @@ class Found(BaseModel):
     pass_name: str
     pattern: str
     module: str = ""
+
+    @property
+    def by_a_pass(self) -> bool:
+        """Whether a pass of ours has matched it."""
+        return self.pass_name not in (MODEL_CODE, VLLMS_PASS)
 
 
 class Missed(BaseModel):
@@ -72,11 +80,11 @@ class RankReport(BaseModel):
 
     def match_table(self) -> Counter[str]:
         """Matches by pass in distinct compiled graphs: what vLLM's own match table counts."""
-        return Counter(f.pass_name for s in self.subgraphs if s.reused_from is None for f in s.found)
+        return Counter(f.pass_name for s in self.subgraphs if s.reused_from is None for f in s.found if f.by_a_pass)
 
     def layer_table(self) -> Counter[str]:
         """Matches by pass over all layers, reuses counted."""
-        return Counter(f.pass_name for s in self.subgraphs for f in s.found)
+        return Counter(f.pass_name for s in self.subgraphs for f in s.found if f.by_a_pass)
 
 
 def module_of(node: Any) -> str:
