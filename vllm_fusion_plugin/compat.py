@@ -416,6 +416,8 @@ def linear_kernels(worker: Any) -> dict[str, int]:
     model = getattr(getattr(worker, "model_runner", None), "model", None)
     for module in model.modules() if isinstance(model, torch.nn.Module) else ():
         method, scheme = getattr(module, "quant_method", None), getattr(module, "scheme", None)
+        if "MoE" in type(method).__name__:
+            continue  # experts run a kernel of another kind
         held = [value for holder in (method, scheme) if holder is not None for value in _attributes(holder)]
         names = {type(value).__name__ for value in held if type(value).__name__.endswith("Kernel")}
         if not names and _is_quantised_linear(module, method):

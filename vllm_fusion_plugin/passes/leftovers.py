@@ -107,9 +107,10 @@ class Leftovers(InductorPass):
         alone = "; it runs this package's kernel, by itself" if q.form == "ours" else ""
         if refused := self._refused(q, made, told):
             return refused[0], refused[1] + alone
-        reason = self._structure(q, made) or self._state(owner)
+        reason = self._structure(q, made)
         if reason is None:
-            reason = f"{made.words} is followed by {q}, and no pattern fits the form that they have in this graph"
+            state = self._state(owner) or "no pattern fits the form that they have in this graph"
+            reason = f"{made.words} is followed by {q}, and {state}"
         return pass_name, reason + (alone or self._by_itself(q, made))
 
     def _refused(self, q: Quantiser, made: Producer, told: set[tuple[int, fx.Node]]) -> tuple[str, str] | None:

@@ -100,7 +100,7 @@ def _describe(node: fx.Node, chain: list[fx.Node]) -> tuple[str, str]:
     name = compat.called_op(node)
     layer = _layer(node)
     if node.op != "call_function":
-        return "", f"a tensor that is made outside this compiled graph ({node.name})"
+        return "", "a tensor that is made outside this compiled graph"
     for op, described in _ATTENTION.items():
         if name.endswith(f".{op}"):
             return described
