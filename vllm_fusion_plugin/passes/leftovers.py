@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import fx
@@ -17,9 +17,10 @@ from vllm.config import VllmConfig
 from .. import compat, report
 from ..ops.quant import FP8_DTYPE, FP8_MAX, GROUP_SIZES, INPUT_DTYPES
 from . import matchers, producers
+from .attn_quant import AttentionQuantPass
 from .base import FusionPass
 from .producers import Producer
-from .quantisers import Fused, Quantiser, find
+from .quantisers import VIEWS, Fused, Quantiser, find
 
 logger = logging.getLogger("vllm.fusion_plugin")
 
@@ -68,7 +69,7 @@ class Leftovers(InductorPass):
         for quantiser in self._quantisers:
             if compat.called_op(quantiser.node) in compat.OPAQUE_MLPS and not compat.experts_quantise(self.config):
                 continue
-            producer = producers.of(quantiser.value)
+            producer = self._made(quantiser.value)
             pass_name, reason = self._why(quantiser, producer, told)
             report.RECORDER.missed(pass_name, reason, _module(quantiser, producer))
         self._report_refused(graph, told)
@@ -93,6 +94,14 @@ class Leftovers(InductorPass):
 
     def _pass(self, name: str) -> FusionPass | None:
         return next((p for p in self._ours() if type(p).__name__ == name), None)
+
+    def _made(self, value: fx.Node) -> Producer:
+        """What has made a value; attention with the backends of the layers that it may be."""
+        made = producers.of(value)
+        p = self._pass(producers.FUSED[made.kind][0]) if made.kind in ("attention", "mla") else None
+        if isinstance(p, AttentionQuantPass):
+            made.words += f" ({p.attention.backends(made.node)})"
+        return made
 
     # -- reasons --
 
@@ -226,9 +235,18 @@ def _other_readers(q: Quantiser, made: Producer, quantisers: Sequence[Quantiser]
     if not (made.chain and made.chain[-1].target is operator.getitem):  # else its other results are others' business
         way.append(made.node)
     others: dict[str, None] = {}
-    for user in (user for node in way for user in node.users):
-        if user not in way and not q.reads(user):
+    for user in (user for node in way for user in _readers(node, way)):
+        if not q.reads(user):
             other = next((other for other in quantisers if other.reads(user)), None)
             name = compat.called_op(user) if user.op == "call_function" else user.op
             others[str(other) if other else name] = None
     return sorted(others)
+
+
+def _readers(node: fx.Node, way: Sequence[fx.Node]) -> Iterator[fx.Node]:
+    """Who reads a node, through views, which may have several readers themselves."""
+    for user in node.users:
+        if user.target in VIEWS:
+            yield from _readers(user, way)
+        elif user not in way:
+            yield user
