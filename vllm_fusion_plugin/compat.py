@@ -109,7 +109,8 @@ def triton_kernel_name(node: fx.Node) -> str:
     """The function behind a `triton_kernel_wrapper` node, which has its number in torch's table of kernels."""
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
-    kernel: Any = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+    index: Any = node.kwargs["kernel_idx"]
+    kernel: Any = kernel_side_table.get_kernel(index)
     while not hasattr(kernel, "__name__") and hasattr(kernel, "fn"):  # autotuners and heuristics hold the function
         kernel = kernel.fn
     return str(getattr(kernel, "__name__", "unknown"))
@@ -246,7 +247,8 @@ def why_off(config: Any, name: str) -> str:
         from vllm.config.vllm import OPTIMIZATION_LEVEL_TO_CONFIG
 
         level = config.optimization_level
-        default = OPTIMIZATION_LEVEL_TO_CONFIG[level]["compilation_config"]["pass_config"][flag]
+        defaults: Any = OPTIMIZATION_LEVEL_TO_CONFIG[level]
+        default = defaults["compilation_config"]["pass_config"][flag]
         would_be = bool(default(config) if callable(default) else default)
     except Exception:
         return f"off: {flag} is not set"

@@ -203,13 +203,15 @@ def _before_views(node: fx.Node) -> fx.Node:
 
 
 def _triton(node: fx.Node) -> Quantiser | Fused | None:
-    tensors = {k: v for k, v in dict(node.kwargs["kwargs"]).items() if isinstance(_value(v), torch.Tensor)}  # type: ignore[arg-type]
+    arguments: Any = node.kwargs["kwargs"]
+    tensors: dict[str, Any] = {k: v for k, v in arguments.items() if isinstance(_value(v), torch.Tensor)}
     # Without functionalisation, nothing in the graph tells what is written: a buffer that was made empty is.
-    written = node.kwargs.get("tensors_to_clone") or [
+    known: Any = node.kwargs.get("tensors_to_clone")
+    written = known or [
         k for k, v in tensors.items() if compat.called_op(v).startswith(("aten.empty", "aten.new_empty"))
     ]
-    codes = [_value(tensors[k]) for k in written if k in tensors and _value(tensors[k]).dtype in FP8_DTYPES]  # type: ignore[union-attr]
-    read = [v for k, v in tensors.items() if k not in written]  # type: ignore[operator]
+    codes = [k for k in written if k in tensors and _value(tensors[k]).dtype in FP8_DTYPES]
+    read = [v for k, v in tensors.items() if k not in written]
     inputs = [v for v in read if _value(v).dtype in MODEL_DTYPES]
     if not codes or not inputs or any(_value(v).dtype in FP8_DTYPES for v in read):
         return None
