@@ -36,10 +36,56 @@ OPAQUE_QUANTISERS = {
     "vllm.flashinfer_fp8_blockscale_gemm": _FLASHINFER_GEMM,
 }
 
-# Ops with whole MLPs inside.
+# Ops with whole MLPs inside: their own quantisers, too, where the experts are quantised.
+_EXPERTS = "experts run inside vLLM's opaque MoE op, where no graph pass reaches"
 OPAQUE_MLPS = {
-    "vllm.moe_forward": "experts run inside vLLM's opaque MoE op, where no graph pass reaches",
-    "vllm.moe_forward_shared": "experts and shared experts run inside vLLM's opaque MoE op, where no graph pass reaches",
+    "vllm.moe_forward": _EXPERTS,
+    "vllm.moe_forward_shared": (
+        "experts and shared experts run inside vLLM's opaque MoE op, where no graph pass reaches"
+    ),
+    "vllm.fused_experts": _EXPERTS,
+}
+
+# vLLM's own fused ops: what they fuse, and the pass of ours that stands where vLLM's pass with them stood. Model code calls
+# them too (LlamaMLP, since 0.33).
+_ACT, _NORM = "ActivationQuantFusionPass", "RMSNormQuantFusionPass"
+FUSED_BY_VLLM = {
+    "_C.silu_and_mul_quant": ("silu_mul+static", _ACT),
+    "_C.silu_and_mul_per_block_quant": ("silu_mul+group", _ACT),
+    "_C.silu_and_mul_nvfp4_quant": ("silu_mul+nvfp4", _ACT),
+    "_C.situ_and_mul_quant": ("situ_mul+quantiser", _ACT),
+    "_C.rms_norm_static_fp8_quant": ("rms_norm+static", _NORM),
+    "_C.fused_add_rms_norm_static_fp8_quant": ("fused_add_rms_norm+static", _NORM),
+    "_C.rms_norm_dynamic_per_token_quant": ("rms_norm+token", _NORM),
+    "_C.rms_norm_per_block_quant": ("rms_norm+group", _NORM),
+}
+
+# What a Triton kernel that quantises fuses with its quantiser, by a part of its name (utils/fp8_utils.py, layers/fusion).
+FUSED_IN_TRITON = {
+    "silu_mul": ("silu_mul+quantiser", _ACT),
+    "relu_squared": ("relu2+static", _ACT),
+    "rms_norm": ("rms_norm+quantiser", _NORM),
+}
+
+# Passes that can be left out by one of vLLM's flags.
+PASS_FLAGS = {
+    _ACT: "fuse_act_quant",
+    _NORM: "fuse_norm_quant",
+    "AttnQuantFusionPass": "fuse_attn_quant",
+    "MLAAttnQuantFusionPass": "fuse_attn_quant",
+}
+
+# Activations of vLLM by what their op is called, in words. Names of layers (`GeluAndMul`) are told as they are.
+ACTIVATION_OPS = {
+    "_C.silu_and_mul": "SiLU·mul",
+    "_C.silu_and_mul_with_clamp": "clamped SwiGLU (swiglu_limit)",
+    "_C.mul_and_silu": "mul·SiLU, up first (MulAndSilu)",
+    "_C.gelu_and_mul": "GELU·mul",
+    "_C.gelu_tanh_and_mul": "GELU·mul (gelu_tanh)",
+    "_C.relu_squared": "relu2",
+    "_C.situ_and_mul": "SiTU·mul",
+    "_C.swigluoai_and_mul": "clamped SwiGLU (SwigluOAIAndMul)",
+    "_C.fatrelu_and_mul": "FATReLU·mul",
 }
 
 # Norms in one op with the all-reduce before them: what fuse_allreduce_rms makes with FlashInfer, before any quantiser is
@@ -59,6 +105,17 @@ def called_op(node: fx.Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.replace("::", ".")
     return str(getattr(target, "__name__", target))
+
+
+def triton_kernel_name(node: fx.Node) -> str:
+    """The function behind a `triton_kernel_wrapper` node, which has its number in torch's table of kernels."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    index: Any = node.kwargs["kernel_idx"]
+    kernel: Any = kernel_side_table.get_kernel(index)
+    while not hasattr(kernel, "__name__") and hasattr(kernel, "fn"):  # autotuners and heuristics hold the function
+        kernel = kernel.fn
+    return str(getattr(kernel, "__name__", "unknown"))
 
 
 def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -213,6 +270,38 @@ def stand_ins(classes: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
                 setattr(module, name, was)
 
 
+def why_off(config: Any, name: str) -> str:
+    """Why vLLM builds no pass `name`: what its flag is, what vLLM's default for it would have been, and why.
+
+    Defaults go by the optimization level (since 0.20) and are values or questions to the configuration."""
+    flag = PASS_FLAGS[name]
+    if getattr(config.compilation_config.pass_config, flag, False):
+        return f"off: {flag} is set, but vLLM builds no such pass here"
+    try:
+        from vllm.config.vllm import OPTIMIZATION_LEVEL_TO_CONFIG
+
+        level = config.optimization_level
+        defaults: Any = OPTIMIZATION_LEVEL_TO_CONFIG[level]
+        default = defaults["compilation_config"]["pass_config"][flag]
+        would_be = bool(default(config) if callable(default) else default)
+    except Exception:
+        return f"off: {flag} is not set"
+    if would_be:
+        return f"off: {flag}=false was asked for; vLLM's default (-O{int(level)}) would be true"
+    why = _why_default(config, flag) if callable(default) else f"set {flag}=true for it"
+    return f"off, as by vLLM's default (-O{int(level)}): {why}"
+
+
+def _why_default(config: Any, flag: str) -> str:
+    """What the defaults of these two flags ask for (`enable_norm_fusion`, `enable_act_fusion` in config/vllm.py), where none
+    of it is there."""
+    wanted = {"fuse_norm_quant": "rms_norm", "fuse_act_quant": "silu_and_mul"}[flag]
+    enabled = [op for op in (wanted, "quant_fp8") if config.compilation_config.is_custom_op_enabled(op)]
+    if enabled:  # asked for more than was known here
+        return f"it is off in spite of the custom op {enabled[0]}"
+    return f"neither custom op {wanted} nor quant_fp8 is enabled, and vLLM leaves such fusions to Inductor then"
+
+
 def stock_pass(name: str) -> Any:
     """Stock's pass class of that name, or None where this vLLM or platform has none."""
     module = sys.modules.get(STOCK_PASS_MANAGER.rpartition(".")[0])
@@ -338,6 +427,15 @@ def writes_quantised_output(layer: Any, quant_key: str) -> bool:
     key = getattr(quant_utils, quant_key, None)
     supported = getattr(layer.impl, "fused_output_quant_supported", None)
     return bool(key is not None and supported is not None and supported(key))
+
+
+def experts_quantise(config: Any) -> bool:
+    """Whether some experts of the model quantise what they read: false only where all are known not to. Layers with experts
+    hold their quant method, or modules of theirs do (`routed_experts`, since 0.26 or so)."""
+    layers = [x for x in config.compilation_config.static_forward_context.values() if isinstance(x, torch.nn.Module)]
+    names = [type(getattr(m, "quant_method", None)).__name__ for layer in layers for m in layer.modules()]
+    methods = [name for name in names if "MoE" in name]
+    return not methods or any("Unquantized" not in name for name in methods)
 
 
 def op_takes(op: torch._ops.OpOverload, *arguments: str) -> bool:

@@ -248,16 +248,34 @@ def attach_worker_methods(methods: Mapping[str, Callable[[Any], Any]]) -> None:
 
 
 def linear_kernels(worker: Any) -> dict[str, int]:
-    """Classes of the kernels behind a worker's quantised linear layers, counted: they decide what there is to fuse. Looks at
-    what layers' quant methods hold (`fp8_linear` since 0.20), so empty where that is kept otherwise."""
+    """Classes of the kernels behind a worker's quantised linear layers, counted: they decide what there is to fuse.
+
+    A kernel is held by the layer's quant method (`Fp8LinearMethod.fp8_linear`, since 0.20), or, where that leaves the work
+    to a scheme, as compressed-tensors and Quark do, by the layer's `scheme`. Where neither holds one, the scheme's or
+    method's own class is told."""
     found: dict[str, int] = {}
     model = getattr(getattr(worker, "model_runner", None), "model", None)
     for module in model.modules() if isinstance(model, torch.nn.Module) else ():
-        for held in vars(getattr(module, "quant_method", None) or object).values():
-            name = type(held).__name__
-            if any(c.__name__.endswith("Kernel") for c in type(held).__mro__):
-                found[name] = found.get(name, 0) + 1
+        method, scheme = getattr(module, "quant_method", None), getattr(module, "scheme", None)
+        if "MoE" in type(method).__name__:
+            continue  # experts run a kernel of another kind
+        held = [value for holder in (method, scheme) for value in getattr(holder, "__dict__", {}).values()]
+        names = {type(value).__name__ for value in held if _is_kernel(value)}
+        if not names and _is_quantised_linear(module, method):
+            names = {type(method if scheme is None else scheme).__name__}
+        for name in names:
+            found[name] = found.get(name, 0) + 1
     return found
+
+
+def _is_kernel(value: Any) -> bool:
+    return any(c.__name__.endswith("Kernel") for c in type(value).__mro__)
+
+
+def _is_quantised_linear(module: Any, method: Any) -> bool:
+    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+    return isinstance(module, LinearBase) and method is not None and not isinstance(method, UnquantizedLinearMethod)
 
 
 def stock_match_table() -> dict[str, int]:

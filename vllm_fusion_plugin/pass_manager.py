@@ -68,6 +68,8 @@ class _LeavesGraphs(InductorPass):
 class FusionPassManager(PostGradPassManager):
     """PostGradPassManager that builds our passes where it would have built the stock ones of the same name."""
 
+    leftovers: Any = None
+
     def configure(self, config: VllmConfig) -> None:
         try:
             chosen = self._begin(config)
@@ -85,11 +87,21 @@ class FusionPassManager(PostGradPassManager):
             if name not in chosen.stock_passes
         }
         RECORDER.report.passes |= {name: "stock's: settings leave it to vLLM" for name in chosen.stock_passes}
-        RECORDER.report.passes |= {name: "off: its flag is not set" for name in stand_ins}
+        RECORDER.report.passes |= {name: compat.why_off(config, name) for name in stand_ins}
         with compat.stand_ins(stand_ins):
             super().configure(config)
         for name, (_, setting) in BEHIND.items():
             self._add_behind(name, setting, wanted=getattr(chosen, setting), config=config)
+        self._add_leftovers(config)
+
+    def _add_leftovers(self, config: VllmConfig) -> None:
+        """After all others: reports what is left, changes nothing."""
+        try:
+            self.leftovers = import_module(f"{__package__}.passes.leftovers").Leftovers(self.passes, config)
+            self.add(self.leftovers)
+        except Exception as e:  # a report must never stop a model from compiling
+            logger.warning("vllm-fusion-plugin: what passes leave is not reported: %s: %s", type(e).__name__, e)
+            RECORDER.note(f"what passes leave is not reported: {type(e).__name__}: {e}")
 
     def _begin(self, config: VllmConfig) -> settings.Settings | None:
         """Say to the recorder that this manager is at work for the engine of `config`; None if the plugin is not to be."""
@@ -121,6 +133,8 @@ class FusionPassManager(PostGradPassManager):
     def __call__(self, graph: fx.Graph) -> None:
         with contextlib.suppress(Exception):  # a report must never stop a model from compiling
             RECORDER.begin_passes(self, get_pass_context().compile_range)
+            if self.leftovers is not None:
+                self.leftovers.begin(graph)
         super().__call__(graph)
 
 

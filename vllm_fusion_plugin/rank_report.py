@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+# In the place of a pass's name: fused without a pass of ours, by vLLM's model code or a pass of vLLM's. Not in match tables.
+MODEL_CODE, VLLMS_PASS = "vLLM's model code", "vLLM's own pass"
 # "L['self'].layers.0.mlp.act_fn" -> "layers.0.mlp.act_fn"
 _ROOT = re.compile(r"^L\['self'\]\.?")
 
@@ -20,6 +22,11 @@ class Found(BaseModel):
     pass_name: str
     pattern: str
     module: str = ""
+
+    @property
+    def by_a_pass(self) -> bool:
+        """Whether a pass of ours has matched it."""
+        return self.pass_name not in (MODEL_CODE, VLLMS_PASS)
 
 
 class Missed(BaseModel):
@@ -65,12 +72,12 @@ class RankReport(BaseModel):
 
     def match_table(self) -> Counter[str]:
         """Matches by pass in distinct compiled graphs: what vLLM's own match table counts."""
-        return Counter(f.pass_name for s in self.subgraphs if s.reused_from is None for f in s.found)
+        return Counter(f.pass_name for s in self.subgraphs if s.reused_from is None for f in s.found if f.by_a_pass)
 
     def layer_table(self) -> Counter[str]:
         """Matches by pass over all layers: reuses counted, and each place once, for however many ranges it is compiled."""
         places = count_places(
-            ((s.part, f.module, f.pass_name), s.compile_range) for s in self.subgraphs for f in s.found
+            ((s.part, f.module, f.pass_name), s.compile_range) for s in self.subgraphs for f in s.found if f.by_a_pass
         )
         table: Counter[str] = Counter()
         for (_, _, pass_name), count in places.items():

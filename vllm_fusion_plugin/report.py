@@ -14,11 +14,23 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from .rank_report import Found, Missed, RankReport, Subgraph, count_places, module_of, modules_of
+from .rank_report import (
+    MODEL_CODE,
+    VLLMS_PASS,
+    Found,
+    Missed,
+    RankReport,
+    Subgraph,
+    count_places,
+    module_of,
+    modules_of,
+)
 from .recorder import RECORDER, EngineRecord, Recorder
 
 __all__ = [
+    "MODEL_CODE",
     "RECORDER",
+    "VLLMS_PASS",
     "EngineRecord",
     "Found",
     "FusionReport",

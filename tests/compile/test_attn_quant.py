@@ -265,17 +265,20 @@ CAN = "FP8 with one static scale and NVFP4"
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"make": UsedTwice}, "2 users (_C.static_scaled_fp8_quant, output)"),
-        ({"make": Gated}, "2 users (aten.mul, "),
+        (
+            {"make": UsedTwice},
+            "has other readers besides an FP8 quantiser with a static scale (_C.static_scaled_fp8_quant): output;",
+        ),
+        ({"make": Gated}, f"attention (TRITON_ATTN) is followed by aten.mul, aten.sigmoid; fused are {CAN}"),
         ({"make": Unquantised}, "leaves the compiled graph here, unquantised"),
         ({"quant": ScalePerColumn}, f"{WIDTH} scales; fused for one scale a tensor"),
         (
             {"quant": GroupQuant},
-            f"attention (TRITON_ATTN) is followed by _C.per_token_group_fp8_quant; fused are {CAN}",
+            "attention (TRITON_ATTN) is followed by an FP8 quantiser in groups of 128 (_C.per_token_group_fp8_quant); with",
         ),
         (
             {"quant": GroupQuant, "custom_ops": FORMS["native"]},
-            f"(TRITON_ATTN) is followed by an FP8 quantiser in native form that is none of those fused: {CAN}",
+            "attention (TRITON_ATTN) is followed by an FP8 quantiser in groups of 128 (in plain torch code); with",
         ),
         ({"quant": Nvfp4Quant}, "attention+nvfp4: TRITON_ATTN cannot write NVFP4"),
     ],

@@ -141,6 +141,9 @@ def outputs(graph):
     return [(n.meta["val"].shape, n.meta["val"].dtype, n.meta["val"].stride()) for n in result]
 
 
+ALONE = "; it runs this package's kernel, by itself"
+
+
 def reasons() -> list[tuple[str, str]]:
     return [(m.module, m.reason) for s in report.RECORDER.report.subgraphs for m in s.missed if m.pass_name == PASS]
 
@@ -202,7 +205,7 @@ def test_layers_are_asked_one_by_one():
     assert recording.matches_by_graph()[PASS] == 2
     assert [quantised(node)["quant_group_size"] for node in attention_calls(recording)] == [128, None, 128]
     assert reasons() == [
-        ("quants.1.quant", "mla_attention+group128[custom_op,row]: Impl cannot write FP8 in groups of 128")
+        ("quants.1.quant", "mla_attention+group128[custom_op,row]: Impl cannot write FP8 in groups of 128" + ALONE)
     ]
 
 
@@ -256,17 +259,20 @@ class OtherEps(CalledDirectly):
     eps = 1e-6
 
 
-CAN = "fused are FP8 with one static scale, NVFP4, and FP8 in groups of 64 or 128 by the custom op"
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"make": UsedTwice}, "2 users (_C.per_token_group_fp8_quant, output)"),
-        ({"custom_ops": FORMS["native"]}, "(Impl) is followed by an FP8 quantiser in native form"),
-        ({"quant": partial(GroupQuant, 32)}, f"attention (Impl) is followed by _C.per_token_group_fp8_quant; {CAN}"),
+        (
+            {"make": UsedTwice},
+            "(Impl) has other readers besides an FP8 quantiser in groups of 128 (in this package's op): output;",
+        ),
+        (
+            {"custom_ops": FORMS["native"]},
+            "(Impl) is followed by an FP8 quantiser in groups of 128 (in plain torch code); fused is vLLM's op",
+        ),
+        ({"quant": partial(GroupQuant, 32)}, "called with {'group_size': 32"),
         ({"quant": WrongLayout}, "strides"),
-        ({"quant": OtherEps}, f"attention (Impl) is followed by _C.per_token_group_fp8_quant; {CAN}"),
+        ({"quant": OtherEps}, "fused for eps 1e-10"),
     ],
 )
 def test_is_left_alone_and_explained(changes, reason):

@@ -107,7 +107,7 @@ def test_plugin_fuses_what_stock_fuses(case, trace_model):
     )
     # The other passes, and the order of all, are as they were.
     names = [p.rpartition(".")[2] for p in stock["passes"]]
-    assert [p.rpartition(".")[2] for p in trace["passes"]] == [*names, "GroupQuantPass"]
+    assert [p.rpartition(".")[2] for p in trace["passes"]] == [*names, "GroupQuantPass", "Leftovers"]
     assert trace["linear_kernels"] == stock["linear_kernels"]
 
 
@@ -183,10 +183,8 @@ def test_report_says_why_nothing_was_fused(trace_model):
     trace = trace_model(case.model, plugin=True)
     # The dense layer is the only one whose SiLU·mul is in the graph; the other four have theirs inside the MoE op.
     [dense] = [m for m in missed(trace, ACT) if "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0" in m["reason"]]
-    assert dense["module"] == "layers.0.mlp.act_fn"
+    assert module(dense, 4) == "layers.0.mlp.down_proj"
     assert sum("MoE op" in m["reason"] for m in missed(trace, ACT)) == 4
     assert len(missed(trace, ACT)) == 5
     norms = [m for m in missed(trace, NORM) if "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0" in m["reason"]]
-    assert len(norms) == CASES["deepseek-v3"].norms
-    assert sum("MoE op" in m["reason"] for m in missed(trace, NORM)) == 4
-    assert len(missed(trace, NORM)) == len(norms) + 4
+    assert len(norms) == CASES["deepseek-v3"].norms == len(missed(trace, NORM))

@@ -210,7 +210,7 @@ def describe(options: argparse.Namespace, model: Any, recording: Any) -> dict[st
         "matches_by_graph": recording.matches_by_graph(),
         "matches_by_layer": recording.matches_by_layer(),
         "match_table": get_match_table(),
-        "plugin": plugin_report() if options.plugin else None,
+        "plugin": plugin_report(model) if options.plugin else None,
     }
 
 
@@ -228,10 +228,13 @@ def linear_kernels(model: Any) -> Counter[str]:
     )
 
 
-def plugin_report() -> dict[str, Any]:
+def plugin_report(model: Any) -> dict[str, Any]:
+    """As a worker that holds the model would answer."""
+    from vllm_fusion_plugin import compat
     from vllm_fusion_plugin.report import get_fusion_report
 
-    return get_fusion_report()
+    worker = argparse.Namespace(model_runner=argparse.Namespace(model=model))
+    return get_fusion_report() | {"linear_kernels": compat.linear_kernels(worker)}
 
 
 def dump_graphs(recording: Any, folder: Path) -> None:

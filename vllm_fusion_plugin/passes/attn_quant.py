@@ -23,7 +23,7 @@ from vllm.platforms import current_platform
 
 from .. import compat, report
 from ..ops.quant import FP8_DTYPE
-from . import matchers
+from . import matchers, producers
 from .base import FusionPass, OpIndex, PatternReplacement
 
 # Example sizes: unlike each other and unlike 1, so that no two dimensions are mistaken.
@@ -215,29 +215,24 @@ class AttentionQuantPass(FusionPass):
             self.register(AttentionNvfp4Quant(attention, nvfp4_quant, dtype, layer_name))
 
     def explain(self, graph: fx.Graph) -> None:
+        """Of what no quantiser follows: what one follows is leftovers.py's."""
+        quantised = producers.before_quantisers(graph)
         for node in graph.nodes:
-            if compat.called_op(node) != self.attention.graph_name or node in self.seen_in_refused:
+            if compat.called_op(node) != self.attention.graph_name or node in self.seen_in_refused or node in quantised:
                 continue
             if node.kwargs.get("output_scale") is None and node.kwargs.get("output_block_scale") is None:
                 report.RECORDER.missed(self.name, self._why(node), report.module_of(node))
 
     def _why(self, node: fx.Node) -> str:
-        """What became of attention that was not fused."""
+        """What becomes of attention that no quantiser follows."""
         outputs = [user for user in node.users if user.target is operator.getitem and user.args[1] == 1]
         users = [user for output in outputs for user in output.users]
         while len(users) == 1 and users[0].target is aten.reshape.default:
             users = list(users[0].users)
-        names = sorted(compat.called_op(user) for user in users)
-        before = f"attention ({self.attention.backends(node)}) is followed by"
-        if users and all(map(_becomes_fp8, users)):
-            return f"{before} an FP8 quantiser in native form that is none of those fused: {self.can}"
-        if len(users) > 1:
-            return f"attention's result has {len(users)} users ({', '.join(names)}); fused where a quantiser is the only one"
-        if not users or users[0].op == "output":
+        if all(user.op == "output" for user in users):
             return "attention's result leaves the compiled graph here, unquantised"
-        if names[0] in compat.OPAQUE_QUANTISERS:
-            return compat.OPAQUE_QUANTISERS[names[0]]
-        return f"{before} {names[0]}; fused are {self.can}"
+        names = sorted({compat.called_op(user) if user.op == "call_function" else user.op for user in users})
+        return f"attention ({self.attention.backends(node)}) is followed by {', '.join(names)}; fused are {self.can}"
 
     def uuid(self) -> str:
         """Covers also what the layers' backends can write: it is not in the graph, and decides what becomes of it."""
@@ -246,24 +241,6 @@ class AttentionQuantPass(FusionPass):
             for name, layer in self.attention.layers.items()
         }
         return hashlib.sha256(f"{super().uuid()} {able}".encode()).hexdigest()
-
-
-# What a quantiser in native form is made of.
-_NATIVE_OPS = {
-    "getitem",
-    "prims.convert_element_type",
-    *(f"aten.{name}" for name in ("abs", "amax", "max", "maximum", "clamp", "clamp_min", "clamp_max")),
-    *(f"aten.{name}" for name in ("mul", "div", "log2", "ceil", "exp2", "reshape")),
-}
-
-
-def _becomes_fp8(node: fx.Node) -> bool:
-    """Whether a node leads to a conversion to FP8 through nothing but what a quantiser is made of."""
-    if compat.called_op(node) not in _NATIVE_OPS:
-        return False
-    if node.target is torch.ops.prims.convert_element_type.default and node.args[1] == FP8_DTYPE:
-        return True
-    return any(map(_becomes_fp8, node.users))
 
 
 class AttnQuantFusionPass(AttentionQuantPass):

@@ -159,8 +159,10 @@ class FusionPass(VllmPatternMatcherPass):
         self._ranks: dict[int, int] = {}  # id of each entry of pm_pass -> position of its pattern in self.patterns
         self.refused: dict[fx.Node, str] = {}
         """First output of each place in the graph at hand where matches were refused and none was accepted, and why."""
-        self.seen_in_refused: set[fx.Node] = set()
-        """All nodes of these matches."""
+        self.seen_in_refused: dict[fx.Node, fx.Node] = {}
+        """All nodes of these matches -> their place, by which `refused` tells why."""
+        self.failed = ""
+        """What went wrong in the graph at hand, which then is as it was before the pass."""
         self._dumps: VllmConfig | None = None
         self.settings = settings.load(config.additional_config)
         self._fingerprint = fingerprint.fingerprint(self.settings, {"roundings": roundings.key()})
@@ -246,10 +248,11 @@ class FusionPass(VllmPatternMatcherPass):
             reason = f"{type(e).__name__}: {e}"
         if reason is not None:
             self.refused.setdefault(place, f"{replacement.key()}: {reason}")
-            self.seen_in_refused.update(match.nodes)
+            self.seen_in_refused.update(dict.fromkeys(match.nodes, place))
             return False
         if self.refused.pop(place, None):
-            self.seen_in_refused.difference_update(match.nodes)
+            for node in match.nodes:
+                self.seen_in_refused.pop(node, None)
         report.RECORDER.found(self.pass_name, replacement.key(), innermost_common(match.nodes))
         if replacement.inexactness:
             report.RECORDER.note(f"{self.name}: {replacement.key()} is {replacement.inexactness}")
@@ -268,6 +271,7 @@ class FusionPass(VllmPatternMatcherPass):
     def __call__(self, graph: fx.Graph) -> None:
         table = VllmPatternMatcherPass.match_table
         before, found, matches = _copy_nodes(graph, fx.Graph()), report.RECORDER.mark(), dict(table)
+        self.failed = ""
         try:
             self._run(graph)
         except Exception as e:  # must not stop the model from compiling
@@ -276,7 +280,7 @@ class FusionPass(VllmPatternMatcherPass):
             table.clear()
             table.update(matches)
             self.matched_count = 0
-            what = f"{self.name} left a graph as it was, because it failed: {type(e).__name__}: {e}"
+            what = self.failed = f"{self.name} left a graph as it was, because it failed: {type(e).__name__}: {e}"
             logger.warning("vllm-fusion-plugin: %s", what, exc_info=True)
             report.RECORDER.note(what)
 
@@ -289,8 +293,6 @@ class FusionPass(VllmPatternMatcherPass):
         self.matched_count = self.pm_pass.apply(graph)
         restore(sizes)
         VllmPatternMatcherPass.match_table[self.pass_name] += self.matched_count
-        for node, reason in self.refused.items():
-            report.RECORDER.missed(self.pass_name, reason, report.module_of(node))
         self.finish(graph)
         try:
             self.explain(graph)

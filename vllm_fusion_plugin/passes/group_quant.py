@@ -9,11 +9,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
 from torch._inductor.pattern_matcher import Match
 from vllm.config import VllmConfig
 
-from .. import compat, report
 from ..ops import group_quant  # noqa: F401  (registers the op)
 from ..ops.quant import GROUP_SIZES
 from . import matchers
@@ -66,11 +64,3 @@ class GroupQuantPass(FusionPass):
             if quant.form == "custom_op":
                 self.register(LoneGroupQuant(quant, dtype))
         self.dump(config)
-
-    def explain(self, graph: fx.Graph) -> None:
-        for node in graph.nodes:
-            if compat.called_op(node) in matchers.GROUP_QUANT_OPS and node not in self.seen_in_refused:
-                reason = (
-                    f"{matchers.describe_call(node)}; replaced for group sizes {GROUP_SIZES} and all of float8_e4m3fn"
-                )
-                report.RECORDER.missed(self.name, reason, report.module_of(node))

@@ -7,8 +7,6 @@ where that is a sum (rms_norm_addends.py). Other pointwise code it reads rounded
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -28,13 +26,6 @@ ROWS, GROUPS = 5, 4  # example sizes: unlike each other and unlike 1, so that no
 
 aten = torch.ops.aten
 ops = torch.ops.vllm_fusion_plugin
-
-# Our op -> where among its results the norm's own is, if it is to be kept.
-KEEP_NORM = {
-    ops.rms_norm_group_fp8_quant.default: 2,
-    ops.rms_norm_token_fp8_quant.default: 2,
-    ops.rms_norm_static_fp8_quant.default: 1,
-}
 
 
 class RMSNormQuant(PatternReplacement):
@@ -307,40 +298,3 @@ class RMSNormQuantFusionPass(FusionPass):
         rms_norm_addends.take(graph, self.deterministic)
         if merged := mla_dual_rms_norm_quant.merge(graph):
             VllmPatternMatcherPass.match_table[mla_dual_rms_norm_quant.NAME] += merged
-
-    def explain(self, graph: fx.Graph) -> None:
-        for result in [*gated_rms_norm_quant.results(graph), *norm_results(graph)]:
-            if result not in self.seen_in_refused and (reason := _why(result)):
-                # nodes that another pass has put there may know no module
-                modules = report.modules_of([result, *matchers.users_behind_views(result)])
-                report.RECORDER.missed(self.name, reason, modules[0] if modules else "")
-
-
-def norm_results(graph: fx.Graph) -> Iterator[fx.Node]:
-    """Results of norms in the graph: of those that are left, and those that our ops return beside the quantised ones."""
-    for node in graph.nodes:
-        if compat.called_op(node) in matchers.NORM_OPS:
-            yield from matchers.norm_results(node)["norm"]
-        elif node.target in KEEP_NORM and node.args[5]:
-            yield from (user for user in node.users if user.args[1] == KEEP_NORM[node.target])
-        elif places := compat.ALLREDUCE_NORMS.get(compat.called_op(node)):
-            yield from (user for user in node.users if user.target is operator.getitem and user.args[1] in places)
-
-
-def _why(normed: fx.Node) -> str | None:
-    """What became of a norm that was not fused; None where nothing quantises its result."""
-    users = matchers.users_behind_views(normed)
-    names = {compat.called_op(user): user for user in users}
-    for known in (compat.OPAQUE_QUANTISERS, compat.OPAQUE_MLPS):
-        if reason := next((known[name] for name in names if name in known), None):
-            return reason
-    opaque = [user for name, user in names.items() if name in matchers.OPAQUE_QUANT_OPS]
-    if opaque and compat.called_op(normed.all_input_nodes[0]) in compat.ALLREDUCE_NORMS:
-        return "vLLM made one op of the norm and the all-reduce before it (fuse_allreduce_rms); the quantiser runs by itself"
-    if opaque and normed.all_input_nodes[0].target in KEEP_NORM:
-        return f"the norm is fused with one quantiser already; its result is also read by {compat.called_op(opaque[0])}"
-    if opaque:
-        return f"the norm is followed by {matchers.describe_call(opaque[0])}, which no pattern fits"
-    if any(map(matchers.leads_to_fp8, users)):
-        return "the norm is followed by a quantiser in plain torch code that no pattern fits"
-    return None

@@ -15,7 +15,7 @@ from vllm.config import VllmConfig
 from .. import compat, report, roundings
 from ..ops import silu_mul_quant  # noqa: F401  (registers the ops)
 from ..ops.quant import GROUP_SIZES
-from . import matchers
+from . import matchers, producers
 from .base import FusionPass, OpIndex, PatternReplacement
 
 ROWS, GROUPS = 5, 4  # example sizes: unlike each other and unlike 1, so that no two dimensions are mistaken
@@ -178,12 +178,11 @@ class ActivationQuantFusionPass(FusionPass):
         self.dump(config)
 
     def explain(self, graph: fx.Graph) -> None:
+        """Of what no quantiser follows: what one follows is leftovers.py's."""
+        quantised = producers.before_quantisers(graph)
         for node in silu_mul_outputs(graph):
-            if node not in self.seen_in_refused:
+            if node not in self.seen_in_refused and node not in quantised:
                 report.RECORDER.missed(self.name, _why(node), report.module_of(node))
-        for node in graph.nodes:
-            if reason := compat.OPAQUE_MLPS.get(compat.called_op(node)):
-                report.RECORDER.missed(self.name, reason, report.module_of(node))
 
 
 def silu_mul_outputs(graph: fx.Graph) -> list[fx.Node]:
@@ -218,22 +217,11 @@ def _native_product(exp: fx.Node) -> fx.Node | None:
 
 
 def _why(product: fx.Node) -> str:
-    """What became of a SiLU·mul that was not fused."""
+    """What becomes of a SiLU·mul that no quantiser follows."""
     users = list(product.users)
     while len(users) == 1 and users[0].target is aten.reshape.default:
         users = list(users[0].users)
-    names = sorted(compat.called_op(user) for user in users)
-    if len(users) > 1:
-        return (
-            f"SiLU·mul's result has {len(users)} users ({', '.join(names)}); fused where the quantiser is the only one"
-        )
-    if not users or users[0].op == "output":
+    if all(user.op == "output" for user in users):
         return "SiLU·mul's result leaves the compiled graph here, unquantised"
-    if names[0] in compat.OPAQUE_QUANTISERS:
-        return compat.OPAQUE_QUANTISERS[names[0]]
-    if names[0] in matchers.GROUP_QUANT_OPS:
-        return (
-            f"SiLU·mul is followed by {matchers.describe_call(users[0])}; fused for group sizes {GROUP_SIZES} and the whole "
-            "range of float8_e4m3fn"
-        )
-    return f"SiLU·mul is followed by {names[0]}, which is no quantiser that this pass knows"
+    names = sorted({compat.called_op(user) if user.op == "call_function" else user.op for user in users})
+    return f"SiLU·mul is followed by {', '.join(names)}; no quantiser"

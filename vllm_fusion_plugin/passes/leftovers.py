@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is left in a graph when all passes have run: every quantiser there, once, with what made its input and why the two
+were not fused. And the boundaries that vLLM's own code has fused. Reports, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import fx
+from vllm.compilation.passes.inductor_pass import InductorPass
+from vllm.config import VllmConfig
+
+from .. import compat, report
+from ..ops.quant import FP8_DTYPE, FP8_MAX, GROUP_SIZES, INPUT_DTYPES
+from . import matchers, producers
+from .attn_quant import AttentionQuantPass
+from .base import FusionPass
+from .producers import Producer
+from .quantisers import VIEWS, Fused, Quantiser, find
+
+logger = logging.getLogger("vllm.fusion_plugin")
+
+NO_PASS = "none"
+"""In the place of a pass's name, where no pass fuses what made a quantiser's input."""
+LONE = "GroupQuantPass"
+
+
+class Leftovers(InductorPass):
+    """The last pass."""
+
+    def __init__(self, passes: Sequence[Any], config: VllmConfig) -> None:
+        """passes: those before it, the list that more may be added to."""
+        self.passes = passes
+        self.splits = bool(config.compilation_config.splitting_ops)
+        self.config = config
+        self._before: set[str] = set()
+        self._quantisers: list[Quantiser] = []
+
+    def uuid(self) -> str:
+        return "vllm_fusion_plugin.leftovers"  # changes no graph, so no artefact depends on it
+
+    def begin(self, graph: fx.Graph) -> None:
+        """Called before the first pass: what is fused by now is fused by vLLM's model code."""
+        try:
+            self._before = {fused.node.name for fused in find(graph)[1]}
+        except Exception as e:  # a report must never stop a model from compiling
+            self._before = set()
+            logger.warning("vllm-fusion-plugin: what vLLM's model code has fused cannot be told: %r", e)
+
+    def __call__(self, graph: fx.Graph) -> None:
+        mark = report.RECORDER.mark()
+        try:
+            self._report(graph)
+        except Exception as e:  # a report must never stop a model from compiling
+            report.RECORDER.take_back(mark)
+            what = f"what is left in a graph cannot be told: {type(e).__name__}: {e}"
+            logger.warning("vllm-fusion-plugin: %s", what, exc_info=True)
+            report.RECORDER.note(what)
+
+    def _report(self, graph: fx.Graph) -> None:
+        self._quantisers, fused = find(graph)
+        for boundary in fused:
+            self._report_fused(boundary)
+        told: set[tuple[int, fx.Node]] = set()
+        for quantiser in self._quantisers:
+            if compat.called_op(quantiser.node) in compat.OPAQUE_MLPS and not compat.experts_quantise(self.config):
+                continue
+            producer = self._made(quantiser.value)
+            pass_name, reason = self._why(quantiser, producer, told)
+            report.RECORDER.missed(pass_name, reason, _module(quantiser, producer))
+        self._report_refused(graph, told)
+
+    def _report_fused(self, boundary: Fused) -> None:
+        by = report.MODEL_CODE if boundary.node.name in self._before else report.VLLMS_PASS
+        if by == report.VLLMS_PASS and report.RECORDER.report.passes.get(boundary.owner) == "ours":
+            return  # put there by our pass, which has told
+        pattern = f"{boundary.pattern}[{compat.called_op(boundary.node)}]"
+        report.RECORDER.found(by, pattern, report.module_of(boundary.node))
+
+    def _report_refused(self, graph: fx.Graph, told: set[tuple[int, fx.Node]]) -> None:
+        """Matches that were refused where this module sees no quantiser."""
+        here = set(graph.nodes)
+        for p in self._ours():
+            for place, reason in p.refused.items():
+                if place in here and (id(p), place) not in told:
+                    report.RECORDER.missed(p.pass_name, reason, report.module_of(place))
+
+    def _ours(self) -> list[FusionPass]:
+        return [p for p in self.passes if isinstance(p, FusionPass)]
+
+    def _pass(self, name: str) -> FusionPass | None:
+        return next((p for p in self._ours() if type(p).__name__ == name), None)
+
+    def _made(self, value: fx.Node) -> Producer:
+        """What has made a value; attention with the backends of the layers that it may be."""
+        made = producers.of(value)
+        p = self._pass(producers.FUSED[made.kind][0]) if made.kind in ("attention", "mla") else None
+        if isinstance(p, AttentionQuantPass):
+            made.words += f" ({p.attention.backends(made.node)})"
+        return made
+
+    # -- reasons --
+
+    def _why(self, q: Quantiser, made: Producer, told: set[tuple[int, fx.Node]]) -> tuple[str, str]:
+        """The pass that a leftover concerns, and why it is left."""
+        owner, _ = producers.FUSED.get(made.kind, (NO_PASS, ()))
+        pass_name = PASS_NAMES.get(owner, NO_PASS)
+        if name := next((n for n in (compat.called_op(q.node),) if n in compat.OPAQUE_MLPS), None):
+            return PASS_NAMES["ActivationQuantFusionPass"], compat.OPAQUE_MLPS[name]
+        if q.form == "inside":
+            return pass_name, f"{compat.OPAQUE_QUANTISERS[compat.called_op(q.node)]}; before it: {made.words}"
+        alone = "; it runs this package's kernel, by itself" if q.form == "ours" else ""
+        if refused := self._refused(q, made, told):
+            return refused[0], refused[1] + alone
+        reason = self._structure(q, made)
+        if reason is None:
+            state = self._state(owner) or "no pattern fits the form that they have in this graph"
+            reason = f"{made.words} is followed by {q}, and {state}"
+        return pass_name, reason + (alone or self._by_itself(q, made))
+
+    def _refused(self, q: Quantiser, made: Producer, told: set[tuple[int, fx.Node]]) -> tuple[str, str] | None:
+        """The first pass that has found a pattern here and refused it, and why."""
+        # Where our op has replaced the quantiser, what made its value is still there.
+        nodes = [q.value, *made.chain, made.node] if q.form == "ours" else [q.node]
+        found = None
+        for p in self._ours():
+            for node in nodes:
+                place = p.seen_in_refused.get(node)
+                if place in p.refused:
+                    told.add((id(p), place))
+                    found = found or (p.pass_name, p.refused[place])
+        return found
+
+    def _structure(self, q: Quantiser, made: Producer) -> str | None:
+        """What in a graph keeps the two from being fused, whatever the flags are; None if nothing that is known."""
+        if made.node.op != "call_function":
+            return f"it quantises {made.words}" + (
+                ": vLLM splits the model at attention and compiles each part by itself" if self.splits else ""
+            )
+        kinds = producers.FUSED.get(made.kind, (NO_PASS, ()))[1]
+        if not kinds:
+            return f"no pass fuses {made.words} with {q}"
+        if (name := compat.called_op(made.node)) in compat.ALLREDUCE_NORMS:
+            return (
+                "vLLM made one op of the norm and the all-reduce before it (fuse_allreduce_rms); the quantiser runs by "
+                "itself"
+            )
+        if name.startswith("vllm_fusion_plugin."):
+            return f"the norm is fused with one quantiser already; its result is also read by {q}"
+        fused = f"with {made.words} are fused: {', '.join(kinds)}"
+        if q.kind not in kinds:
+            return f"{made.words} is followed by {q}; {fused}"
+        if q.form == "triton":
+            return f"{made.words} is followed by {q}; fused are vLLM's ops and plain torch code"
+        if q.kind == "group" and (reason := _unlike(q)):
+            return f"{made.words} is followed by {q}, {reason}"
+        if made.kind == "mla" and q.kind == "group" and q.form == "native":
+            return f"{made.words} is followed by {q}; fused is vLLM's op (custom_ops +quant_fp8)"
+        if made.between:
+            return f"{' and '.join(reversed(made.between))} is between {made.words} and {q}; fused where they touch"
+        dtype = q.value.meta["val"].dtype
+        if q.form == "op" and dtype not in INPUT_DTYPES:
+            return f"{made.words} gives {dtype}; fused for {', '.join(map(str, INPUT_DTYPES))}"
+        # A norm may have other readers.
+        if made.kind != "norm" and (others := _other_readers(q, made, self._quantisers)):
+            readers = ", ".join(others)
+            return f"{made.words} has other readers besides {q}: {readers}; fused where the quantiser is the only one"
+        return None
+
+    def _state(self, owner: str) -> str | None:
+        """What keeps a pass from having looked."""
+        state = report.RECORDER.report.passes.get(owner)
+        if state is None:
+            return f"{owner} does not run"
+        if state != "ours":
+            return f"{owner} is {state}"
+        p = self._pass(owner)
+        return p.failed or None if p is not None else f"{owner} does not run"
+
+    def _by_itself(self, q: Quantiser, made: Producer) -> str:
+        """What becomes of a quantiser that nothing of ours has replaced."""
+        if q.form == "native":
+            if made.compiled:
+                return "; Inductor compiles this quantiser together with what stands before it"
+            return "; Inductor compiles this quantiser by itself"
+        if q.form == "op" and q.kind == "group":
+            lone = report.RECORDER.report.passes.get(LONE, "off")
+            if lone != "ours":
+                return f"; vLLM's kernel runs by itself ({LONE} is {lone})"
+            return f"; vLLM's kernel runs by itself, called with {_numbers(q.node)}"
+        return ""
+
+
+PASS_NAMES = {
+    "ActivationQuantFusionPass": "activation_quant_fusion_pass",
+    "RMSNormQuantFusionPass": "rmsnorm_quant_fusion_pass",
+    "AttnQuantFusionPass": "attn_quant_fusion",
+    "MLAAttnQuantFusionPass": "mla_attn_quant_fusion",
+}
+
+
+def _module(q: Quantiser, made: Producer) -> str:
+    # nodes that another pass has put there may know no module
+    return next(iter(report.modules_of([q.node, *q.node.users, q.value, made.node])), "")
+
+
+def _numbers(node: fx.Node) -> dict[str, Any]:
+    return {name: value for name, value in node.kwargs.items() if not isinstance(value, fx.Node)}
+
+
+def _unlike(q: Quantiser) -> str | None:
+    """What a group quantiser has that none of the fused ones has."""
+    if q.group_size not in GROUP_SIZES:
+        return f"called with {_numbers(q.node) or {'group_size': q.group_size}}; fused for group sizes {GROUP_SIZES}"
+    if q.form != "op":
+        return None
+    codes = q.node.kwargs.get("output_q")
+    if isinstance(codes, fx.Node) and (reason := matchers.refuse_codes(codes.meta["val"])):
+        return reason
+    told = _numbers(q.node)
+    if (told.get("fp8_min"), told.get("fp8_max")) != (-FP8_MAX, FP8_MAX):
+        return f"called with {told}; fused for the whole range of {FP8_DTYPE}"
+    if told.get("eps") != matchers.GroupQuant.eps:
+        return f"called with {told}; fused for eps {matchers.GroupQuant.eps}"
+    return None
+
+
+def _other_readers(q: Quantiser, made: Producer, quantisers: Sequence[Quantiser]) -> list[str]:
+    """Who reads a producer's result besides a quantiser."""
+    way = [q.value, *made.chain]
+    if not (made.chain and made.chain[-1].target is operator.getitem):  # else its other results are others' business
+        way.append(made.node)
+    others: dict[str, None] = {}
+    for user in (user for node in way for user in _readers(node, way)):
+        if not q.reads(user):
+            other = next((other for other in quantisers if other.reads(user)), None)
+            name = compat.called_op(user) if user.op == "call_function" else user.op
+            others[str(other) if other else name] = None
+    return sorted(others)
+
+
+def _readers(node: fx.Node, way: Sequence[fx.Node]) -> Iterator[fx.Node]:
+    """Who reads a node, through views, which may have several readers themselves."""
+    for user in node.users:
+        if user.target in VIEWS:
+            yield from _readers(user, way)
+        elif user not in way:
+            yield user
