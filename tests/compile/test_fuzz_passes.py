@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random modules with the passes and without: the same bytes, and every quantiser fused or explained.
+
+vLLM's compiler traces them for a fake GPU, with norms and activations that round where the graph says so
+(`emulate_precision_casts`); both graphs then run on the CPU op by op.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import fake_gpu
+import pytest
+
+if reason := fake_gpu.unavailable():
+    pytest.skip(reason, allow_module_level=True)
+pytest.importorskip("hypothesis")
+fake_gpu.install()
+
+import torch  # noqa: E402
+from hypothesis import event, given  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from random_modules import WIDTH, Program, Step, programs  # noqa: E402
+from recorder import Recording  # noqa: E402
+from run_graphs import inputs_of, run_on_cpu  # noqa: E402
+from torch import fx  # noqa: E402
+from trace_module import check_graphs, make_config, trace_branches  # noqa: E402
+from vllm.compilation.passes.inductor_pass import pass_context  # noqa: E402
+from vllm.config.utils import Range  # noqa: E402
+
+from tests.fuzz_profiles import examples  # noqa: E402
+from vllm_fusion_plugin import compat, plugin, report  # noqa: E402
+from vllm_fusion_plugin.passes import matchers, rms_norm_quant, silu_mul_quant  # noqa: E402
+
+# With this pass, every quantiser that is left is reported once.
+ALL_ARE_REPORTED = importlib.util.find_spec("vllm_fusion_plugin.passes.leftovers") is not None
+
+
+def trace(steps: list[tuple[Step, ...]], dtype: torch.dtype, lone: bool, eliminate_noops: bool) -> Recording:
+    config = make_config(
+        ["none", "+silu_and_mul", "+quant_fp8"],
+        dtype=dtype,
+        fuse_norm_quant=True,
+        fuse_act_quant=True,
+        eliminate_noops=eliminate_noops,
+    )
+    config.additional_config = {"fusion_plugin": {"lone_group_quant": lone}}
+    config.compilation_config.inductor_compile_config |= {"emulate_precision_casts": True}
+    plugin.register()
+    report.RECORDER.report = report.RankReport()
+    return trace_branches([functools.partial(Program, one) for one in steps], [(64, WIDTH)] * 2, config)
+
+
+def lowered(recording: Recording) -> fx.Graph:
+    """The graph without our passes, but with vLLM's norms in torch's operations."""
+    (subgraph,) = recording.subgraphs
+    graph = fx.GraphModule(torch.nn.Module(), subgraph.before).graph
+    with pass_context(Range(*subgraph.compile_range)):
+        recording.pass_manager.ir_lowering(graph)
+    return graph
+
+
+@given(
+    steps=st.lists(
+        programs(), min_size=1, max_size=6
+    ),  # side by side: most of a trace's time is the same for one and six
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    lone=st.booleans(),
+    eliminate_noops=st.booleans(),
+    rows=st.sampled_from([1, 5, 8]),
+    kind=st.sampled_from(["normal", "special"]),
+)
+@examples(12)
+def test_same_bytes_and_every_quantiser_fused_or_explained(steps, dtype, lone, eliminate_noops, rows, kind) -> None:
+    recording = trace(steps, dtype, lone, eliminate_noops)
+    check_graphs(recording)
+    check_report(recording)
+    (subgraph,) = recording.subgraphs
+    inputs = inputs_of(subgraph.before, rows, seed=rows, kind=kind)
+    after, before = run_on_cpu(subgraph.after, inputs), run_on_cpu(lowered(recording), inputs)
+    for number, (one, other) in enumerate(zip(after, before, strict=True)):
+        assert_same(one, other, number)
+    event(f"fused: {len(fused(subgraph.after))}")
+
+
+# ---- what is checked -------------------------------------------------------------------------------------------------
+
+
+def check_report(recording: Recording) -> None:
+    """Nothing failed on the way, and what was not fused has a reason."""
+    (subgraph,) = recording.subgraphs
+    told = report.RECORDER.report
+    assert all(state == "ours" or state.startswith("off: ") for state in told.passes.values()), told.passes
+    assert not [note for note in told.notes if "cannot be t" in note]  # traced, told
+    missed = [missed.reason for part in told.subgraphs for missed in part.missed]
+    assert not [reason for reason in missed if "Error" in reason]
+    left = [node for node in subgraph.after.nodes if is_quantiser(node)]
+    if ALL_ARE_REPORTED:
+        assert len(missed) >= len(left), (missed, left)
+    elif len(fused(subgraph.after)) < len(boundaries(subgraph.before)):
+        assert missed
+
+
+def boundaries(graph: fx.Graph) -> list[fx.Node]:
+    """Results of norms and of SiLU·mul that a quantiser reads, reshaped or not."""
+    results = [*rms_norm_quant.norm_results(graph), *silu_mul_quant.silu_mul_outputs(graph)]
+    return [result for result in results if any(map(quantises, matchers.users_behind_views(result)))]
+
+
+def quantises(reader: fx.Node) -> bool:
+    return compat.called_op(reader) in matchers.OPAQUE_QUANT_OPS or matchers.leads_to_fp8(reader)
+
+
+def fused(graph: fx.Graph) -> list[fx.Node]:
+    """Ops of ours that do more than quantise."""
+    ours = [node for node in graph.nodes if str(node.target).startswith("vllm_fusion_plugin.")]
+    return [node for node in ours if node.target is not torch.ops.vllm_fusion_plugin.group_fp8_quant.default]
+
+
+def is_quantiser(node: fx.Node) -> bool:
+    if compat.called_op(node) in matchers.OPAQUE_QUANT_OPS:
+        return True
+    return node.target is torch.ops.prims.convert_element_type.default and node.args[1] == torch.float8_e4m3fn
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor, number: int) -> None:
+    """The bytes, whatever their NaN."""
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    a, b = actual.float(), expected.float()
+    same = (a.view(torch.int32) == b.view(torch.int32)) | (a.isnan() & b.isnan())
+    if not bool(same.all()):
+        at = (~same).nonzero()
+        first = [(tuple(i), a[tuple(i)].item(), b[tuple(i)].item()) for i in at[:4].tolist()]
+        raise AssertionError(f"output {number}, {actual.dtype}: {len(at)} of {a.numel()} differ: {first}")
