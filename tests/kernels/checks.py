@@ -51,6 +51,30 @@ def assert_same_bytes(actual: torch.Tensor, expected: torch.Tensor, what: str) -
     raise AssertionError(f"{what}: {len(where)} of {actual.numel()} differ, the first being\n{first}")
 
 
+# From torch 2.14 on, some of Inductor's kernels give another last bit to the sums of 0.3 to 0.5 % of the rows: see
+# docs/notes/inductor-norms.md.
+SUMS_ARE_SELDOM_OFF = torch.__version__ >= torch.torch_version.TorchVersion("2.14")
+
+
+def assert_inductors_rows(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    """Normed rows are Inductor's, byte for byte; where sums are seldom off, but for 1 number in 4 million, by a step."""
+    if not SUMS_ARE_SELDOM_OFF:
+        return assert_same_bytes(actual, expected, what)
+    steps = (as_bits(actual).int() - as_bits(expected).int()).abs()
+    assert int(steps.max()) <= 1, what
+    assert int(steps.count_nonzero()) <= max(2, steps.numel() // 4_000_000), what
+
+
+def assert_inductors_scales(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    """Scales of such rows, likewise: but for 1 % of them, by 2 ulp."""
+    if not SUMS_ARE_SELDOM_OFF:
+        return assert_same_bytes(actual, expected, what)
+    torch.testing.assert_close(
+        actual, expected, rtol=2**-22, atol=0, equal_nan=True, msg=lambda text: f"{what}: {text}"
+    )
+    assert count_differing(actual, expected) <= actual.numel() // 100, what
+
+
 def assert_same_outputs(actual: Iterable[torch.Tensor], expected: Iterable[torch.Tensor], what: str = "op") -> None:
     """The strides and the bytes of an op's outputs, one by one."""
 

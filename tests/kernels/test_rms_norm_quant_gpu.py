@@ -33,8 +33,11 @@ from .cases import DTYPES, EPS, all_values, short, strided
 from .checks import (
     EDGE,
     ENDS,
+    SUMS_ARE_SELDOM_OFF,
     Wait,
     as_bits,
+    assert_inductors_rows,
+    assert_inductors_scales,
     assert_same_bytes,
     assert_same_outputs,
     check_columns,
@@ -180,8 +183,9 @@ def test_native_norm_is_inductors(
     expected = compiled(torch_norm_of_rows, x, residual, fused_weight(mode, weight), deterministic=width > 2048)
     tile = kernels.Tile(1, 2048, 16) if width > 2048 else None
     actual = run_norm(x, weight, residual, mode, tile)
-    for name, one, other in zip(("normed", "residual_out"), actual, expected, strict=False):
-        assert_same_bytes(one, other, name)
+    assert_inductors_rows(actual[0], expected[0], "normed")
+    if residual is not None:
+        assert_same_bytes(actual[1], expected[1], "residual_out")
     # what users have: Inductor's own choice, ours by default
     expected = compiled(torch_norm_of_rows, x, residual, fused_weight(mode, weight))
     actual = run_norm(x, weight, residual, mode)
@@ -390,8 +394,8 @@ def test_group_native_quant_is_inductors(
 
     expected = compiled(native, x, residual, weight)
     actual = rms_norm_group_fp8_quant(x, weight, EPSILON, residual=residual, use_ue8m0=use_ue8m0, **mode.forms())
-    assert_same_bytes(actual[1], expected[1].contiguous(), "scales")
-    assert_native_codes(actual[0], expected[0], exact=True)
+    assert_inductors_scales(actual[1], expected[1].contiguous(), "scales")
+    assert_native_codes(actual[0], expected[0], exact=width <= 8192 or not SUMS_ARE_SELDOM_OFF)
     for one, other in zip(actual[2:], expected[2:], strict=True):
         assert_same_bytes(one, other, "residual_out")
 
@@ -423,6 +427,7 @@ def test_token_and_static_native_quant(width: int, static: bool, residual_given:
         codes, scales, *totals = rms_norm_token_fp8_quant(x, weight, EPSILON, **options)
         exact = width <= 1024 or (residual_given and width in (4096, 5120, 8192))
         # a sum, its root and two products: 1.3 ulps apart measured, 2 allowed
+        exact = exact and (width <= 1024 or not SUMS_ARE_SELDOM_OFF)
         torch.testing.assert_close(scales, expected[1], rtol=0 if exact else 2**-21, atol=0)
     assert_native_codes(codes, expected[0], exact)
     for one, other in zip(totals, expected[2:], strict=True):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 HERE = pathlib.Path(__file__).parent
-MODEL = HERE.parent / "models" / "qwen3-8b-8layers"
+MODEL = HERE / "models" / "qwen3-8b-8layers"
 # DeepGEMM, whose scales are TMA-aligned: what would depend on the number of rows modulo 4.
 DEEP_GEMM = {
     "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0",
