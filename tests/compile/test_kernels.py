@@ -125,6 +125,6 @@ def test_mla_v_up(tokens, input_first, compiled):
     x = torch.zeros(tokens, 16, 512, dtype=torch.bfloat16)
     w = torch.zeros(16, 512, 128) if input_first else torch.zeros(16, 128, 512).transpose(1, 2)
     mla_v_up_quant.mla_v_up_group_fp8_quant(
-        x, w.bfloat16(), *outputs(x, 16 * 128), (tokens, 0), 128, False, EPS, pdl=True
+        x, w.bfloat16(), *outputs(x, 16 * 128), (tokens, 0), 128, False, EPS, "custom_op", pdl=True
     )
     check(compiled, 1)
