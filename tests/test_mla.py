@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm_fusion_plugin import compat, mla, report
+from vllm_fusion_plugin.ops import calls, registry
 from vllm_fusion_plugin.ops.quant import group_fp8_quant_reference
 
 from . import mla_layer
@@ -115,6 +116,33 @@ def test_profile_run_gives_zeros(layout):
     layer.forward_impl(q, q, q, q, None, output=codes, output_block_scale=scales, quant_group_size=128)
     assert not codes.view(torch.uint8).any()
     assert not everything(scales).any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_profile_run_tells_the_warm_up_what_decoding_calls(layout, monkeypatch):
+    monkeypatch.setattr(calls, "CALLS", {})
+    monkeypatch.setattr(calls, "_recording", True)
+    layer, (rows, *_) = make_layer(), BATCHES["mixed"]
+    codes, scales = buffers(rows, 128, layout)
+    q = torch.zeros(rows, HEADS, NOPE + ROPE, dtype=torch.bfloat16)
+    layer.forward_impl(q, q, q, q, None, output=codes, output_block_scale=scales, quant_group_size=128)
+    [made] = calls.CALLS
+
+    called = []
+    op = mla.mla_v_up_group_fp8_quant
+
+    def noted(*tensors, **kwargs):
+        called.append(calls.describe(registry.SIGNATURES[made.op], (*tensors, *kwargs.values()))[0])
+        op(*tensors, **kwargs)
+
+    monkeypatch.setattr(mla, "mla_v_up_group_fp8_quant", noted)
+    for batch in ("one-token", "mixed"):
+        run(layer, batch, layout=layout)
+    for decoded in called:
+        assert decoded._replace(arguments=decoded.arguments[:3]) == made._replace(arguments=made.arguments[:3])
+        assert decoded.arguments[4:] == made.arguments[4:]
+        # column-major scales start as far apart as there are tokens, which no kernel is compiled for
+        assert decoded.arguments[3].strides[0] == made.arguments[3].strides[0]
 
 
 def test_decode_is_noted():

@@ -73,8 +73,9 @@ def dual(layout: str, quant_form: str = "custom_op") -> calls.Call:
 
 
 def norm(width: int, layout: str, add: bool, quant_form: str = "custom_op", addends: bool = False) -> calls.Call:
-    x, more = meta(64, width), (meta(64, width), 2.5, meta(64, width)) if addends else (None, 1.0, None)
-    residual, keep_norm = meta(64, width) if add else None, add and quant_form == "custom_op"
+    x, residual = meta(64, width), meta(64, width) if add else None
+    more = (meta(64, width), 2.5, meta(64, width)) if addends else (None, 1.0, None)
+    keep_norm = add and quant_form == "custom_op"
     return call(
         "rms_norm_group_fp8_quant", x, meta(width), 1e-6, residual, False, keep_norm, 128,
         *LAYOUTS[layout], False, EPS, "native", quant_form, *more, True, 0, False,

@@ -7,11 +7,14 @@ surely. vLLM runs every graph at least once before it serves. Nothing is remembe
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+
+logger = logging.getLogger("vllm.fusion_plugin")
 
 
 class Signature(NamedTuple):
@@ -79,11 +82,14 @@ def recording() -> bool:
 
 
 def remember(signature: Signature, arguments: Sequence[Any]) -> None:
-    """Remember a call that has at least one token."""
-    call, tokens = describe(signature, arguments)
-    if tokens > CALLS.get(call, 0):
-        with _lock:
-            CALLS[call] = max(tokens, CALLS.get(call, 0))
+    """Remember a call that has at least one token. Never raises."""
+    try:
+        call, tokens = describe(signature, arguments)
+        if tokens > CALLS.get(call, 0):
+            with _lock:
+                CALLS[call] = max(tokens, CALLS.get(call, 0))
+    except Exception as e:  # the call itself has to go on
+        logger.warning("vllm-fusion-plugin: %s will not be warmed up: %s: %s", signature.name, type(e).__name__, e)
 
 
 def describe(signature: Signature, arguments: Sequence[Any]) -> tuple[Call, int]:
