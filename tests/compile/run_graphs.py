@@ -88,6 +88,23 @@ def _number(size: Any, rows: int) -> int:
     return int(size.node.expr.subs({symbol: rows for symbol in size.node.expr.free_symbols}))
 
 
+class _OnCpu(fx.Interpreter):
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.ops.higher_order.triton_kernel_wrapper_functional:
+            results = _group_quant_in_triton(**kwargs["kwargs"])
+            return {name: results[name] for name in kwargs["tensors_to_clone"]}
+        return super().call_function(target, args, kwargs)
+
+
+def _group_quant_in_triton(y_ptr, y_q_ptr, y_s_ptr, **_: Any) -> dict[str, torch.Tensor]:
+    """vLLM's kernel for rows that are not contiguous. None of our passes touches it: what matters here is that what it
+    returns is a function of what it is given."""
+    codes, scales = torch.empty_like(y_q_ptr), torch.empty_like(y_s_ptr)
+    group_size = y_ptr.numel() // y_s_ptr.numel()
+    per_token_group_fp8_quant(y_ptr, codes, scales, group_size, 1e-10, -448.0, 448.0, False, False, False)
+    return {"y_q_ptr": codes, "y_s_ptr": scales}
+
+
 def run_on_cpu(graph: fx.Graph, inputs: list[Any]) -> list[torch.Tensor]:
     """What the graph returns. `graph` is left as it is."""
     vllms_ops_on_cpu()
@@ -97,5 +114,5 @@ def run_on_cpu(graph: fx.Graph, inputs: list[Any]) -> list[torch.Tensor]:
             node.update_kwarg("device", torch.device("cpu"))
     inputs = [value.clone() if isinstance(value, torch.Tensor) else value for value in inputs]
     with torch.no_grad():
-        results = fx.Interpreter(fx.GraphModule(torch.nn.Module(), graph)).run(*inputs)
+        results = _OnCpu(fx.GraphModule(torch.nn.Module(), graph)).run(*inputs)
     return [result for result in results if isinstance(result, torch.Tensor)]

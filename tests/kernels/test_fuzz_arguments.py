@@ -25,7 +25,7 @@ from vllm_fusion_plugin.ops import (
     rms_norm_quant,
     silu_mul_quant,
 )
-from vllm_fusion_plugin.ops.quant import FP8_DTYPE, GROUP_FORMS
+from vllm_fusion_plugin.ops.quant import FP8_DTYPE, GROUP_FORMS, GROUP_SIZES, INPUT_DTYPES
 
 OPS = {
     "silu_mul_group_fp8_quant": silu_mul_quant,
@@ -143,6 +143,7 @@ def test_wrong_arguments_are_refused_by_name(op: str, data: st.DataObject) -> No
 
     outcome, result = tried(reference, arguments)
     event(outcome)
+    assert outcome == "refused" or not certainly_wrong(arguments)
     assert tried(function, arguments)[0] == outcome, result
     given_tensors = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
     if any(t.is_meta for t in given_tensors):
@@ -155,6 +156,31 @@ def test_wrong_arguments_are_refused_by_name(op: str, data: st.DataObject) -> No
     else:
         assert fake_outcome == outcome, fake
         assert description(fake) == description(result)
+
+
+ALLOWED = {
+    "act_form": silu_mul_quant.ACT_FORMS,
+    "norm_form": rms_norm_quant.NORM_FORMS,
+    "quant_form": GROUP_FORMS,
+    "activation": gated_rms_norm_quant.ACTIVATIONS,
+    "group_size": GROUP_SIZES,
+    "sum_columns": rms_norm_quant.SUM_COLUMNS,
+}
+INPUTS = ("x", "z", "q", "kv", "attn_out", "w_uv")
+
+
+def certainly_wrong(arguments: dict[str, Any]) -> list[str]:
+    """Arguments that no op takes, whatever the others are."""
+    wrong = [name for name, value in arguments.items() if name in ALLOWED and value not in ALLOWED[name]]
+    wrong += [name for name in INPUTS if name in arguments and arguments[name].dtype not in INPUT_DTYPES]
+    if arguments.get("tma_aligned_scales") and not arguments["column_major_scales"]:
+        wrong.append("tma_aligned_scales")
+    for name in ("scale", "global_scale", "scale_ub"):
+        if isinstance(scale := arguments.get(name), torch.Tensor) and (
+            scale.numel() != 1 or scale.dtype != torch.float32
+        ):
+            wrong.append(name)
+    return wrong
 
 
 def elsewhere(arguments: dict[str, Any]) -> dict[str, Any]:
