@@ -4,8 +4,8 @@
     with Tracer() as tracer:
         trace = tracer.trace("qwen3-8b-8layers", plugin=True, env={"VLLM_USE_DEEP_GEMM": "0"})
 
-`python tracer.py` is the process that has vLLM imported and forks. It reads the arguments of trace_model.py as JSON, a line a
-trace, and answers with a line, the trace's exit status. It is no fork of the caller, which may have threads.
+`python tracer.py` is the process that has vLLM imported and forks. It reads the arguments of trace_model.py as JSON, a line
+a trace, and answers with a line, the trace's exit status. It is no fork of the caller, which may have threads.
 """
 
 from __future__ import annotations
