@@ -58,6 +58,9 @@ class EngineResult:
     """vLLM's compilation counters, one a rank: how often it compiled, saved, loaded."""
     compilation_mode: str
     seconds: float
+    margins: list[list[float]] = dataclasses.field(default_factory=list)
+    """By how much each of those tokens was better than the next best: its logprob less the other's."""
+    later_logprobs: list[list[list[float]]] = dataclasses.field(default_factory=list)
 
 
 class WorkerProbe:
@@ -114,7 +117,7 @@ def run(job: EngineJob) -> EngineResult:
     llm = LLM(job.model, **arguments | job.engine)
     if job.prepare:
         llm.collective_rpc(job.prepare)
-    sampling = SamplingParams(temperature=0, max_tokens=job.max_tokens, ignore_eos=True, detokenize=False, logprobs=1)
+    sampling = SamplingParams(temperature=0, max_tokens=job.max_tokens, ignore_eos=True, detokenize=False, logprobs=2)
     prompts: Any = [{"prompt_token_ids": list(prompt)} for prompt in PROMPTS]
     generations: list[list[Any]] = []
     for names in job.broken_ops:
@@ -123,14 +126,26 @@ def run(job: EngineJob) -> EngineResult:
     first, *later = generations
     return EngineResult(
         tokens=[list(c.token_ids) for c in first],
-        logprobs=[[step[token].logprob for token, step in zip(c.token_ids, c.logprobs, strict=True)] for c in first],
+        logprobs=list(map(_logprobs, first)),
         later_tokens=[[list(c.token_ids) for c in completions] for completions in later],
         match_tables=llm.collective_rpc("get_compilation_match_table"),
         reports=[report for report in llm.collective_rpc("fusion_report") if report is not None],
         counters=llm.collective_rpc("compilation_counters"),
         compilation_mode=llm.llm_engine.vllm_config.compilation_config.mode.name,
         seconds=time.monotonic() - start,
+        margins=list(map(_margins, first)),
+        later_logprobs=[list(map(_logprobs, completions)) for completions in later],
     )
+
+
+def _logprobs(completion: Any) -> list[float]:
+    steps = zip(completion.token_ids, completion.logprobs, strict=True)
+    return [step[token].logprob for token, step in steps]
+
+
+def _margins(completion: Any) -> list[float]:
+    steps = zip(completion.token_ids, completion.logprobs, strict=True)
+    return [step[token].logprob - max(step[other].logprob for other in step if other != token) for token, step in steps]
 
 
 def main(job_file: str, result_file: str) -> None:

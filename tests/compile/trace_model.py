@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -28,10 +29,12 @@ import fake_gpu
 TOKENS = 64  # any number above 1: it becomes a symbol
 
 
-def main() -> None:
-    options = parse_arguments()
+def main(arguments: list[str] | None = None) -> None:
+    """arguments: those of the command line by default."""
+    options = parse_arguments(arguments)
     with tempfile.TemporaryDirectory() as cache:
-        prepare_environment(options, cache)
+        prepare_environment(options.env, cache)
+        os.environ["VLLM_FUSION_PLUGIN"] = str(int(options.plugin))
         fake_gpu.install()
         result = trace(options)
     text = json.dumps(result, indent=1)
@@ -41,7 +44,7 @@ def main() -> None:
         print(text)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder with the model's config.json")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size; rank 0 is traced")
@@ -58,17 +61,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="file for the JSON, default standard output")
     parser.add_argument("--dump-graphs", type=Path, help="folder for the graphs before and after the passes, as text")
-    return parser.parse_args()
-
-
-def prepare_environment(options: argparse.Namespace, cache: str) -> None:
-    """Has to happen before vLLM is imported, which reads some of these then."""
+    options = parser.parse_args(arguments)
     if options.plugin and "vllm_fusion_plugin" not in {
         e.name for e in metadata.entry_points(group="vllm.general_plugins")
     }:
-        sys.exit("--plugin: vllm_fusion_plugin is not installed here (pip install -e .), so vLLM does not load it")
+        parser.error("--plugin: vllm_fusion_plugin is not installed here (pip install -e .), so vLLM does not load it")
+    return options
+
+
+def prepare_environment(assignments: list[str], cache: str) -> None:
+    """assignments: NAME=VALUE each. Has to happen before vLLM is imported, which reads some of these then."""
     os.environ |= {
-        "VLLM_FUSION_PLUGIN": str(int(options.plugin)),
         "VLLM_CACHE_ROOT": cache,
         "VLLM_DISABLE_COMPILE_CACHE": "1",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
@@ -76,11 +79,26 @@ def prepare_environment(options: argparse.Namespace, cache: str) -> None:
         "CUDA_VISIBLE_DEVICES": "",  # the same trace on a machine that has a GPU
     }
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    for assignment in options.env:
+    for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals:
             sys.exit(f"--env: expected NAME=VALUE, got {assignment!r}")
         os.environ[name] = value
+
+
+def import_vllm() -> None:
+    """What all traces need and what takes long, for a process that will fork."""
+    for module in (
+        "recorder",
+        "torch._inductor.compile_fx",
+        "vllm.compilation.backends",
+        "vllm.engine.arg_utils",
+        "vllm.model_executor.model_loader.utils",
+        "vllm.model_executor.models.deepseek_v2",
+        "vllm.model_executor.models.qwen3",
+        "vllm.model_executor.models.qwen3_next",
+    ):
+        importlib.import_module(module)
 
 
 def trace(options: argparse.Namespace) -> dict[str, Any]:
@@ -92,7 +110,7 @@ def trace(options: argparse.Namespace) -> dict[str, Any]:
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    started = time.monotonic()
+    started, cpu = time.monotonic(), time.process_time()
     config = engine_config(options)
     # vLLM makes some real tensors on the way, on the CPU: they may be mixed with fake ones.
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -106,7 +124,10 @@ def trace(options: argparse.Namespace) -> dict[str, Any]:
             model(tokens, positions)
     if options.dump_graphs:
         dump_graphs(recording, options.dump_graphs)
-    return describe(options, model, recording) | {"seconds": round(time.monotonic() - started, 1)}
+    return describe(options, model, recording) | {
+        "seconds": round(time.monotonic() - started, 1),
+        "cpu": round(time.process_time() - cpu, 1),
+    }
 
 
 def engine_config(options: argparse.Namespace) -> Any:
