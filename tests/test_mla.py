@@ -138,6 +138,7 @@ def test_profile_run_tells_the_warm_up_what_decoding_calls(layout, monkeypatch):
     monkeypatch.setattr(mla, "mla_v_up_group_fp8_quant", noted)
     for batch in ("one-token", "mixed"):
         run(layer, batch, layout=layout)
+    assert len(called) == 2
     for decoded in called:
         assert decoded._replace(arguments=decoded.arguments[:3]) == made._replace(arguments=made.arguments[:3])
         assert decoded.arguments[4:] == made.arguments[4:]

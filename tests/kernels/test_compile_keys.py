@@ -24,9 +24,8 @@ LAYOUTS = {"row": (False, False), "column": (True, False), "tma": (True, True)}
 # of models: DeepSeek-V3's latent, Qwen3-Next, Qwen3-8B, GLM-4.5, Qwen3-8B's MLP, DeepSeek-V3's, Llama-3.1-70B's
 WIDTHS = [512, 1536, 2048, 4096, 5120, 7168, 12288, 18432, 28672]
 EPS = 1e-10
-# More keys than tiles would mean that something else comes from the number of tokens; one more is for one row, if its
-# stride is a multiple of 16 where that of more rows is none.
-MOST_TILES = 10
+# SiLU·mul of 12288 has as many. More would mean that something else comes from the number of tokens.
+MOST_KEYS = 8
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +105,7 @@ def keys_at(made: calls.Call, tokens: int) -> set[Any]:
 def check(made: calls.Call, numbers: range | list[int]) -> None:
     counts = warmup.token_counts(made, MOST)
     warm = set().union(*(keys_at(made, tokens) for tokens in counts))
-    assert 1 <= len(warm) <= MOST_TILES
+    assert 1 <= len(warm) <= MOST_KEYS
     for tokens in numbers:
         (key,) = keys_at(made, tokens)
         assert key in warm, f"{tokens} tokens need what {counts} have not compiled"
