@@ -26,8 +26,8 @@ _SHRINK = [
 ]  # without Phase.explain, which runs what failed again and again
 settings.register_profile("ci", derandomize=True, database=None, phases=_SHRINK, **_COMMON)
 settings.register_profile("long", phases=[Phase.reuse, *_SHRINK], **_COMMON)
-# Where a shrunk example would take too long to wait for: the first failing one as it is.
-settings.register_profile("unshrunk", parent=settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate])
+# By hand, where shrinking would take too long: as few as `ci`, others in each run, and the first that fails as it is.
+settings.register_profile("unshrunk", database=None, phases=[Phase.explicit, Phase.generate], **_COMMON)
 
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
 settings.load_profile(PROFILE)
