@@ -90,7 +90,7 @@ def lowered(recording: Recording) -> fx.Graph:
     rows=st.sampled_from([1, 5, 8]),
     kind=st.sampled_from(["normal", "special"]),
 )
-@examples(10)
+@examples(8)
 def test_same_bytes_and_every_quantiser_fused_or_explained(steps, dtype, lone, eliminate_noops, rows, kind) -> None:
     recording = trace(steps, dtype, lone, eliminate_noops)
     check_graphs(recording)
