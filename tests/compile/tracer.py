@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 MODELS = HERE.parent / "models"
 
 # A trace takes 15 to 60 s of a core; this is for a hang, such as a collective that waits for other ranks.
-TIMEOUT_S = 800
+TIMEOUT_S = 1800
 
 
 class TraceError(RuntimeError):

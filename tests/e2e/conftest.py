@@ -69,7 +69,7 @@ class Engine:
         return self.run(name, cache=self.one_rank_cache, **kwargs)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def cpu_build_of_vllm() -> str:
     try:
         return demo.cpu_vllm_version()
@@ -77,8 +77,14 @@ def cpu_build_of_vllm() -> str:
         pytest.skip(str(e))
 
 
+@pytest.fixture(autouse=True)
+def _cpu_build_unless_on_a_gpu(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") is None:
+        request.getfixturevalue("cpu_build_of_vllm")
+
+
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+def engine(tmp_path_factory: pytest.TempPathFactory, cpu_build_of_vllm: str) -> Engine:
     from vllm_fusion_plugin.demo_checkpoint import write_checkpoint
 
     folder = tmp_path_factory.mktemp("engine")

@@ -89,7 +89,7 @@ def test_inductors_own_cache(tmp_path):
             env=demo.engine_environment(1, tmp_path) | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")},
             stdout=stream,
             stderr=subprocess.STDOUT,
-            timeout=300,
+            timeout=1800,
         )
     assert process.returncode == 0, log.read_text()[-3000:]
     steps = json.loads(result.read_text())

@@ -41,7 +41,7 @@ def outcomes(tmp_path_factory) -> dict[str, str]:
         env={k: v for k, v in os.environ.items() if k not in SWITCHES} | {"VLLM_PLUGINS": demo.PLUGIN},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
     )
     assert process.returncode == 0, process.stderr[-3000:]
     outcomes = json.loads(result.read_text())

@@ -46,7 +46,7 @@ def child(tmp_path_factory) -> tuple[dict[str, RankReport], str]:
             env=demo.engine_environment(1, folder / "cache"),
             stdout=stream,
             stderr=subprocess.STDOUT,
-            timeout=800,
+            timeout=1800,
         )
     assert process.returncode == 0, log.read_text()[-3000:]
     reports = json.loads(result.read_text())
