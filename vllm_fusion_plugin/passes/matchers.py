@@ -54,8 +54,6 @@ def silu_mul_custom_op(x: torch.Tensor) -> torch.Tensor:
     return functionalized(torch.ops._C.silu_and_mul.default, result=out, input=x)[1]
 
 
-GROUP_QUANT_OPS = ("_C.per_token_group_fp8_quant",)
-
 # An op that a graph with the form has in any case.
 SILU_MUL_OPS = {"native": "aten.exp", "custom_op": "_C.silu_and_mul"}
 
@@ -222,31 +220,6 @@ OPAQUE_QUANT_OPS = (
 
 def refuse_codes(codes: torch.Tensor) -> str | None:
     return None if codes.dtype == FP8_DTYPE else f"the quantiser writes {codes.dtype}; fused for {FP8_DTYPE}"
-
-
-def users_behind_views(node: fx.Node) -> list[fx.Node]:
-    """Who reads a value, reshaped or not."""
-    found = []
-    for user in node.users:
-        found += users_behind_views(user) if user.target is torch.ops.aten.reshape.default else [user]
-    return found
-
-
-# What a native quantiser does to a value on its way to the conversion.
-SCALING_OPS = {"aten.reshape", "aten.mul", "aten.div", "aten.clamp_min", "aten.clamp_max", "prims.convert_element_type"}
-
-
-def leads_to_fp8(node: fx.Node) -> bool:
-    """Whether plain torch code scales a value, which `node` reads, and makes FP8 numbers of it."""
-    if node.target is CONVERT and node.args[1] == FP8_DTYPE:
-        return True
-    return compat.called_op(node) in SCALING_OPS and any(map(leads_to_fp8, node.users))
-
-
-def describe_call(node: fx.Node) -> str:
-    """An op and the numbers that it is called with, for reports."""
-    told = {name: value for name, value in node.kwargs.items() if not isinstance(value, fx.Node)}
-    return f"{compat.called_op(node)}, called with {told}"
 
 
 def share_equal_quantisers(graph: fx.Graph) -> list[fx.Node]:
