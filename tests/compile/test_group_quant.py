@@ -16,7 +16,7 @@ fake_gpu.install()
 import torch  # noqa: E402
 from recorder import count_ops  # noqa: E402
 from torch import nn  # noqa: E402
-from trace_module import check_graphs, make_config, our_ops, reasons, trace_branches  # noqa: E402
+from trace_module import check_graphs, group_rounding, make_config, our_ops, reasons, trace_branches  # noqa: E402
 from vllm.model_executor.layers.activation import SiluAndMul  # noqa: E402
 from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8  # noqa: E402
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape  # noqa: E402
@@ -75,7 +75,14 @@ def test_every_layout_runs_our_kernel():
     found = our_ops(recording)
     for (op, arguments), (size, layout, ue8m0) in zip(found, cases, strict=True):
         assert op == "group_fp8_quant"
-        assert list(arguments.values())[1:] == [size, layout != "row", layout == "tma", ue8m0, 1e-10, "custom_op"]
+        assert list(arguments.values())[1:] == [
+            size,
+            layout != "row",
+            layout == "tma",
+            ue8m0,
+            1e-10,
+            group_rounding("custom_op"),
+        ]
     (subgraph,) = recording.subgraphs
     assert VLLM_OP not in count_ops(subgraph.after)
 

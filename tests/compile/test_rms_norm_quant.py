@@ -21,8 +21,8 @@ from recorder import count_ops  # noqa: E402
 from torch import nn  # noqa: E402
 from trace_module import (  # noqa: E402
     check_graphs,
+    group_rounding,
     make_config,
-    native_ue8m0_is_fused,
     our_ops,
     reasons,
     trace_branches,
@@ -99,10 +99,13 @@ def quantisers(native):
     form = "native" if native else "custom_op"
     for size, layout, ue8m0 in itertools.product((64, 128), LAYOUTS, (False, True)):
         # forward_native knows no TMA alignment: it makes the column-major graph
-        if native and (layout == "tma" or (ue8m0 and not native_ue8m0_is_fused())):
+        if native and layout == "tma":
             continue
         told = dict(group_size=size, column_major_scales=layout != "row", tma_aligned_scales=layout == "tma")
-        yield group(size, layout, ue8m0, native), told | dict(use_ue8m0=ue8m0, eps=1e-10, quant_form=form)
+        yield (
+            group(size, layout, ue8m0, native),
+            told | dict(use_ue8m0=ue8m0, eps=1e-10, quant_form=group_rounding(form)),
+        )
     for bounded in (False, True):
         yield token(bounded, native), dict(quant_form=form)
     yield static(native), dict(quant_form=form)
@@ -474,7 +477,7 @@ def test_both_norms_of_latent_attention_are_one_op():
     for (_, arguments), (layout, ue8m0) in zip(found, itertools.product(LAYOUTS, (False, True)), strict=True):
         expected = dict(q_epsilon=1e-5, kv_epsilon=1e-6, group_size=128, use_ue8m0=ue8m0, eps=1e-10)
         expected |= dict(column_major_scales=layout != "row", tma_aligned_scales=layout == "tma")
-        assert holds(arguments, expected | dict(norm_form="native", quant_form="custom_op"))
+        assert holds(arguments, expected | dict(norm_form="native", quant_form=group_rounding("custom_op")))
         assert [arguments[name].meta["val"].shape[1] for name in ("q", "kv")] == [Q, KV]
     (subgraph,) = recording.subgraphs
     assert not {"vllm_ir.rms_norm.default", "aten.pow.Tensor_Scalar"} & count_ops(subgraph.after).keys()
@@ -595,7 +598,7 @@ def test_gated_norms_are_fused(native):
             norm_before_gate=kind["norm_before_gate"],
             activation="sigmoid" if kind["activation"] == "sigmoid" else "silu",
             norm_form="native",
-            quant_form="native" if native else "custom_op",
+            quant_form=group_rounding("native" if native else "custom_op"),
             column_major_scales=True,
         )
         assert holds(arguments, expected), kind

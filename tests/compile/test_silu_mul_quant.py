@@ -17,8 +17,8 @@ import torch  # noqa: E402
 from recorder import Recording, count_ops  # noqa: E402
 from trace_module import (  # noqa: E402
     check_graphs,
+    group_rounding,
     make_config,
-    native_ue8m0_is_fused,
     our_ops,
     reasons,
     trace_branches,
@@ -101,7 +101,7 @@ def layouts(quant_form):
     """Scale layouts that a quantiser of that form can be asked for, with each group size and kind of scales."""
     for layout, (size, ue8m0) in itertools.product(LAYOUTS, ((64, False), (128, False), (128, True))):
         # forward_native knows no TMA alignment: it makes the column-major graph
-        if quant_form == "custom_op" or (layout != "tma" and (native_ue8m0_is_fused() or not ue8m0)):
+        if quant_form == "custom_op" or layout != "tma":
             yield layout, size, ue8m0
 
 
@@ -125,14 +125,8 @@ def test_group_quant_is_fused(forms):
             ue8m0,
             1e-10,
             ROUNDING[act_form],
-            quant_form,
+            group_rounding(quant_form),
         ]
-
-
-def test_native_ue8m0_scales_with_another_floor_are_left_alone():
-    recording = trace(functools.partial(GroupQuantMLP, ue8m0=True), custom_ops=FORMS["native+native"])
-    assert len(our_ops(recording)) == native_ue8m0_is_fused()
-    assert any("floor" in reason for reason in reasons()) != native_ue8m0_is_fused()
 
 
 @pytest.mark.parametrize("forms", FORMS)

@@ -59,13 +59,14 @@ def trace_module(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], conf
     return recording
 
 
-def native_ue8m0_is_fused() -> bool:
-    """Whether our ops compute what this vLLM's native quantiser does with UE8M0 scales: since 0.33, those get their floor
-    before they are rounded up."""
+def group_rounding(quant_form: str) -> str:
+    """What an op that fuses this vLLM's group quantiser of that form, custom_op or native, is told of its rounding."""
     import vllm
     from packaging.version import Version
 
-    return Version(vllm.__version__).release < (0, 33)
+    if Version(vllm.__version__).release < (0, 33):
+        return quant_form
+    return {"custom_op": "reciprocal", "native": "native_floored"}[quant_form]
 
 
 class Branches(torch.nn.Module):
