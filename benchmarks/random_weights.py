@@ -23,11 +23,17 @@ class RandomWeights:
     @torch.inference_mode()
     def fill_random_weights(self) -> int:
         """Fill every parameter in place (CUDA graphs keep their addresses); number of parameters filled."""
-        count = 0
-        for name, parameter in self.model_runner.model.named_parameters():
-            _fill(name, parameter.data)
-            count += 1
-        return count
+        return fill(self.model_runner.model)
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module) -> int:
+    """Fill every parameter in place; number of parameters filled."""
+    count = 0
+    for name, parameter in model.named_parameters():
+        _fill(name, parameter.data)
+        count += 1
+    return count
 
 
 def _fill(name: str, data: torch.Tensor) -> None:

@@ -91,8 +91,8 @@ def answers(result: subprocess.CompletedProcess[str]) -> dict[str, str]:
 
 
 def test_register_is_quick_and_can_be_called_again():
-    """Quick: it imports neither torch's compiler nor our passes and kernels, which take seconds. Every process of vLLM's calls
-    it."""
+    """Quick: it imports neither torch's compiler nor our passes and kernels, which take seconds. Every process of vLLM's
+    calls it."""
     pytest.importorskip("vllm")
     result = answers(run(REGISTER.format(body="plugin.register(); plugin.register()")))
     assert result["manager"] == "vllm_fusion_plugin.plugin.make_pass_manager"

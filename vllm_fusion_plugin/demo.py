@@ -108,7 +108,7 @@ def run_engine(
     environment: on top of engine_environment().
 
     Raises:
-        DemoError: the engine failed or took longer than ENGINE_TIMEOUT_S; the message names the log and gives its last lines.
+        DemoError: the engine failed or took longer than ENGINE_TIMEOUT_S; the message names the log, with its last lines.
     """
     folder.mkdir(parents=True, exist_ok=True)
     job_file, result_file, log = folder / "job.json", folder / "result.json", folder / "engine.log"

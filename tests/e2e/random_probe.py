@@ -1,10 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker extension of models that have no checkpoint: what demo_engine asks of workers, and random weights."""
+"""Random weights for models that have no checkpoint, and worker extension: what demo_engine asks of workers.
 
-from random_weights import RandomWeights  # of benchmarks/
+The weights are filled where a checkpoint would be loaded. Later is too late: on CPUs that oneDNN packs weights for, and in
+latent attention on all, layers keep a copy of their own then.
+"""
+
+from typing import Any
+
+from random_weights import fill  # of benchmarks/
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 from vllm_fusion_plugin.demo_engine import WorkerProbe
 
+LOAD_FORMAT = "random"
 
-class RandomProbe(RandomWeights, WorkerProbe):
-    pass
+
+@register_model_loader(LOAD_FORMAT)
+class RandomLoader(DummyModelLoader):
+    def load_weights(self, model: Any, model_config: Any) -> None:
+        super().load_weights(model, model_config)
+        fill(model)
+
+
+class RandomProbe(WorkerProbe):
+    """Loads with this module, before the worker loads the model."""

@@ -82,8 +82,7 @@ def generate(folder: Path, model: Model, fuse: bool) -> EngineResult:
         model=str(folder / "model"),
         pass_config=dict.fromkeys(demo.FLAGS, fuse),
         broken_ops=[[], *([op] for op in model.ops if fuse)],
-        engine={"load_format": "dummy", "worker_extension_cls": "random_probe.RandomProbe"},
-        prepare="fill_random_weights",
+        engine={"load_format": "random", "worker_extension_cls": "random_probe.RandomProbe"},
     )
     name = "fused" if fuse else "unfused"
     environment = {"PYTHONPATH": ON_PATH} | ({} if fuse else {"VLLM_FUSION_PLUGIN": "0"})
