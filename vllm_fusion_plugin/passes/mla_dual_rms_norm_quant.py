@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from .. import compat, report
+from ..kernels.forms import is_native
 from ..ops import mla_dual_rms_norm_quant, rms_norm_quant  # noqa: F401  (registers the ops)
 from . import matchers
 from .base import innermost_common
@@ -67,7 +68,8 @@ def view_chain(node: Any) -> list[fx.Node]:
 
 
 def _quantiser(q: fx.Node) -> matchers.GroupQuant:
-    group_size, column_major, tma_aligned, ue8m0, eps, _, form = _how(q)
+    group_size, column_major, tma_aligned, ue8m0, eps, _, quant_form = _how(q)
+    form = "native" if is_native(quant_form) else "custom_op"  # as the graph had it, by which reports name it
     return matchers.GroupQuant(form, group_size, column_major, tma_aligned, ue8m0, eps)
 
 
