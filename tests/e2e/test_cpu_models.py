@@ -104,8 +104,8 @@ def test_same_tokens_as_vllm_without_the_plugin(model: Model, tmp_path: Path) ->
     assert {name: count for name, count in table.items() if count} == model.matches
     assert fused.tokens == unfused.tokens
     logprobs = [list(chain(*result.logprobs)) for result in (fused, unfused)]
-    # Inductor vectorises its CPU code by the instruction set, and a number next to a tie then gets another FP8 code: the same
-    # tokens, and logprobs up to 0.016 apart on a Xeon with AMX, 5e-4 on one without. Ops that are wrong change tokens, below.
+    # Inductor vectorises its CPU code by the instruction set; a number next to a tie then gets another FP8 code. Logprobs
+    # were up to 0.016 apart on a Xeon with AMX, 5e-4 on one without. Tokens are the same, and wrong ops change them, below.
     assert logprobs[0] == pytest.approx(logprobs[1], abs=0.1)
     for op, tokens in zip(model.ops, fused.later_tokens, strict=True):
         assert tokens != fused.tokens, f"{op} wrong, and the same tokens"
