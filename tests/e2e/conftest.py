@@ -18,6 +18,8 @@ import pytest
 from vllm_fusion_plugin import demo
 from vllm_fusion_plugin.demo_engine import FUSED_OPS, EngineJob, EngineResult
 
+from .agreement import other_vectors
+
 CHILD = str(Path(__file__).parent / "engine_child.py")
 SAVED = re.compile(r"saved AOT compiled function to \S*/torch_aot_compile/(\w+)/")
 
@@ -109,6 +111,8 @@ def other_states(engine: Engine, with_plugin: EngineRun) -> dict[str, EngineRun]
     }
     with ThreadPoolExecutor(2) as pool:
         runs = {name: pool.submit(engine.run_in_one_rank_cache, name, **state) for name, state in states.items()}
+        unlike = {"VLLM_FUSION_PLUGIN": "0"} | other_vectors()
+        runs["control"] = pool.submit(engine.run, "control", change="stock", environment=unlike)
     return {name: run.result() for name, run in runs.items()}
 
 
@@ -120,6 +124,12 @@ def upgraded(other_states: dict[str, EngineRun]) -> EngineRun:
 @pytest.fixture(scope="session")
 def switched_off(other_states: dict[str, EngineRun]) -> EngineRun:
     return other_states["switched_off"]
+
+
+@pytest.fixture(scope="session")
+def control(other_states: dict[str, EngineRun]) -> EngineRun:
+    """Switched off, too, and with other vectors: see agreement.py."""
+    return other_states["control"]
 
 
 @pytest.fixture(scope="session")

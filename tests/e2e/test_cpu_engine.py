@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's CPU engine generates the same tokens with our fusions as without, and the fusions are where they should be."""
+"""vLLM's CPU engine generates the same text with our fusions as without, and the fusions are where they should be."""
 
 from __future__ import annotations
-
-from itertools import chain
 
 import pytest
 
 from vllm_fusion_plugin.demo_checkpoint import CONFIG
 from vllm_fusion_plugin.demo_engine import FUSED_OPS
 from vllm_fusion_plugin.report import FusionReport, sum_match_tables
+
+from .agreement import bound, check_agreement, distance, wrong_distances
 
 pytestmark = pytest.mark.slow
 
@@ -32,11 +32,10 @@ def matched_modules(report: FusionReport) -> list[set[tuple[str, str]]]:
     return [{(f.pass_name, f.module) for s in rank.subgraphs for f in s.found} for rank in report.ranks]
 
 
-def test_same_tokens_as_vllm_without_the_plugin(with_plugin, switched_off):
-    assert switched_off.result.match_tables == [{}]
-    assert with_plugin.result.tokens == switched_off.result.tokens
-    fused, unfused = (list(chain(*run.result.logprobs)) for run in (with_plugin, switched_off))
-    assert fused == pytest.approx(unfused, abs=1e-5)
+def test_same_text_as_vllm_without_the_plugin(with_plugin, switched_off, control):
+    """Wrong ops do not pass: without this, agreement could mean that the layers do not matter or that no fused op runs."""
+    assert switched_off.result.match_tables == control.result.match_tables == [{}]
+    check_agreement(with_plugin.result, switched_off.result, control.result, len(FUSED_OPS))
 
 
 def test_every_layer_fuses(with_plugin):
@@ -51,9 +50,11 @@ def test_every_layer_fuses(with_plugin):
     assert "made outside this compiled graph: vLLM splits the model at attention" in reason
 
 
-def test_same_tokens_on_two_ranks(two_ranks, two_ranks_unfused):
+def test_same_text_on_two_ranks(two_ranks, two_ranks_unfused, with_plugin, switched_off, control):
     assert sum(sum_match_tables(two_ranks_unfused.result.match_tables).values()) == 0
-    assert two_ranks.result.tokens == two_ranks_unfused.result.tokens
+    wrong = wrong_distances(with_plugin.result, switched_off.result, len(FUSED_OPS))
+    allowed = bound(wrong, switched_off.result, control.result)
+    assert distance(two_ranks.result.tokens, two_ranks.result.logprobs, two_ranks_unfused.result) <= allowed
 
 
 def test_every_layer_fuses_on_every_rank(two_ranks):
@@ -64,14 +65,6 @@ def test_every_layer_fuses_on_every_rank(two_ranks):
     assert [rank.rank for rank in report.ranks] == [0, 1]
     assert matched_modules(report) == [MODULES] * 2
     assert report.match_table() == both
-
-
-@pytest.mark.parametrize("op", FUSED_OPS)
-def test_a_wrong_op_changes_the_tokens(with_plugin, op):
-    """Without this, equal tokens could mean that the layers do not matter or that the fused op never runs."""
-    right, wrong = with_plugin.result.tokens, with_plugin.result.later_tokens[FUSED_OPS.index(op)]
-    changed = [a != b for a, b in zip(right, wrong, strict=True)]
-    assert all(changed), f"prompts whose tokens changed: {changed}"
 
 
 def test_generations_of_one_engine_know_nothing_of_each_other(with_plugin):
