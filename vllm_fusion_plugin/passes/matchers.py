@@ -11,7 +11,7 @@ import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import vllm.model_executor.layers.layernorm as norm_layers
@@ -265,8 +265,26 @@ def _converts_to_fp8(ops: OpIndex) -> bool:
     return any(node.args[1] == FP8_DTYPE for node in ops.get("prims.convert_element_type", []))
 
 
+class Fp8Quant:
+    """What FP8 quantisers have in common: the rounding of a custom op is the installed vLLM's, of native code its own."""
+
+    form: str
+    op: ClassVar[str]
+    """Name of the custom op in roundings.py."""
+
+    @property
+    def rounding(self) -> str:
+        """`quant_form` to hand to an op."""
+        return self.form if self.form == "native" else roundings.of(self.op).form
+
+    @property
+    def inexactness(self) -> str:
+        """Why an op's bytes are not this quantiser's, or nothing if they are."""
+        return "" if self.form == "native" else roundings.of(self.op).reason
+
+
 @dataclass(frozen=True)
-class GroupQuant:
+class GroupQuant(Fp8Quant):
     """Dynamic FP8 quantiser with one scale a group along the row, in one of its layouts and forms."""
 
     form: str
@@ -275,6 +293,7 @@ class GroupQuant:
     tma_aligned_scales: bool
     use_ue8m0: bool
     eps: float = 1e-10
+    op = roundings.GROUP_QUANT
     readers = 1  # nodes that read the value to quantise
 
     def possible(self, ops: OpIndex) -> bool:
@@ -304,15 +323,8 @@ class GroupQuant:
 
     @property
     def rounding(self) -> str:
-        """`quant_form` to hand to an op."""
-        if self.form == "native":
-            return "native_floored" if _native_scale_is_floored_first() else "native"
-        return roundings.of(roundings.GROUP_QUANT).form
-
-    @property
-    def inexactness(self) -> str:
-        """Why an op's bytes are not this quantiser's, or nothing if they are."""
-        return "" if self.form == "native" else roundings.of(roundings.GROUP_QUANT).reason
+        floored = self.form == "native" and _native_scale_is_floored_first()
+        return "native_floored" if floored else super().rounding
 
     def refuse(self, codes: torch.Tensor, scales: torch.Tensor) -> str | None:
         """Why what a call of the custom op writes to is not what the op is told, or None if it is."""
@@ -394,23 +406,16 @@ def _native_scale_is_floored_first() -> bool:
 
 
 @dataclass(frozen=True)
-class TokenQuant:
+class TokenQuant(Fp8Quant):
     """Dynamic FP8 quantiser with one scale a row; `bounded` if an upper bound of the scales is given."""
 
     form: str
     bounded: bool
+    op = roundings.TOKEN_QUANT
 
     @property
     def readers(self) -> int:
         return 2 if self.form == "native" else 1
-
-    @property
-    def rounding(self) -> str:
-        return self.form if self.form == "native" else roundings.of(roundings.TOKEN_QUANT).form
-
-    @property
-    def inexactness(self) -> str:
-        return "" if self.form == "native" else roundings.of(roundings.TOKEN_QUANT).reason
 
     def possible(self, ops: OpIndex) -> bool:
         if self.form == "native":
@@ -449,19 +454,12 @@ def token_quants() -> list[TokenQuant]:
 
 
 @dataclass(frozen=True)
-class StaticQuant:
+class StaticQuant(Fp8Quant):
     """FP8 quantiser with one given scale."""
 
     form: str
+    op = roundings.STATIC_QUANT
     readers = 1
-
-    @property
-    def rounding(self) -> str:
-        return self.form if self.form == "native" else roundings.of(roundings.STATIC_QUANT).form
-
-    @property
-    def inexactness(self) -> str:
-        return "" if self.form == "native" else roundings.of(roundings.STATIC_QUANT).reason
 
     def possible(self, ops: OpIndex) -> bool:
         return _converts_to_fp8(ops) if self.form == "native" else "_C.static_scaled_fp8_quant" in ops
