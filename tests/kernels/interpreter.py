@@ -7,6 +7,8 @@ arithmetic is not the hardware's, though, and these tests compare bytes:
 - fp32 → bf16 and → FP8 truncate, and FP8 does not saturate; `cvt.rn.satfinite` rounds to nearest even and saturates.
 - fma rounds the product first (Triton before 3.9); the hardware's fma rounds once.
 - maximum and minimum hand on NaN (Triton before 3.9), where fmaxf and fminf ignore it.
+- fp16 → fp32 keeps a signalling NaN, which the C library's fmaxf hands on, as numpy does or not, by the CPU's instructions;
+  the hardware's conversion makes it quiet.
 - exp is numpy's; the references call torch.exp, which differs from it in the last bit. Neither is CUDA's expf: that one
   is compared on the GPU only.
 """
@@ -28,6 +30,7 @@ def use_interpreter() -> None:
     builder = interpreter.InterpreterBuilder
     builder.create_fma = _create_fma
     builder.create_exp = _create_exp
+    builder.create_fp_ext = _create_fp_ext
     builder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, np.fmax)
     builder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
 
@@ -65,6 +68,12 @@ def _create_fma(builder, x, y, z):
         inexact = np.isfinite(total) & (error != 0) & even
         total = np.where(inexact, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total)
         return TensorHandle(total.astype(np.float32), z.dtype.scalar)
+
+
+def _create_fp_ext(builder, source, target):
+    wide = builder.cast_impl(source, target)
+    wide.data[np.isnan(wide.data)] = np.nan
+    return wide
 
 
 def _create_exp(builder, arg):

@@ -133,6 +133,15 @@ def test_strided_rows(rows: int, dtype: torch.dtype, device: torch.device) -> No
     check(x, DEEPSEEK._replace(dtype=dtype))
 
 
+@pytest.mark.parametrize("at", [0, 17, 63])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_one_signalling_nan(dtype: torch.dtype, at: int, device: torch.device) -> None:
+    """Found by fuzzing: one group by itself is reduced by other instructions than many."""
+    x = activations(1, 64, dtype, device, seed=5)
+    x.view(torch.int16)[0, at] = 0x7F81 if dtype == torch.bfloat16 else 0x7C01
+    check(x, DEEPSEEK._replace(dtype=dtype, group_size=64))
+
+
 @pytest.mark.parametrize("quant_form", GROUP_FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_all_bit_patterns(dtype: torch.dtype, quant_form: str, device: torch.device) -> None:
