@@ -19,9 +19,9 @@ class EngineWorker(RandomWeights):
 
     def linear_kernels(self) -> dict[str, int]:
         """Class of the kernel behind each quantised linear layer, counted; without the plugin too."""
-        from vllm_fusion_plugin import compat_engine
+        from vllm_fusion_plugin import compat
 
-        return compat_engine.linear_kernels(self)
+        return compat.linear_kernels(self)
 
     def attention_backends(self) -> dict[str, int]:
         """vLLM's name of the backend of each layer that has one, counted."""

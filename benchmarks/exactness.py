@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import grid
 import timing
 import torch
-from mla_v_up_quant import HEADS, MLAVUp, V
+from bench_mla_v_up_quant import HEADS, MLAVUp, V
 from producers import PRODUCERS, Producer, Tensors, named
 from quantisers import EPS, STATIC_SCALE, Group, Static, Token
 

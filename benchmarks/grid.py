@@ -160,7 +160,7 @@ def tune(args: argparse.Namespace, workloads: Sequence[Workload]) -> None:
 
 def main(doc: str | None, kinds: Sequence[type[Workload]], widths: tuple[int, ...] = WIDTHS) -> None:
     """The command line of a benchmark of these ops."""
-    name = pathlib.Path(sys.argv[0]).stem
+    name = pathlib.Path(sys.argv[0]).stem.removeprefix("bench_")
     by_op = {kind.op: kind for kind in kinds}
     modes = list(dict.fromkeys(mode for kind in kinds for mode in kind.modes))
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

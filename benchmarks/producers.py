@@ -7,11 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import bench_mla_dual_rms_norm_quant as mla_dual
 import grid
-import mla_dual_rms_norm_quant as mla_dual
 import torch
-from gated_rms_norm_quant import HEAD_DIM
-from rms_norm_quant import EPSILON
+from bench_gated_rms_norm_quant import HEAD_DIM
+from bench_rms_norm_quant import EPSILON
 
 from vllm_fusion_plugin.kernels.forms import is_native
 from vllm_fusion_plugin.ops import (

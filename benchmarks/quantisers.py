@@ -39,7 +39,7 @@ class Group:
 
     def rounding(self, form: str = "custom_op") -> str:
         """`quant_form` of the installed vLLM's quantiser in that form, custom_op or native."""
-        from vllm_fusion_plugin.passes.matchers import GroupQuant
+        from vllm_fusion_plugin.passes.quantisers import GroupQuant
 
         return GroupQuant(form, self.group_size, self.column_major, self.tma_aligned, self.ue8m0).rounding
 

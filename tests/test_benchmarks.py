@@ -81,7 +81,7 @@ def test_shapes_where_ours_is_slower_are_told(capsys):
 def test_least_traffic_is_the_bytes_of_inputs_and_outputs(script, width, buffer, monkeypatch):
     import grid
 
-    module = importlib.import_module(script)
+    module = importlib.import_module(f"bench_{script}")
     kinds = [
         k for k in vars(module).values() if isinstance(k, type) and issubclass(k, grid.Workload) and hasattr(k, "op")
     ]

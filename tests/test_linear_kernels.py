@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""compat_engine.linear_kernels: the kernel of every quantised linear layer, wherever its method keeps it."""
+"""compat.linear_kernels: the kernel of every quantised linear layer, wherever its method keeps it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 linear = pytest.importorskip("vllm.model_executor.layers.linear")
 
-from vllm_fusion_plugin import compat_engine  # noqa: E402
+from vllm_fusion_plugin import compat  # noqa: E402
 
 
 class SomeKernel:
@@ -39,9 +39,7 @@ class Linear(linear.LinearBase):
 
 
 def kernels(*modules: torch.nn.Module) -> dict[str, int]:
-    return compat_engine.linear_kernels(
-        SimpleNamespace(model_runner=SimpleNamespace(model=torch.nn.ModuleList(modules)))
-    )
+    return compat.linear_kernels(SimpleNamespace(model_runner=SimpleNamespace(model=torch.nn.ModuleList(modules))))
 
 
 def test_of_the_method_of_the_scheme_and_neither():
@@ -56,4 +54,4 @@ def test_of_the_method_of_the_scheme_and_neither():
 
 
 def test_a_worker_without_a_model():
-    assert compat_engine.linear_kernels(SimpleNamespace()) == {}
+    assert compat.linear_kernels(SimpleNamespace()) == {}

@@ -14,7 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, demo
+from . import __version__
+from .demo import compare
 from .report import sum_match_tables
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fusion passes and fused kernels for vLLM.")
@@ -64,15 +65,17 @@ def demo_command(
     """
     console, errors = Console(), Console(stderr=True, soft_wrap=True)
     try:
-        console.print(WHAT_THE_DEMO_IS.format(version=__version__, vllm=demo.cpu_vllm_version()), highlight=False)
+        console.print(WHAT_THE_DEMO_IS.format(version=__version__, vllm=compare.cpu_vllm_version()), highlight=False)
         folder = keep.resolve() if keep else Path(tempfile.mkdtemp(prefix="vllm-fusion-plugin-demo-"))
         model = _write_checkpoint(folder / "model")
-        comparisons: list[demo.Comparison] = []
+        comparisons: list[compare.Comparison] = []
         for size in tensor_parallel_size.sizes:
             comparisons.append(
-                demo.compare(size, model, folder, break_op=break_op, progress=lambda t: console.print(t, style="dim"))
+                compare.compare(
+                    size, model, folder, break_op=break_op, progress=lambda t: console.print(t, style="dim")
+                )
             )
-    except demo.DemoError as e:
+    except compare.DemoError as e:
         errors.print(f"error: {e}", style="red", markup=False, highlight=False)
         raise typer.Exit(2) from None
     for table in _tables(comparisons):
@@ -87,12 +90,12 @@ def demo_command(
 
 
 def _write_checkpoint(folder: Path) -> Path:
-    from .demo_checkpoint import write_checkpoint  # imports torch: only once it is known that there is one
+    from .demo.checkpoint import write_checkpoint  # imports torch: only once it is known that there is one
 
     return write_checkpoint(folder)
 
 
-def _tables(comparisons: list[demo.Comparison]) -> list[Table]:
+def _tables(comparisons: list[compare.Comparison]) -> list[Table]:
     summary = Table(title="Fusions on against fusions off", box=box.SIMPLE, pad_edge=False)
     summary.add_column("TP", justify="right")
     summary.add_column("pass", no_wrap=True)
@@ -115,7 +118,7 @@ def _tables(comparisons: list[demo.Comparison]) -> list[Table]:
     return tables
 
 
-def _verdict(comparisons: list[demo.Comparison], break_op: bool) -> list[str]:
+def _verdict(comparisons: list[compare.Comparison], break_op: bool) -> list[str]:
     lines = []
     for c in comparisons:
         where = f"TP {c.tensor_parallel_size}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One string for everything of ours that changes compiled code; vLLM's compile cache hashes it (see compat_engine.py).
+"""One string for everything of ours that changes compiled code; vLLM's compile cache hashes it (see seams.py).
 
 What counts is the code that Python imports, wherever it comes from: source files, an installation of .pyc files alone, a
 zip, extension modules. So modules are listed and read by the loaders that import them. Where that fails, nothing can tell
@@ -24,7 +24,7 @@ from .settings import Settings
 
 # Modules that decide what is computed. The others (cli, demo, settings, plugin, report and its kin) change no graph and no
 # kernel, so an edit there keeps a user's compile cache warm.
-MODULES = ("compat*", "cpu*", "mla", "pass_manager", "roundings", "passes*", "ops*", "kernels*")
+MODULES = ("compat", "seams", "graph", "roundings", "demo.cpu*", "layers*", "passes*", "ops*", "kernels*")
 
 
 class UnknownCodeError(Exception):

@@ -29,10 +29,10 @@ def register() -> None:
     """Put the plugin in place, or leave vLLM as it is and say why. Never raises: an exception here would stop vLLM."""
     global _off
     try:
-        from . import compat, compat_engine
+        from . import seams
 
-        compat.announce_environment(settings.ENV_SWITCH)
-        compat_engine.attach_worker_methods(
+        seams.announce_environment(settings.ENV_SWITCH)
+        seams.attach_worker_methods(
             {"get_compilation_match_table": _get_compilation_match_table, "get_fusion_report": _get_fusion_report}
         )
         _off = _register()
@@ -43,7 +43,7 @@ def register() -> None:
 
 def _register() -> str:
     """Why the plugin is off in this process; "" if it is in place."""
-    from . import compat, compat_engine
+    from . import seams
 
     if not settings.parse_switch():
         return f"off: {settings.ENV_SWITCH}=0"
@@ -53,12 +53,12 @@ def _register() -> str:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu() and settings.parse_switch(settings.ENV_CPU, default=False):
-        from . import cpu  # imports half of vLLM, 4 s
+        from .demo import cpu  # imports half of vLLM, 4 s
 
         cpu.enable()
     # The cache comes before the passes: with passes and a stale hash, an old artefact could be used silently.
-    compat_engine.hash_into_config(configure_engine, engine_key)
-    if reason := compat.install_pass_manager(PASS_MANAGER):
+    seams.hash_into_config(configure_engine, engine_key)
+    if reason := seams.install_pass_manager(PASS_MANAGER):
         return _inactive(reason)
     return ""
 
@@ -75,14 +75,14 @@ def make_pass_manager() -> Any:
     """What vLLM calls for a pass manager: ours, or stock's with a warning if ours does not go with this vLLM."""
     global _off
     try:
-        from .pass_manager import FusionPassManager
+        from .passes.pass_manager import FusionPassManager
 
         return FusionPassManager()
     except Exception as e:
-        from . import compat
+        from . import seams
 
         _off = RECORDER.report.manager = _inactive(f"its pass manager cannot be made: {type(e).__name__}: {e}")
-        return compat.stock_pass_manager()
+        return seams.stock_pass_manager()
 
 
 # ---- an engine -------------------------------------------------------------------------------------------------------
@@ -95,9 +95,9 @@ def configure_engine(config: Any) -> None:
     pass manager stays in place; for an engine that the plugin keeps out of, it is vLLM's own in all but name. vLLM hashes
     a config several times; each time this is done again. Never raises.
     """
-    from . import compat_engine, fingerprint
+    from . import compat, fingerprint, seams
 
-    record = RECORDER.engine(compat_engine.engine_owner(config))
+    record = RECORDER.engine(compat.engine_owner(config))
     try:
         _configure_engine(config, record)
     except Exception as e:
@@ -105,15 +105,16 @@ def configure_engine(config: Any) -> None:
         record.failed, record.key = True, fingerprint.unique_key()
         record.inactive = _inactive(f"{type(e).__name__}: {e}")
         with contextlib.suppress(Exception):
-            from . import mla
+            from .layers import mla_v_up_quant
 
-            mla.configure(False)
+            mla_v_up_quant.configure(False)
         with contextlib.suppress(Exception):
-            compat_engine.use_own_cache_folder(config, record.key)
+            seams.use_own_cache_folder(config, record.key)
 
 
 def _configure_engine(config: Any, record: EngineRecord) -> None:
-    from . import compat_engine, fingerprint, mla, roundings
+    from . import compat, fingerprint, roundings, seams
+    from .layers import mla_v_up_quant
 
     if record.failed:
         return
@@ -123,14 +124,14 @@ def _configure_engine(config: Any, record: EngineRecord) -> None:
         record.inactive = _inactive(reason)
     if record.inactive:
         record.key = None
-        mla.configure(False)
+        mla_v_up_quant.configure(False)
         return
     record.key = record.report.fingerprint = fingerprint.fingerprint(chosen, {"roundings": roundings.key()})
     if unknown := fingerprint.unknown_code():
         _note_unknown_code(record, unknown)
     _register_ops()
-    compat_engine.use_own_cache_folder(config, record.key)
-    compat_engine.hook_aot_load(lambda c: RECORDER.begin_load(compat_engine.engine_owner(c)), RECORDER.end_load)
+    seams.use_own_cache_folder(config, record.key)
+    seams.hook_aot_load(lambda c: RECORDER.begin_load(compat.engine_owner(c)), RECORDER.end_load)
     _pass_on(chosen, config)
 
 
@@ -176,21 +177,22 @@ def _register_ops() -> None:
 
 
 def _pass_on(chosen: settings.Settings, config: Any) -> None:
-    from . import mla, warmup
-    from .kernels import launch
+    from . import warmup
+    from .kernels import pdl
+    from .layers import mla_v_up_quant
 
-    os.environ[launch.ENV] = "1" if chosen.use_pdl else "0"
+    os.environ[pdl.ENV] = "1" if chosen.use_pdl else "0"
     wanted = chosen.mla_v_up_quant and config.compilation_config.pass_config.fuse_attn_quant
-    mla.configure(bool(wanted) and "MLAAttnQuantFusionPass" not in chosen.stock_passes)
+    mla_v_up_quant.configure(bool(wanted) and "MLAAttnQuantFusionPass" not in chosen.stock_passes)
     warmup.install(config)
 
 
 def engine_key(config: Any) -> str | None:
     """What vLLM's cache hash must cover beyond vLLM's own: None where the plugin changes nothing. `configure_engine` comes
     first."""
-    from . import compat_engine
+    from . import compat
 
-    return RECORDER.engine(compat_engine.engine_owner(config)).key
+    return RECORDER.engine(compat.engine_owner(config)).key
 
 
 # ---- worker methods --------------------------------------------------------------------------------------------------
@@ -198,22 +200,22 @@ def engine_key(config: Any) -> str | None:
 
 def _get_compilation_match_table(worker: Any) -> dict[str, int]:
     """Matches by pass in this process's compiled graphs, stock's passes and ours."""
-    from . import compat_engine
+    from . import compat
 
-    return compat_engine.stock_match_table()
+    return compat.stock_match_table()
 
 
 def _get_fusion_report(worker: Any) -> dict[str, Any]:
     """This worker's `RankReport` as plain data, whatever has become of the plugin."""
-    from . import compat_engine
+    from . import compat
 
-    record = RECORDER.engine(compat_engine.engine_owner(worker.vllm_config))
+    record = RECORDER.engine(compat.engine_owner(worker.vllm_config))
     report = record.report
     report.rank = worker.vllm_config.parallel_config.rank
     report.manager = _state(worker.vllm_config, record)
     report.from_file = bool(report.subgraphs) and all(s.from_cache for s in report.subgraphs)
     try:
-        report.linear_kernels = compat_engine.linear_kernels(worker)
+        report.linear_kernels = compat.linear_kernels(worker)
     except Exception as e:
         record.note(f"linear kernels could not be counted: {type(e).__name__}: {e}")
     return report.model_dump()
@@ -221,13 +223,13 @@ def _get_fusion_report(worker: Any) -> dict[str, Any]:
 
 def _state(config: Any, record: EngineRecord) -> str:
     """What became of the plugin in an engine, in words."""
-    from . import compat_engine
+    from . import compat
 
     if _off or record.inactive:
         return _off or record.inactive
     if out := settings_of(config)[1]:
         return out
-    if reason := compat_engine.why_nothing_compiles(config):
+    if reason := compat.why_nothing_compiles(config):
         return reason
     subgraphs = record.report.subgraphs
     if record.unreported:

@@ -109,7 +109,7 @@ class Recorder:
     """What this process found so far. Passes, pass manager and compiler hooks write; worker methods read.
 
     An engine is known by an object that lives as long as it does and that all its configurations share, called `owner` here
-    and held weakly (see `compat_engine.engine_owner`). What comes without an owner goes to the engine that was last spoken
+    and held weakly (see `compat.engine_owner`). What comes without an owner goes to the engine that was last spoken
     of.
     """
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 ENV_SWITCH = "VLLM_FUSION_PLUGIN"
 ENV_SETTINGS = "VLLM_FUSION_PLUGIN_SETTINGS"
-ENV_CPU = "VLLM_FUSION_PLUGIN_CPU"  # see cpu.py
+ENV_CPU = "VLLM_FUSION_PLUGIN_CPU"  # see demo/cpu.py
 ADDITIONAL_CONFIG_KEY = "fusion_plugin"
 
 # The stock classes that we can stand in for, by the names that vLLM's users know.

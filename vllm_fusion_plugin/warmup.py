@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import compat
+from . import compat, seams
 from .ops import calls, registry
 from .report import RECORDER
 
@@ -47,7 +47,7 @@ def install(config: Any) -> None:
     global _most_tokens
     try:
         _most_tokens = compat.most_tokens(config)
-        reason = compat.hook_warm_up(before_serving)
+        reason = seams.hook_warm_up(before_serving)
     except Exception as e:  # must never stop vLLM
         reason = f"{type(e).__name__}: {e}"
     if reason:

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import fake_gpu
 import pytest
 
+from vllm_fusion_plugin.graph import called_op
+
 if reason := fake_gpu.unavailable():
     pytest.skip(reason, allow_module_level=True)
 fake_gpu.install()
@@ -119,7 +121,7 @@ def the_graph(recording: Recording) -> torch.fx.Graph:
 
 
 def attention_calls(recording: Recording) -> list[torch.fx.Node]:
-    return [n for n in the_graph(recording).nodes if compat.called_op(n) == OP]
+    return [n for n in the_graph(recording).nodes if called_op(n) == OP]
 
 
 def given(node: torch.fx.Node) -> list[str]:
@@ -202,9 +204,7 @@ def test_layer_names_as_strings(monkeypatch):
 
     recording = trace(STATIC, (), STATIC)
     assert recording.matches_by_graph()[PASS] == 2
-    calls = [
-        n for n in the_graph(recording).nodes if compat.called_op(n).startswith("test_attn_quant.unified_attention")
-    ]
+    calls = [n for n in the_graph(recording).nodes if called_op(n).startswith("test_attn_quant.unified_attention")]
     assert [given(node) for node in calls] == [["output_scale"], [], ["output_scale"]]
     assert [node.kwargs["layer_name"] for node in calls] == [f"model.layers.{i}.self_attn.attn" for i in range(3)]
     found = {f.pattern for s in report.RECORDER.report.subgraphs for f in s.found}

@@ -15,6 +15,8 @@ from unittest import mock
 import fake_gpu
 import pytest
 
+from vllm_fusion_plugin.graph import called_op
+
 if reason := fake_gpu.unavailable():
     pytest.skip(reason, allow_module_level=True)
 pytest.importorskip("hypothesis")
@@ -32,8 +34,13 @@ from vllm.compilation.passes.inductor_pass import pass_context  # noqa: E402
 from vllm.config.utils import Range  # noqa: E402
 
 from tests.fuzz_profiles import examples  # noqa: E402
-from vllm_fusion_plugin import compat, pass_manager, plugin, report  # noqa: E402
-from vllm_fusion_plugin.passes import matchers, rms_norm_quant, silu_mul_quant  # noqa: E402
+from vllm_fusion_plugin import plugin, report  # noqa: E402
+from vllm_fusion_plugin.passes import (  # noqa: E402
+    pass_manager,
+    quantisers,
+    rms_norm_quant,
+    silu_mul_quant,
+)
 from vllm_fusion_plugin.passes.base import FusionPass  # noqa: E402
 
 # With this pass, every quantiser that is left is reported once.
@@ -124,11 +131,11 @@ def check_report(recording: Recording) -> None:
 def boundaries(graph: fx.Graph) -> list[fx.Node]:
     """Results of norms and of SiLU·mul that a quantiser reads, reshaped or not."""
     results = [*rms_norm_quant.norm_results(graph), *silu_mul_quant.silu_mul_outputs(graph)]
-    return [result for result in results if any(map(quantises, matchers.users_behind_views(result)))]
+    return [result for result in results if any(map(quantises, quantisers.users_behind_views(result)))]
 
 
 def quantises(reader: fx.Node) -> bool:
-    return compat.called_op(reader) in matchers.OPAQUE_QUANT_OPS or matchers.leads_to_fp8(reader)
+    return called_op(reader) in quantisers.OPAQUE_QUANT_OPS or quantisers.leads_to_fp8(reader)
 
 
 def fused(graph: fx.Graph) -> list[fx.Node]:
@@ -138,7 +145,7 @@ def fused(graph: fx.Graph) -> list[fx.Node]:
 
 
 def is_quantiser(node: fx.Node) -> bool:
-    if compat.called_op(node) in matchers.OPAQUE_QUANT_OPS:
+    if called_op(node) in quantisers.OPAQUE_QUANT_OPS:
         return True
     return node.target is torch.ops.prims.convert_element_type.default and node.args[1] == torch.float8_e4m3fn
 

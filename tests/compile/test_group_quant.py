@@ -144,7 +144,7 @@ def test_setting_off_leaves_vllms_kernel():
 
 
 def passes(config):
-    from vllm_fusion_plugin.pass_manager import FusionPassManager
+    from vllm_fusion_plugin.passes.pass_manager import FusionPassManager
 
     manager = FusionPassManager()
     manager.configure(config)

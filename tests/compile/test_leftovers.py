@@ -304,13 +304,13 @@ def test_a_report_that_fails_stops_nothing(monkeypatch):
 
 def test_kinds_are_those_that_passes_have_patterns_for():
     """What is told to be fused, for each pass: patterns of the pass itself."""
-    from vllm_fusion_plugin.passes import matchers, producers, rms_norm_quant, silu_mul_quant
+    from vllm_fusion_plugin.passes import producers, quantisers, rms_norm_quant, silu_mul_quant
 
     kinds = {
-        matchers.GroupQuant: "group",
-        matchers.TokenQuant: "token",
-        matchers.StaticQuant: "static",
-        matchers.Nvfp4Quant: "nvfp4",
+        quantisers.GroupQuant: "group",
+        quantisers.TokenQuant: "token",
+        quantisers.StaticQuant: "static",
+        quantisers.Nvfp4Quant: "nvfp4",
     }
     config = make_config(["none"], **ON)
     act = silu_mul_quant.ActivationQuantFusionPass(config).patterns.values()

@@ -9,6 +9,8 @@ from functools import partial
 import fake_gpu
 import pytest
 
+from vllm_fusion_plugin.graph import called_op
+
 if reason := fake_gpu.unavailable():
     pytest.skip(reason, allow_module_level=True)
 fake_gpu.install()
@@ -127,7 +129,7 @@ def trace(*able, make=Layers, custom_ops=("none", "+quant_fp8"), dtype=torch.bfl
 
 def attention_calls(recording: Recording) -> list[torch.fx.Node]:
     (subgraph,) = recording.subgraphs
-    return [n for n in subgraph.after.nodes if compat.called_op(n) == OP]
+    return [n for n in subgraph.after.nodes if called_op(n) == OP]
 
 
 def quantised(node: torch.fx.Node) -> dict:

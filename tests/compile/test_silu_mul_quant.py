@@ -271,7 +271,7 @@ def make_pass(config):
 def test_stands_where_stock_stood():
     from vllm.compilation.passes.pass_manager import PostGradPassManager
 
-    from vllm_fusion_plugin.pass_manager import FusionPassManager
+    from vllm_fusion_plugin.passes.pass_manager import FusionPassManager
 
     flags = {"fuse_act_quant": True, "fuse_norm_quant": True, "fuse_attn_quant": False}
     config = make_config(["none", "+quant_fp8"], **flags)
@@ -294,7 +294,7 @@ def test_stands_where_stock_stood():
 
 
 def test_a_pass_that_cannot_be_built_leaves_stock(monkeypatch):
-    from vllm_fusion_plugin import pass_manager
+    from vllm_fusion_plugin.passes import pass_manager
 
     def broken(name):
         raise ImportError("no kernels here")
@@ -308,7 +308,7 @@ def test_a_pass_that_cannot_be_built_leaves_stock(monkeypatch):
 
 
 def test_another_platform_leaves_stock(monkeypatch):
-    from vllm_fusion_plugin.pass_manager import FusionPassManager
+    from vllm_fusion_plugin.passes.pass_manager import FusionPassManager
 
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: False)
     manager = FusionPassManager()
@@ -322,7 +322,7 @@ def test_another_platform_leaves_stock(monkeypatch):
 def test_a_manager_that_cannot_be_made_leaves_stock(monkeypatch):
     from vllm.compilation.passes.pass_manager import PostGradPassManager
 
-    from vllm_fusion_plugin import pass_manager
+    from vllm_fusion_plugin.passes import pass_manager
 
     def broken(self):
         raise AttributeError("this vLLM's pass manager is another one")
@@ -336,7 +336,7 @@ def test_a_manager_that_cannot_be_made_leaves_stock(monkeypatch):
 @pytest.mark.parametrize("mine", [{"enabled": False}, {"no_such_setting": 1}])
 def test_a_manager_made_too_early_is_stocks(mine):
     """vLLM makes it before it hashes the config, where the plugin takes itself out."""
-    from vllm_fusion_plugin.pass_manager import FusionPassManager
+    from vllm_fusion_plugin.passes.pass_manager import FusionPassManager
 
     config = make_config(["none", "+quant_fp8"], **ONLY_ACT)
     config.additional_config = {"fusion_plugin": mine}
@@ -360,7 +360,7 @@ def test_a_pattern_that_cannot_be_traced_is_left_out(monkeypatch):
 
 
 def test_settings_leave_a_pass_to_stock():
-    from vllm_fusion_plugin.pass_manager import FusionPassManager
+    from vllm_fusion_plugin.passes.pass_manager import FusionPassManager
 
     config = make_config(["none", "+quant_fp8"], **ONLY_ACT)
     config.additional_config = {"fusion_plugin": {"stock_passes": ["ActivationQuantFusionPass"]}}
@@ -394,7 +394,7 @@ def test_patterns_are_all_different():
 
 
 def test_duplicates_are_refused():
-    from vllm_fusion_plugin.passes.base import DuplicatePatternError
+    from vllm_fusion_plugin.passes.pattern import DuplicatePatternError
 
     config = make_config(["none", "+quant_fp8"], fuse_act_quant=True)
     one = make_pass(config)

@@ -17,7 +17,7 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.runtime import jit  # noqa: E402
 
-from vllm_fusion_plugin import compat, report, warmup  # noqa: E402
+from vllm_fusion_plugin import report, seams, warmup  # noqa: E402
 from vllm_fusion_plugin.kernels import mla_v_up_quant  # noqa: E402
 from vllm_fusion_plugin.kernels.compile_keys import compile_key, keys_of  # noqa: E402
 from vllm_fusion_plugin.kernels.launch import planning  # noqa: E402
@@ -199,7 +199,7 @@ def test_what_fails_is_told_and_vllm_goes_on(monitor, monkeypatch, caplog):
 
 
 def test_a_vllm_without_a_seam_is_told(monkeypatch, caplog):
-    monkeypatch.setattr(compat, "hook_warm_up", lambda before_serving: "this vLLM has no such thing")
+    monkeypatch.setattr(seams, "hook_warm_up", lambda before_serving: "this vLLM has no such thing")
     with caplog.at_level(logging.WARNING):
         warmup.install(SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=8)))
     assert "this vLLM has no such thing" in caplog.text

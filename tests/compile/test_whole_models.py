@@ -96,7 +96,7 @@ def test_stock(case, trace_model):
 def test_plugin_fuses_what_stock_fuses(case, trace_model):
     stock = trace_model(case.model, plugin=False, env=dict(case.env))
     trace = trace_model(case.model, plugin=True, env=dict(case.env))
-    assert trace["pass_manager"] == "vllm_fusion_plugin.pass_manager.FusionPassManager"
+    assert trace["pass_manager"] == "vllm_fusion_plugin.passes.pass_manager.FusionPassManager"
     for name in ("ActivationQuantFusionPass", "RMSNormQuantFusionPass"):
         assert pass_path(trace, name).startswith("vllm_fusion_plugin.passes.")
     assert trace["matches_by_graph"][ACT] == trace["match_table"][ACT] == case.act_graphs

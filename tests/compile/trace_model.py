@@ -251,11 +251,11 @@ def linear_kernels(model: Any) -> Counter[str]:
 
 def plugin_report(model: Any) -> dict[str, Any]:
     """As a worker that holds the model would answer."""
-    from vllm_fusion_plugin import compat_engine
+    from vllm_fusion_plugin import compat
     from vllm_fusion_plugin.report import get_fusion_report
 
     worker = argparse.Namespace(model_runner=argparse.Namespace(model=model))
-    return get_fusion_report() | {"linear_kernels": compat_engine.linear_kernels(worker)}
+    return get_fusion_report() | {"linear_kernels": compat.linear_kernels(worker)}
 
 
 def dump_graphs(recording: Any, folder: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_fusion_plugin.demo_engine import EngineResult
+from vllm_fusion_plugin.demo.engine import EngineResult
 
 # How often as far as the control: few codes move, and which is luck.
 FACTOR = 4

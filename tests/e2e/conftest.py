@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_fusion_plugin import demo
-from vllm_fusion_plugin.demo_engine import FUSED_OPS, EngineJob, EngineResult
+from vllm_fusion_plugin.demo import compare
+from vllm_fusion_plugin.demo.engine import FUSED_OPS, EngineJob, EngineResult
 
 from .agreement import other_vectors
 
@@ -53,17 +53,17 @@ class Engine:
     ) -> EngineRun:
         """change: made to the process before vLLM loads the plugin, see engine_child.py."""
         cache = cache or self.folder / f"{name}-cache"
-        demo.share_model_info(self.folder, cache)
+        compare.share_model_info(self.folder, cache)
         job = EngineJob(
             model=str(self.model),
             tensor_parallel_size=ranks,
-            pass_config=dict.fromkeys(demo.FLAGS, fuse),
+            pass_config=dict.fromkeys(compare.FLAGS, fuse),
             broken_ops=[list(ops) for ops in broken_ops],
         )
-        command: Sequence[str] = (CHILD, change) if change else ("-m", "vllm_fusion_plugin.demo_engine")
+        command: Sequence[str] = (CHILD, change) if change else ("-m", "vllm_fusion_plugin.demo.engine")
         run_folder = self.folder / name
-        result = demo.run_engine(job, run_folder, cache, environment=environment, command=command)
-        demo.keep_model_info(cache, self.folder)
+        result = compare.run_engine(job, run_folder, cache, environment=environment, command=command)
+        compare.keep_model_info(cache, self.folder)
         log = (run_folder / "engine.log").read_text()
         return EngineRun(result, log, frozenset(SAVED.findall(log)))
 
@@ -74,8 +74,8 @@ class Engine:
 @pytest.fixture(scope="session")
 def cpu_build_of_vllm() -> str:
     try:
-        return demo.cpu_vllm_version()
-    except demo.DemoError as e:
+        return compare.cpu_vllm_version()
+    except compare.DemoError as e:
         pytest.skip(str(e))
 
 
@@ -87,7 +87,7 @@ def _cpu_build_unless_on_a_gpu(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="session")
 def engine(tmp_path_factory: pytest.TempPathFactory, cpu_build_of_vllm: str) -> Engine:
-    from vllm_fusion_plugin.demo_checkpoint import write_checkpoint
+    from vllm_fusion_plugin.demo.checkpoint import write_checkpoint
 
     folder = tmp_path_factory.mktemp("engine")
     return Engine(folder, write_checkpoint(folder / "model"))

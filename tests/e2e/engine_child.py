@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`engine_child.py CHANGE JOB RESULT`: vllm_fusion_plugin.demo_engine, with a change made before vLLM loads the plugin.
+"""`engine_child.py CHANGE JOB RESULT`: vllm_fusion_plugin.demo.engine, with a change made before vLLM loads the plugin.
 
 upgraded: the plugin says that it is another version.
 stock: vLLM without the plugin, but with what the CPU needs to compile this model as the plugin's runs do. A pass
@@ -22,7 +22,7 @@ def stock() -> None:
     from vllm.compilation.passes import pass_manager
     from vllm.compilation.passes.vllm_inductor_pass import VllmInductorPass
 
-    from vllm_fusion_plugin import cpu
+    from vllm_fusion_plugin.demo import cpu
 
     class DoesNothing(VllmInductorPass):
         def __call__(self, graph): ...
@@ -37,6 +37,6 @@ CHANGES = {"upgraded": upgraded, "stock": stock}
 if __name__ == "__main__":
     change, job, result = sys.argv[1:]
     CHANGES[change]()
-    from vllm_fusion_plugin import demo_engine
+    from vllm_fusion_plugin.demo import engine
 
-    demo_engine.main(job, result)
+    engine.main(job, result)

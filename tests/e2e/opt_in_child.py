@@ -68,7 +68,7 @@ def cpu_asked_for_twice() -> None:
     os.environ["VLLM_FUSION_PLUGIN_CPU"] = "1"
     load_plugins()
     load_plugins()
-    from vllm_fusion_plugin import cpu
+    from vllm_fusion_plugin.demo import cpu
 
     assert changed() == set(STOCK), changed()
     assert seams()["check_config"].__wrapped__ is STOCK["check_config"]
@@ -122,7 +122,7 @@ def pass_left_to_stock() -> None:
 def hash_never_raises() -> None:
     """Whatever goes wrong while hashing, vLLM gets a hash that is its own combined with something never seen again."""
     load_plugins()
-    from vllm_fusion_plugin import compat_engine, fingerprint, plugin, report
+    from vllm_fusion_plugin import compat, fingerprint, plugin, report
 
     stock = STOCK["config_hash"]
     config = VllmConfig()
@@ -138,7 +138,7 @@ def hash_never_raises() -> None:
     assert len({*hashes, first, stock(config)}) == 4
     plugin._register_ops = kept
     assert [c.compute_hash() for c in broken] == hashes  # the plugin keeps out of these engines for good
-    record = report.RECORDER.engine(compat_engine.engine_owner(broken[0]))
+    record = report.RECORDER.engine(compat.engine_owner(broken[0]))
     assert record.inactive == "inactive: OSError: the disk is gone"
     assert config.compute_hash() == first
 
@@ -153,7 +153,7 @@ def hash_never_raises() -> None:
     assert unknown == config.compute_hash() and unknown not in (first, stock(config))
     fingerprint._state.cache_clear()  # as another process
     assert config.compute_hash() != unknown
-    record = report.RECORDER.engine(compat_engine.engine_owner(config))
+    record = report.RECORDER.engine(compat.engine_owner(config))
     assert any("the disk is gone" in note for note in record.report.notes)
 
 
@@ -170,26 +170,26 @@ def user_folders_are_kept_apart() -> None:
 def kernels_that_triton_could_not_compile() -> None:
     """On a GPU, an installation without sources leaves vLLM alone; CPU needs no kernels."""
     load_plugins()
-    from vllm_fusion_plugin import compat_engine, fingerprint, report
+    from vllm_fusion_plugin import compat, fingerprint, report
 
     fingerprint.kernels_without_source = lambda: "no source"
     assert VllmConfig().compute_hash() != STOCK["config_hash"](VllmConfig())
     config = VllmConfig()
     type(current_platform).is_cpu = lambda self: False
     assert config.compute_hash() == STOCK["config_hash"](config)
-    record = report.RECORDER.engine(compat_engine.engine_owner(config))
+    record = report.RECORDER.engine(compat.engine_owner(config))
     assert record.inactive == "inactive: no source"
 
 
 def one_engine_has_one_owner() -> None:
     """A draft model's config is made with parts of the target's; an equal one is another engine."""
-    from vllm_fusion_plugin import compat_engine
+    from vllm_fusion_plugin import compat
 
     target = VllmConfig()
     draft = VllmConfig(compilation_config=target.compilation_config, parallel_config=target.parallel_config)
     assert draft is not target
-    assert compat_engine.engine_owner(draft) is compat_engine.engine_owner(target)
-    assert compat_engine.engine_owner(VllmConfig()) is not compat_engine.engine_owner(target)
+    assert compat.engine_owner(draft) is compat.engine_owner(target)
+    assert compat.engine_owner(VllmConfig()) is not compat.engine_owner(target)
 
 
 def worker_methods() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random weights for models that have no checkpoint, and worker extension: what demo_engine asks of workers.
+"""Random weights for models that have no checkpoint, and worker extension: what demo/engine.py asks of workers.
 
 The weights are filled where a checkpoint would be loaded. Later is too late: on CPUs that oneDNN packs weights for, and in
 latent attention on all, layers keep a copy of their own then.
@@ -11,7 +11,7 @@ from random_weights import fill  # of benchmarks/
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
-from vllm_fusion_plugin.demo_engine import WorkerProbe
+from vllm_fusion_plugin.demo.engine import WorkerProbe
 
 LOAD_FORMAT = "random"
 

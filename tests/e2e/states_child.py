@@ -13,12 +13,13 @@ from pathlib import Path
 from vllm import LLM
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-from vllm_fusion_plugin import demo, fingerprint, plugin
-from vllm_fusion_plugin.demo_engine import INDUCTOR_CONFIG
+from vllm_fusion_plugin import fingerprint, plugin
+from vllm_fusion_plugin.demo import compare
+from vllm_fusion_plugin.demo.engine import INDUCTOR_CONFIG
 
 
 def report(model: str, layers: int = 2, **arguments) -> dict:
-    compilation = {"pass_config": dict.fromkeys(demo.FLAGS, True), "inductor_compile_config": INDUCTOR_CONFIG}
+    compilation = {"pass_config": dict.fromkeys(compare.FLAGS, True), "inductor_compile_config": INDUCTOR_CONFIG}
     llm = LLM(
         model,
         load_format="dummy",

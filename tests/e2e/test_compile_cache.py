@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_fusion_plugin import demo
-from vllm_fusion_plugin.demo_engine import FUSED_OPS
+from vllm_fusion_plugin.demo import compare
+from vllm_fusion_plugin.demo.engine import FUSED_OPS
 
 pytestmark = pytest.mark.slow
 
@@ -86,7 +86,7 @@ def test_inductors_own_cache(tmp_path):
     with log.open("w") as stream:
         process = subprocess.run(
             [sys.executable, str(Path(__file__).parent / "inductor_child.py"), str(result)],
-            env=demo.engine_environment(1, tmp_path) | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")},
+            env=compare.engine_environment(1, tmp_path) | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")},
             stdout=stream,
             stderr=subprocess.STDOUT,
             timeout=1800,

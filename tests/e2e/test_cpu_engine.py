@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_fusion_plugin.demo_checkpoint import CONFIG
-from vllm_fusion_plugin.demo_engine import FUSED_OPS
+from vllm_fusion_plugin.demo.checkpoint import CONFIG
+from vllm_fusion_plugin.demo.engine import FUSED_OPS
 from vllm_fusion_plugin.report import FusionReport, sum_match_tables
 
 from .agreement import bound, check_agreement, distance, wrong_distances

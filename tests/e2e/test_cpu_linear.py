@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_fusion_plugin.cpu_linear import cpu_block_scaled_mm
+from vllm_fusion_plugin.demo.cpu_linear import cpu_block_scaled_mm
 
 
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])

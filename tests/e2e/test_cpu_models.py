@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from vllm_fusion_plugin import demo
-from vllm_fusion_plugin.demo_engine import EngineJob, EngineResult
+from vllm_fusion_plugin.demo import compare
+from vllm_fusion_plugin.demo.engine import EngineJob, EngineResult
 
 from .agreement import check_agreement, other_vectors
 from .conftest import CHILD
@@ -82,13 +82,13 @@ def generate(
 ) -> EngineResult:
     job = EngineJob(
         model=str(folder / "model"),
-        pass_config=dict.fromkeys(demo.FLAGS, fuse),
+        pass_config=dict.fromkeys(compare.FLAGS, fuse),
         broken_ops=[[], *([op] for op in model.ops if fuse)],
         engine={"load_format": "random", "worker_extension_cls": "random_probe.RandomProbe"},
     )
     environment = {"PYTHONPATH": ON_PATH} | ({} if fuse else {"VLLM_FUSION_PLUGIN": "0"}) | (environment or {})
-    command = ("-m", "vllm_fusion_plugin.demo_engine") if fuse else (CHILD, "stock")
-    return demo.run_engine(job, folder / name, folder / f"{name}-cache", environment=environment, command=command)
+    command = ("-m", "vllm_fusion_plugin.demo.engine") if fuse else (CHILD, "stock")
+    return compare.run_engine(job, folder / name, folder / f"{name}-cache", environment=environment, command=command)
 
 
 @pytest.mark.parametrize("model", [QWEN3_NEXT, DEEPSEEK_V3], ids=lambda model: model.real)

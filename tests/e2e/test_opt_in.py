@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_fusion_plugin import demo
+from vllm_fusion_plugin.demo import compare
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def outcomes(tmp_path_factory) -> dict[str, str]:
     result = tmp_path_factory.mktemp("opt-in") / "result.json"
     process = subprocess.run(
         [sys.executable, str(Path(__file__).parent / "opt_in_child.py"), str(result)],
-        env={k: v for k, v in os.environ.items() if k not in SWITCHES} | {"VLLM_PLUGINS": demo.PLUGIN},
+        env={k: v for k, v in os.environ.items() if k not in SWITCHES} | {"VLLM_PLUGINS": compare.PLUGIN},
         capture_output=True,
         text=True,
         timeout=1800,

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_fusion_plugin import demo
-from vllm_fusion_plugin.demo_checkpoint import write_checkpoint
+from vllm_fusion_plugin.demo import compare
+from vllm_fusion_plugin.demo.checkpoint import write_checkpoint
 from vllm_fusion_plugin.report import RankReport
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ def child(tmp_path_factory) -> tuple[dict[str, RankReport], str]:
     with log.open("w") as stream:
         process = subprocess.run(
             [*command, str(write_checkpoint(folder / "model")), str(result)],
-            env=demo.engine_environment(1, folder / "cache"),
+            env=compare.engine_environment(1, folder / "cache"),
             stdout=stream,
             stderr=subprocess.STDOUT,
             timeout=1800,

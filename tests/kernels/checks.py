@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_fusion_plugin.kernels import launch
+from vllm_fusion_plugin.kernels import pdl
 from vllm_fusion_plugin.kernels.forms import is_native
 from vllm_fusion_plugin.ops.quant import FP8_DTYPE, FP8_MAX, empty_group_scales, padded_rows
 
@@ -254,10 +254,10 @@ def check_pdl_switch(
     outputs: Callable[[], Iterable[torch.Tensor]], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It changes no byte."""
-    monkeypatch.setenv(launch.ENV, "1")
+    monkeypatch.setenv(pdl.ENV, "1")
     with_pdl = outputs()
-    monkeypatch.setenv(launch.ENV, "0")
-    assert not launch.pdl_supported(device)
+    monkeypatch.setenv(pdl.ENV, "0")
+    assert not pdl.pdl_supported(device)
     assert_same_outputs(with_pdl, outputs(), "PDL")
 
 

@@ -48,9 +48,3 @@ def device() -> torch.device:
         # Triton decides at its import which of its own functions the interpreter can call.
         pytest.skip("no GPU, and triton was imported before tests/kernels could choose its interpreter: run them alone")
     return torch.device("cuda" if HAS_GPU else "cpu")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if not HAS_GPU and item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_fusion_plugin import warmup
-from vllm_fusion_plugin.kernels import launch, mla_v_up_quant
+from vllm_fusion_plugin.kernels import launch, mla_v_up_quant, pdl
 from vllm_fusion_plugin.kernels.compile_keys import compile_key, keys_of
 from vllm_fusion_plugin.ops import calls, registry
 from vllm_fusion_plugin.ops.quant import FP8_DTYPE, empty_group_scales
@@ -31,7 +31,7 @@ MOST_KEYS = 8
 @pytest.fixture(autouse=True)
 def _hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launched as on an H200."""
-    monkeypatch.setattr(launch, "pdl_supported", lambda device: True)
+    monkeypatch.setattr(pdl, "pdl_supported", lambda device: True)
     monkeypatch.setattr(mla_v_up_quant, "_gpu", lambda device: mla_v_up_quant._Device(132, 232448, True))
 
 

@@ -315,9 +315,9 @@ def test_chain_in_a_cuda_graph(tokens: int, device: torch.device) -> None:
 @pytest.mark.parametrize("tokens", [1, 33, 128, 700])
 def test_pdl_changes_no_byte(tokens: int, device: torch.device) -> None:
     """And with it, whether weights are asked for early."""
-    from vllm_fusion_plugin.kernels import launch
+    from vllm_fusion_plugin.kernels import pdl
 
-    if not launch.pdl_supported(device):
+    if not pdl.pdl_supported(device):
         pytest.skip("no programmatic dependent launch here")
     x, w = normal_inputs(tokens, 128, torch.bfloat16, device, seed=53)
     for weights in WEIGHTS:

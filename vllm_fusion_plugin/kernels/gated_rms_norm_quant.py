@@ -16,18 +16,9 @@ from triton.language.extra import libdevice
 
 from . import numerics, quant
 from .forms import is_native
-from .launch import (
-    MAX_GRID_1,
-    cdiv,
-    choose,
-    launch,
-    next_power_of_2,
-    pdl_options,
-    row_stride,
-    rows_with_padding,
-    tile_grid,
-    wait_for_producer,
-)
+from .launch import choose, launch, row_stride, rows_with_padding
+from .pdl import pdl_options, wait_for_producer
+from .tiles import MAX_GRID_1, cdiv, next_power_of_2, tile_grid
 
 
 @triton.jit

@@ -8,8 +8,10 @@ import triton
 import triton.language as tl
 
 from . import quant
-from .launch import GroupTile as Tile
-from .launch import cdiv, choose, launch, pdl_options, row_stride, rows_with_padding, tile_grid, wait_for_producer
+from .launch import choose, launch, row_stride, rows_with_padding
+from .pdl import pdl_options, wait_for_producer
+from .tiles import GroupTile as Tile
+from .tiles import cdiv, tile_grid
 
 
 # What changes with the number of tokens is not specialised on: a server would meet a new specialisation, and half a second

@@ -11,7 +11,8 @@ import triton.language as tl
 
 from . import numerics
 from .forms import is_native
-from .launch import cdiv, choose, launch, next_power_of_2, row_stride, rows_with_padding, wait_for_producer
+from .launch import choose, launch, row_stride, rows_with_padding
+from .pdl import wait_for_producer
 from .rms_norm_quant import (
     LARGE,
     Tile,
@@ -24,6 +25,7 @@ from .rms_norm_quant import (
     start,
     times_weight,
 )
+from .tiles import cdiv, next_power_of_2
 
 
 @triton.jit

@@ -25,8 +25,10 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import quant
-from .launch import cdiv, choose, launch, pdl_options, wait_for_producer
+from .launch import choose, launch
 from .numerics import rounded
+from .pdl import pdl_options, wait_for_producer
+from .tiles import cdiv
 
 
 @triton.jit

@@ -12,17 +12,9 @@ import triton.language as tl
 
 from . import numerics, quant
 from .forms import is_native
-from .launch import (
-    cdiv,
-    choose,
-    launch,
-    next_power_of_2,
-    pdl_options,
-    prefetch,
-    row_stride,
-    rows_with_padding,
-    wait_for_producer,
-)
+from .launch import choose, launch, row_stride, rows_with_padding
+from .pdl import pdl_options, prefetch, wait_for_producer
+from .tiles import cdiv, next_power_of_2
 
 # Up to here Inductor keeps a row in one warp and adds up its squares with fma; see row_tile.
 WARP_WIDTH = tl.constexpr(1024)
@@ -515,7 +507,7 @@ def row_tile(width: int, native_quant: bool, crowded: bool = False, sum_columns:
 def folded(tile: Tile, rows: int, add: bool, most: int = 4) -> Tile:
     """`tile` with fewer warps, up to `most` times, that add up in its order; for `rows` rows, with a residual or without.
 
-    Tuned on an H200 (benchmarks/rms_norm_quant.py --tune). Many rows with a residual keep memory busy anyhow.
+    Tuned on an H200 (benchmarks/bench_rms_norm_quant.py --tune). Many rows with a residual keep memory busy anyhow.
     """
     warps = tile.num_warps
     if warps < 8 or tile.chunk < 256 * warps or (add and rows * tile.chunk >= LARGE):

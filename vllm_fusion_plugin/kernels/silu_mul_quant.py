@@ -9,18 +9,10 @@ import triton.language as tl
 
 from . import numerics, nvfp4, quant
 from .forms import is_native
-from .launch import GroupTile as Tile
-from .launch import (
-    cdiv,
-    choose,
-    launch,
-    next_power_of_2,
-    pdl_options,
-    row_stride,
-    rows_with_padding,
-    tile_grid,
-    wait_for_producer,
-)
+from .launch import choose, launch, row_stride, rows_with_padding
+from .pdl import pdl_options, wait_for_producer
+from .tiles import GroupTile as Tile
+from .tiles import cdiv, next_power_of_2, tile_grid
 
 
 @triton.jit
@@ -127,7 +119,7 @@ def _static_kernel(
 
 
 def group_tile(rows: int, groups: int, group_size: int) -> Tile:
-    """Tile for `rows` rows of `groups` groups, tuned on an H200 (benchmarks/silu_mul_quant.py --tune).
+    """Tile for `rows` rows of `groups` groups, tuned on an H200 (benchmarks/bench_silu_mul_quant.py --tune).
 
     What counts is the number of elements: while there is too little work to fill the GPU, tiles are small and threads many;
     once there is enough, 1024 elements and 16 or 32 a thread keep the most loads in flight. More rows instead of

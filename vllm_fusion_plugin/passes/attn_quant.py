@@ -22,9 +22,11 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 
 from .. import compat, report
+from ..graph import OpIndex, called_op
 from ..ops.quant import FP8_DTYPE
-from . import matchers, producers
-from .base import FusionPass, OpIndex, PatternReplacement
+from . import producers, quantisers
+from .base import FusionPass
+from .pattern import PatternReplacement, empty, functionalized
 
 # Example sizes: unlike each other and unlike 1, so that no two dimensions are mistaken.
 ROWS, HEADS, HEAD_SIZE = 5, 3, 64
@@ -65,7 +67,7 @@ class AttentionOp:
         name = compat.layer_name_of(argument)
         if isinstance(argument, fx.Node):
             alike = node.graph.find_nodes(op=node.op, target=node.target, sort=False)
-            if name is None or sum(compat.called_op(n) == self.graph_name for n in alike) < len(self.layers):
+            if name is None or sum(called_op(n) == self.graph_name for n in alike) < len(self.layers):
                 # The model is compiled in parts, and parts that differ in their inputs only share code: this may run in
                 # the place of any layer.
                 return list(self.layers.values())
@@ -110,13 +112,13 @@ class AttentionQuant(PatternReplacement):
         return bool(found) and self.layer_name in (None, *found) and self.quant.possible(ops)
 
     def inputs(self) -> list[Any]:
-        tensors = [matchers.empty(*shape, dtype=self.dtype) for shape in self.attention.arguments.values()]
+        tensors = [empty(*shape, dtype=self.dtype) for shape in self.attention.arguments.values()]
         name = [] if self.layer_name else [compat.encode_layer_name("any")]
         rows, *width = self.attention.arguments["output"]
         return [*tensors, *name, *self.quant_inputs(rows, torch.Size(width).numel())]
 
     def quant_inputs(self, rows: int, width: int) -> list[torch.Tensor]:
-        return [matchers.empty(1, dtype=torch.float32), *self.quant.inputs(rows, width)]
+        return [empty(1, dtype=torch.float32), *self.quant.inputs(rows, width)]
 
     def split(self, inputs: tuple[Any, ...]) -> tuple[dict[str, Any], tuple[Any, ...]]:
         """Attention's arguments by name, and the quantiser's inputs."""
@@ -129,7 +131,7 @@ class AttentionQuant(PatternReplacement):
         op = self.attention.op
         # In the order of the schema, as the graph has them: in another, Inductor's matcher takes them for another call.
         ordered = {a.name: arguments[a.name] for a in op._schema.arguments if a.name in arguments}
-        _, output, *scales = matchers.functionalized(op, **ordered)
+        _, output, *scales = functionalized(op, **ordered)
         return output.reshape(output.shape[0], output.shape[1:].numel()), *scales
 
     def pattern(self, *inputs: Any) -> Any:
@@ -137,7 +139,7 @@ class AttentionQuant(PatternReplacement):
         return self.quant(self.attend(attention)[0], *quant)
 
     def refuse(self, match: Match) -> str | None:
-        (node,) = (n for n in match.nodes if compat.called_op(n) == self.attention.graph_name)
+        (node,) = (n for n in match.nodes if called_op(n) == self.attention.graph_name)
         given = sorted(k for k, v in node.kwargs.items() if v is not None and k not in (*self.names, "layer_name"))
         if given:
             return f"attention is also given {', '.join(given)}"
@@ -148,7 +150,7 @@ class AttentionQuant(PatternReplacement):
 
 
 class AttentionStaticQuant(AttentionQuant):
-    quant: matchers.StaticQuant
+    quant: quantisers.StaticQuant
     quant_key = "kFp8StaticTensorSym"
 
     def replacement(self, *inputs: Any) -> Any:
@@ -163,7 +165,7 @@ class AttentionStaticQuant(AttentionQuant):
 
 
 class AttentionNvfp4Quant(AttentionQuant):
-    quant: matchers.Nvfp4Quant
+    quant: quantisers.Nvfp4Quant
     quant_key = "kNvfp4Dynamic"
 
     def pattern(self, *inputs: Any) -> Any:
@@ -209,16 +211,16 @@ class AttentionQuantPass(FusionPass):
         self.dump(config)
 
     def register_patterns(self, attention: AttentionOp, dtype: torch.dtype, layer_name: str | None) -> None:
-        for static_quant in matchers.static_quants():
+        for static_quant in quantisers.static_quants():
             self.register(AttentionStaticQuant(attention, static_quant, dtype, layer_name))
-        for nvfp4_quant in matchers.nvfp4_quants():
+        for nvfp4_quant in quantisers.nvfp4_quants():
             self.register(AttentionNvfp4Quant(attention, nvfp4_quant, dtype, layer_name))
 
     def explain(self, graph: fx.Graph) -> None:
         """Of what no quantiser follows: what one follows is leftovers.py's."""
         quantised = producers.before_quantisers(graph)
         for node in graph.nodes:
-            if compat.called_op(node) != self.attention.graph_name or node in self.seen_in_refused or node in quantised:
+            if called_op(node) != self.attention.graph_name or node in self.seen_in_refused or node in quantised:
                 continue
             if node.kwargs.get("output_scale") is None and node.kwargs.get("output_block_scale") is None:
                 report.RECORDER.missed(self.name, self._why(node), report.module_of(node))
@@ -231,7 +233,7 @@ class AttentionQuantPass(FusionPass):
             users = list(users[0].users)
         if all(user.op == "output" for user in users):
             return "attention's result leaves the compiled graph here, unquantised"
-        names = sorted({compat.called_op(user) if user.op == "call_function" else user.op for user in users})
+        names = sorted({called_op(user) if user.op == "call_function" else user.op for user in users})
         return f"attention ({self.attention.backends(node)}) is followed by {', '.join(names)}; fused are {self.can}"
 
     def uuid(self) -> str:

@@ -1,141 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every fusion pass is made of: patterns with their replacements, and the pass that looks for them."""
+"""A fusion pass: looks for its patterns, replaces, counts, and says why not."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch._inductor.pattern_matcher as pm
 from torch import fx
-from torch._inductor.fx_passes.post_grad import view_to_reshape
 from torch._inductor.pattern_matcher import Match, PatternMatcherPass
 from vllm.compilation.passes.inductor_pass import enable_fake_mode
 from vllm.compilation.passes.vllm_inductor_pass import VllmInductorPass, VllmPatternMatcherPass
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from .. import compat, fingerprint, report, roundings, settings
+from .. import fingerprint, report, roundings, settings
+from ..graph import OpIndex, innermost_common
+from .pattern import (
+    DuplicatePatternError,
+    PatternReplacement,
+    bind,
+    copy_nodes,
+    no_match_on_error,
+    normalise,
+    restore,
+    trace,
+)
 
 logger = logging.getLogger("vllm.fusion_plugin")
 
 aten = torch.ops.aten
-
-
-class DuplicatePatternError(ValueError):
-    """Two patterns of one pass look for the same graph: one of them could never match."""
-
-
-class PatternReplacement(ABC):
-    """A subgraph to look for, and what to put in its place.
-
-    Both are traced from plain functions on `inputs()`, so that a pattern reads like the model code that it finds.
-    Parameters (group size, layout, ...) belong to the instance and to its `key()`.
-    """
-
-    scalars: ClassVar[tuple[float, ...]] = ()
-    """Numbers that a pattern takes as it finds them, a norm's epsilon for example; handed over behind the inputs. What is
-    here stands for them in the example trace, where the matcher knows them by value: no other number of the pattern may be
-    equal to it."""
-
-    inexactness: str = ""
-    """In which way the replacement's bytes are not the pattern's, as far as is known; nothing if they are."""
-
-    @abstractmethod
-    def pattern(self, *inputs: Any) -> Any:
-        """The computation as the model's graph holds it."""
-
-    @abstractmethod
-    def replacement(self, *inputs: Any) -> Any:
-        """The same, fused; same inputs, outputs, shapes, dtypes and strides."""
-
-    @abstractmethod
-    def inputs(self) -> list[torch.Tensor]:
-        """Example tensors, made under fake tensor mode; their values are never read."""
-
-    @abstractmethod
-    def key(self) -> str:
-        """Name and parameters, unique within a pass; shown in reports, hashed into the compile cache."""
-
-    def possible(self, ops: OpIndex) -> bool:
-        """Whether a graph with these ops can hold the pattern at all. A cheap look that saves tracing: tracing a pattern
-        takes 50 ms or so, and of the dozens that a pass knows a model has one or two."""
-        return True
-
-    def refuse(self, match: Match) -> str | None:
-        """Why a match that fits by structure is not to be replaced, or None if it is."""
-        return None
-
-
-class OpIndex(dict[str, list[fx.Node]]):
-    """The nodes of a graph by the op that they call, "namespace.name", auto_functionalized ops by their own name."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        super().__init__()
-        for node in graph.nodes:
-            if node.op == "call_function":
-                self.setdefault(compat.called_op(node), []).append(node)
-
-
-def normalise(graph: fx.Graph) -> dict[fx.Node, Any]:
-    """Bring a traced pattern, or a graph before matching, into one form.
-
-    Consecutive reshapes become one; reshapes to the same shape and identity permutations go; the only size of a reshape that
-    is no number becomes -1. make_fx records every one that the Python code makes, vLLM drops some and keeps others (all of
-    them without `eliminate_noops`), and a single difference on either side keeps a pattern from ever matching.
-
-    Returns the sizes that became -1. vLLM's patterns know nothing of that, so a graph gets them back: see `restore`.
-    """
-    sizes = {}
-    for node in list(graph.nodes):
-        if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
-            continue
-        source = node.args[0]
-        if node.target is aten.reshape.default:
-            if source.target is aten.reshape.default and len(source.users) == 1:
-                node.update_arg(0, source.args[0])
-                graph.erase_node(source)
-                source = node.args[0]
-            if not compat.same_shape(source.meta["val"], node.meta["val"]):
-                continue
-        elif node.target is not aten.permute.default or list(node.args[1]) != sorted(node.args[1]):
-            continue
-        node.replace_all_uses_with(source)
-        graph.erase_node(node)
-    for node in graph.find_nodes(op="call_function", target=aten.reshape.default):
-        size: Any = node.args[1]
-        if -1 not in size and sum(isinstance(n, fx.Node) for n in size) == 1:
-            sizes[node] = size
-            node.update_arg(1, [-1 if isinstance(n, fx.Node) else n for n in size])
-    return sizes
-
-
-def restore(sizes: dict[fx.Node, Any]) -> None:
-    """Give reshapes that are still there the sizes that `normalise` took."""
-    for node, size in sizes.items():
-        if not node._erased:
-            node.update_arg(1, size)
-
-
-def _copy_nodes(source: fx.Graph, target: fx.Graph) -> fx.Graph:
-    """Give `target` the nodes of `source`, metadata included, instead of its own."""
-    for node in reversed(list(target.nodes)):
-        target.erase_node(node)
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in source.nodes:
-        copies[node] = target.node_copy(node, copies.__getitem__)
-    return target
-
-
-def _trace(*args: Any, **kwargs: Any) -> fx.GraphModule:
-    gm = pm.fwd_only(*args, **kwargs)
-    view_to_reshape(gm)
-    normalise(gm.graph)
-    return gm
 
 
 class FusionPass(VllmPatternMatcherPass):
@@ -206,9 +102,9 @@ class FusionPass(VllmPatternMatcherPass):
     @enable_fake_mode
     def _trace_pattern(self, key: str, replacement: PatternReplacement) -> None:
         inputs = replacement.inputs()
-        search = _bind(_no_match_on_error(replacement.pattern), len(inputs) + len(replacement.scalars))
-        trace = _trace(search, [*inputs, *replacement.scalars])
-        graph = "\n".join(f"{n.op} {n.target} {n.args} {n.kwargs}" for n in trace.graph.nodes)
+        search = bind(no_match_on_error(replacement.pattern), len(inputs) + len(replacement.scalars))
+        traced = trace(search, [*inputs, *replacement.scalars])
+        graph = "\n".join(f"{n.op} {n.target} {n.args} {n.kwargs}" for n in traced.graph.nodes)
         for other, text in self._traced.items():
             if text == graph:
                 raise DuplicatePatternError(
@@ -216,9 +112,9 @@ class FusionPass(VllmPatternMatcherPass):
                 )
         pm.register_replacement(
             search,
-            _bind(replacement.replacement, len(inputs) + len(replacement.scalars)),
+            bind(replacement.replacement, len(inputs) + len(replacement.scalars)),
             inputs,
-            _trace,
+            trace,
             self.pm_pass,
             extra_check=lambda match: self._accept(replacement, match, len(inputs)),
             scalar_workaround={f"arg{len(inputs) + i}": value for i, value in enumerate(replacement.scalars)},
@@ -270,12 +166,12 @@ class FusionPass(VllmPatternMatcherPass):
     @VllmInductorPass.time_and_log  # type: ignore[arg-type]  # typed for its own class only
     def __call__(self, graph: fx.Graph) -> None:
         table = VllmPatternMatcherPass.match_table
-        before, found, matches = _copy_nodes(graph, fx.Graph()), report.RECORDER.mark(), dict(table)
+        before, found, matches = copy_nodes(graph, fx.Graph()), report.RECORDER.mark(), dict(table)
         self.failed = ""
         try:
             self._run(graph)
         except Exception as e:  # must not stop the model from compiling
-            _copy_nodes(before, graph)
+            copy_nodes(before, graph)
             report.RECORDER.take_back(found)
             table.clear()
             table.update(matches)
@@ -307,27 +203,6 @@ class FusionPass(VllmPatternMatcherPass):
         ).hexdigest()
 
 
-def _bind(function: Callable[..., Any], arity: int) -> Callable[..., Any]:
-    """A plain function of `arity` named arguments: Inductor reads argument names off the signature."""
-    names = ", ".join(f"arg{i}" for i in range(arity))
-    return eval(f"lambda {names}: function({names})", {"function": function})
-
-
-def _no_match_on_error(pattern: Callable[..., Any]) -> Callable[..., Any]:
-    """Inductor traces a pattern again with the shapes of a place that it might fit, and takes a RuntimeError for a no; any
-    other error would end the compilation."""
-
-    def traced(*inputs: Any) -> Any:
-        try:
-            return pattern(*inputs)
-        except RuntimeError:
-            raise
-        except Exception as e:
-            raise RuntimeError(f"{type(e).__name__}: {e}") from e
-
-    return traced
-
-
 def _refused_by_op(replacement: PatternReplacement, match: Match, arity: int) -> str | None:
     """What the replacing op's own checks have against a match: raised later, they would end the compilation."""
     try:
@@ -357,14 +232,3 @@ def _refuse_cycle(match: Match) -> str | None:
             seen.add(node)
             todo += node.all_input_nodes
     return None
-
-
-def innermost_common(nodes: list[fx.Node]) -> str:
-    """The module that a match belongs to: what the paths of its nodes have in common."""
-    paths = [path.split(".") for path in map(report.module_of, nodes) if path]
-    common = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)

@@ -9,17 +9,40 @@ from itertools import product
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import vllm.model_executor.layers.layernorm as norm_layers
 from torch import fx
 from torch._inductor.pattern_matcher import Match
 
+from ..graph import CONVERT, OpIndex
 from ..ops import gated_rms_norm_quant  # noqa: F401  (registers the op)
 from ..ops.quant import GROUP_SIZES
-from . import matchers
-from .base import OpIndex, PatternReplacement
+from . import quantisers
+from .pattern import PatternReplacement, empty, make_layer
 
 ROWS, HEADS, GROUPS = 5, 3, 4  # example sizes: unlike each other and unlike 1, so that no two dimensions are mistaken
 
 aten = torch.ops.aten
+
+# ---- gated RMS norm --------------------------------------------------------------------------------------------------
+
+# An op that a graph with the gate has in any case.
+GATE_OPS = {"silu": "aten.exp", "sigmoid": "aten.sigmoid"}
+
+
+def gated_rms_norm(
+    x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, epsilon: float, norm_before_gate: bool, activation: str
+) -> torch.Tensor:
+    """RMSNormGated's native form along the last dimension of x, gated by z."""
+    layer = make_layer(
+        norm_layers.RMSNormGated,
+        hidden_size=x.shape[-1],
+        eps=epsilon,
+        norm_before_gate=norm_before_gate,
+        activation=activation,
+    )
+    del layer.weight
+    layer.weight = weight  # a traced tensor, which a parameter cannot be
+    return layer.forward_native(x, z)
 
 
 class GatedRMSNormGroupQuant(PatternReplacement):
@@ -36,7 +59,7 @@ class GatedRMSNormGroupQuant(PatternReplacement):
         activation: str,
         norm_before_gate: bool,
         weight_dtype: torch.dtype,
-        quant: matchers.GroupQuant,
+        quant: quantisers.GroupQuant,
         dtype: torch.dtype,
         precision_casts: bool,
         flattens: bool = False,
@@ -55,10 +78,8 @@ class GatedRMSNormGroupQuant(PatternReplacement):
 
     def possible(self, ops: OpIndex) -> bool:
         kind = (self.norm_before_gate, self.weight_dtype == torch.float32)
-        found = (
-            (norm.before_gate, norm.weight.target is not matchers.CONVERT) for norm in norms(ops.get("aten.rsqrt", []))
-        )
-        return matchers.GATE_OPS[self.activation] in ops and self.quant.possible(ops) and kind in found
+        found = ((norm.before_gate, norm.weight.target is not CONVERT) for norm in norms(ops.get("aten.rsqrt", [])))
+        return GATE_OPS[self.activation] in ops and self.quant.possible(ops) and kind in found
 
     def key(self) -> str:
         traits = [self.activation, "norm first" if self.norm_before_gate else "gate first"]
@@ -68,8 +89,8 @@ class GatedRMSNormGroupQuant(PatternReplacement):
 
     def inputs(self) -> list[torch.Tensor]:
         width = self.groups * self.quant.group_size
-        x, z = (matchers.empty(ROWS, HEADS, width, dtype=self.dtype) for _ in range(2))
-        return [x, z, matchers.empty(width, dtype=self.weight_dtype), *self.quant.inputs(ROWS, HEADS * width)]
+        x, z = (empty(ROWS, HEADS, width, dtype=self.dtype) for _ in range(2))
+        return [x, z, empty(width, dtype=self.weight_dtype), *self.quant.inputs(ROWS, HEADS * width)]
 
     def heads(self, x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x and z as the norm sees them."""
@@ -84,7 +105,7 @@ class GatedRMSNormGroupQuant(PatternReplacement):
         *buffers, epsilon = rest
         shape = self.shape(x, tuple(buffers))
         x, z = self.heads(x, z, weight)
-        y = matchers.gated_rms_norm(x, z, weight, epsilon, self.norm_before_gate, self.activation)
+        y = gated_rms_norm(x, z, weight, epsilon, self.norm_before_gate, self.activation)
         return self.quant(y.reshape(shape), *buffers)
 
     def replacement(self, x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, *rest: Any) -> Any:
@@ -116,7 +137,7 @@ class GatedRMSNormGroupQuant(PatternReplacement):
 
 def patterns(dtype: torch.dtype, precision_casts: bool) -> Iterator[GatedRMSNormGroupQuant]:
     for activation, norm_before_gate, weight_dtype, quant in product(
-        matchers.GATE_OPS, (True, False), (dtype, torch.float32), matchers.group_quants(GROUP_SIZES)
+        GATE_OPS, (True, False), (dtype, torch.float32), quantisers.group_quants(GROUP_SIZES)
     ):
         # An opaque quantiser has a reshape before it, and all there is to know in its buffers. A native one begins with a
         # reshape of its own, and two in a row become one, or none if that changes nothing.
@@ -147,7 +168,7 @@ def norms(rsqrts: Iterable[fx.Node]) -> Iterator[Norm]:
                 break
             chain.append(node)
         # x / rms, times weight, times gate if that comes last; then back to the model's dtype
-        if len(chain) in (2, 3) and node.target is matchers.CONVERT:
+        if len(chain) in (2, 3) and node.target is CONVERT:
             normed, scaled = chain[:2]
             weight = next((a for a in scaled.args if a is not normed), None)
             if isinstance(weight, fx.Node):

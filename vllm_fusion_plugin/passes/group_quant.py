@@ -12,10 +12,12 @@ import torch
 from torch._inductor.pattern_matcher import Match
 from vllm.config import VllmConfig
 
+from ..graph import OpIndex
 from ..ops import group_quant  # noqa: F401  (registers the op)
 from ..ops.quant import GROUP_SIZES
-from . import matchers
-from .base import FusionPass, OpIndex, PatternReplacement
+from . import quantisers
+from .base import FusionPass
+from .pattern import PatternReplacement, empty
 
 ROWS, GROUPS = 5, 4  # example sizes: unlike each other and unlike 1, so that no two dimensions are mistaken
 
@@ -23,7 +25,7 @@ ROWS, GROUPS = 5, 4  # example sizes: unlike each other and unlike 1, so that no
 class LoneGroupQuant(PatternReplacement):
     """x [M, K] -> group quantiser, in its custom-op form: a native one is Inductor's to fuse."""
 
-    def __init__(self, quant: matchers.GroupQuant, dtype: torch.dtype) -> None:
+    def __init__(self, quant: quantisers.GroupQuant, dtype: torch.dtype) -> None:
         self.quant = quant
         self.inexactness = quant.inexactness
         self.dtype = dtype
@@ -36,7 +38,7 @@ class LoneGroupQuant(PatternReplacement):
 
     def inputs(self) -> list[torch.Tensor]:
         width = GROUPS * self.quant.group_size
-        return [matchers.empty(ROWS, width, dtype=self.dtype), *self.quant.inputs(ROWS, width)]
+        return [empty(ROWS, width, dtype=self.dtype), *self.quant.inputs(ROWS, width)]
 
     def pattern(self, x: torch.Tensor, *buffers: torch.Tensor) -> Any:
         return self.quant(x, *buffers)
@@ -60,7 +62,7 @@ class GroupQuantPass(FusionPass):
     def __init__(self, config: VllmConfig) -> None:
         super().__init__(config)
         dtype = self.model_dtype if self.model_dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-        for quant in matchers.group_quants(GROUP_SIZES):
+        for quant in quantisers.group_quants(GROUP_SIZES):
             if quant.form == "custom_op":
                 self.register(LoneGroupQuant(quant, dtype))
         self.dump(config)

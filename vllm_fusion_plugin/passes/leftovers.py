@@ -15,12 +15,13 @@ from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.config import VllmConfig
 
 from .. import compat, report
+from ..graph import called_op
 from ..ops.quant import FP8_DTYPE, FP8_MAX, GROUP_SIZES, INPUT_DTYPES
-from . import matchers, producers
+from . import producers, quantisers
 from .attn_quant import AttentionQuantPass
 from .base import FusionPass
 from .producers import Producer
-from .quantisers import VIEWS, Fused, Quantiser, find
+from .quantiser_nodes import VIEWS, Fused, Quantiser, find
 
 logger = logging.getLogger("vllm.fusion_plugin")
 
@@ -67,7 +68,7 @@ class Leftovers(InductorPass):
             self._report_fused(boundary)
         told: set[tuple[int, fx.Node]] = set()
         for quantiser in self._quantisers:
-            if compat.called_op(quantiser.node) in compat.OPAQUE_MLPS and not compat.experts_quantise(self.config):
+            if called_op(quantiser.node) in compat.OPAQUE_MLPS and not compat.experts_quantise(self.config):
                 continue
             producer = self._made(quantiser.value)
             pass_name, reason = self._why(quantiser, producer, told)
@@ -78,7 +79,7 @@ class Leftovers(InductorPass):
         by = report.MODEL_CODE if boundary.node.name in self._before else report.VLLMS_PASS
         if by == report.VLLMS_PASS and report.RECORDER.report.passes.get(boundary.owner) == "ours":
             return  # put there by our pass, which has told
-        pattern = f"{boundary.pattern}[{compat.called_op(boundary.node)}]"
+        pattern = f"{boundary.pattern}[{called_op(boundary.node)}]"
         report.RECORDER.found(by, pattern, report.module_of(boundary.node))
 
     def _report_refused(self, graph: fx.Graph, told: set[tuple[int, fx.Node]]) -> None:
@@ -109,10 +110,10 @@ class Leftovers(InductorPass):
         """The pass that a leftover concerns, and why it is left."""
         owner, _ = producers.FUSED.get(made.kind, (NO_PASS, ()))
         pass_name = PASS_NAMES.get(owner, NO_PASS)
-        if name := next((n for n in (compat.called_op(q.node),) if n in compat.OPAQUE_MLPS), None):
+        if name := next((n for n in (called_op(q.node),) if n in compat.OPAQUE_MLPS), None):
             return PASS_NAMES["ActivationQuantFusionPass"], compat.OPAQUE_MLPS[name]
         if q.form == "inside":
-            return pass_name, f"{compat.OPAQUE_QUANTISERS[compat.called_op(q.node)]}; before it: {made.words}"
+            return pass_name, f"{compat.OPAQUE_QUANTISERS[called_op(q.node)]}; before it: {made.words}"
         alone = "; it runs this package's kernel, by itself" if q.form == "ours" else ""
         if refused := self._refused(q, made, told):
             return refused[0], refused[1] + alone
@@ -144,7 +145,7 @@ class Leftovers(InductorPass):
         kinds = producers.FUSED.get(made.kind, (NO_PASS, ()))[1]
         if not kinds:
             return f"no pass fuses {made.words} with {q}"
-        if (name := compat.called_op(made.node)) in compat.ALLREDUCE_NORMS:
+        if (name := called_op(made.node)) in compat.ALLREDUCE_NORMS:
             return (
                 "vLLM made one op of the norm and the all-reduce before it (fuse_allreduce_rms); the quantiser runs by "
                 "itself"
@@ -219,13 +220,13 @@ def _unlike(q: Quantiser) -> str | None:
     if q.form != "op":
         return None
     codes = q.node.kwargs.get("output_q")
-    if isinstance(codes, fx.Node) and (reason := matchers.refuse_codes(codes.meta["val"])):
+    if isinstance(codes, fx.Node) and (reason := quantisers.refuse_codes(codes.meta["val"])):
         return reason
     told = _numbers(q.node)
     if (told.get("fp8_min"), told.get("fp8_max")) != (-FP8_MAX, FP8_MAX):
         return f"called with {told}; fused for the whole range of {FP8_DTYPE}"
-    if told.get("eps") != matchers.GroupQuant.eps:
-        return f"called with {told}; fused for eps {matchers.GroupQuant.eps}"
+    if told.get("eps") != quantisers.GroupQuant.eps:
+        return f"called with {told}; fused for eps {quantisers.GroupQuant.eps}"
     return None
 
 
@@ -238,7 +239,7 @@ def _other_readers(q: Quantiser, made: Producer, quantisers: Sequence[Quantiser]
     for user in (user for node in way for user in _readers(node, way)):
         if not q.reads(user):
             other = next((other for other in quantisers if other.reads(user)), None)
-            name = compat.called_op(user) if user.op == "call_function" else user.op
+            name = called_op(user) if user.op == "call_function" else user.op
             others[str(other) if other else name] = None
     return sorted(others)
 

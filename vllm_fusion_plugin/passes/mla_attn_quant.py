@@ -2,8 +2,8 @@
 """MLAAttnQuantFusionPass: latent attention (MLA) and the quantiser behind it become one attention op with quantised output.
 
 Stands in for vLLM's pass of that name, and puts vLLM's own op in place. That op quantises its output at its end, whatever
-the backend: the codes are those of vLLM's quantiser over the output in the model's dtype. For FP8 in groups, mla.py takes
-the quantiser into the V up-projection.
+the backend: the codes are those of vLLM's quantiser over the output in the model's dtype. For FP8 in groups,
+layers/mla_v_up_quant.py takes the quantiser into the V up-projection.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 
 from .. import compat, report
 from ..ops.quant import FP8_DTYPE, GROUP_SIZES
-from . import matchers
+from . import quantisers
 from .attn_quant import HEADS, ROWS, AttentionOp, AttentionQuant, AttentionQuantPass
 
 LATENT, NOPE, ROPE, V = 48, 32, 16, 128  # example sizes, as in attn_quant
@@ -29,7 +29,7 @@ GROUP_ARGUMENTS = ("quant_group_size", "quant_scale_ue8m0", "quant_col_major", "
 class MLAAttentionGroupQuant(AttentionQuant):
     """Only the custom-op form of the quantiser: vLLM's attention op runs that one, and the native form's bytes differ."""
 
-    quant: matchers.GroupQuant
+    quant: quantisers.GroupQuant
 
     @property
     def quant_key(self) -> str:
@@ -81,6 +81,6 @@ class MLAAttnQuantFusionPass(AttentionQuantPass):
         if not compat.op_takes(attention.op, *GROUP_ARGUMENTS):
             report.RECORDER.note(f"{self.name}: this vLLM's MLA op writes no FP8 in groups")
             return
-        for group_quant in matchers.group_quants(GROUP_SIZES):
+        for group_quant in quantisers.group_quants(GROUP_SIZES):
             if group_quant.form == "custom_op":
                 self.register(MLAAttentionGroupQuant(attention, group_quant, dtype, layer_name))

@@ -15,11 +15,11 @@ import torch
 from torch import fx
 
 from .. import compat, report
+from ..graph import innermost_common
 from ..kernels.forms import is_native
 from ..ops import mla_dual_rms_norm_quant, rms_norm_quant  # noqa: F401  (registers the ops)
-from . import matchers
-from .base import innermost_common
-from .rms_norm_addends import get
+from . import norms, quantisers
+from .residual_sums import get
 
 # As vLLM's pass with the same fusion for AITER's ops, in reports and match tables.
 NAME = "mla_dual_rms_norm_fusion_pass"
@@ -67,17 +67,17 @@ def view_chain(node: Any) -> list[fx.Node]:
     return chain
 
 
-def _quantiser(q: fx.Node) -> matchers.GroupQuant:
+def _quantiser(q: fx.Node) -> quantisers.GroupQuant:
     group_size, column_major, tma_aligned, ue8m0, eps, _, quant_form = _how(q)
     form = "native" if is_native(quant_form) else "custom_op"  # as the graph had it, by which reports name it
-    return matchers.GroupQuant(form, group_size, column_major, tma_aligned, ue8m0, eps)
+    return quantisers.GroupQuant(form, group_size, column_major, tma_aligned, ue8m0, eps)
 
 
 def _refuse(q: fx.Node, others: list[fx.Node]) -> str | None:
     if len(others) > 1:
         return f"{len(others)} more norms read the same GEMM's output; fused where there is one"
     (kv,) = others
-    if matchers.adds_one(kv.args[1]):
+    if norms.adds_one(kv.args[1]):
         return "the second norm's weight is Gemma's (weight + 1); fused for plain weights"
     if not all(isinstance(weight, fx.Node) and weight < min(q, kv) for weight in (q.args[1], kv.args[1])):
         return "a norm has no weight, or one that is made between the two"

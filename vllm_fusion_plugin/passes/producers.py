@@ -11,8 +11,9 @@ import torch
 from torch import fx
 
 from .. import compat
-from . import gated_rms_norm_quant, matchers
-from .quantisers import VIEWS, find
+from ..graph import CONVERT, called_op
+from . import gated_rms_norm_quant, norms
+from .quantiser_nodes import VIEWS, find
 
 aten = torch.ops.aten
 
@@ -55,7 +56,7 @@ class Producer:
     @property
     def compiled(self) -> bool:
         """Whether Inductor generates code for it."""
-        name = compat.called_op(self.node)
+        name = called_op(self.node)
         if name.startswith("vllm_ir."):
             values = fx.map_arg(self.node.args, lambda n: n.meta["val"])
             return compat.ir_provider(name.partition(".")[2], list(values)) == "native"  # type: ignore[arg-type]
@@ -66,11 +67,11 @@ def of(value: fx.Node) -> Producer:
     """What has made a value, looking through views, conversions, pads, slices and the like."""
     chain, between, node = [], [], value
     while node.op == "call_function":
-        if node.target is matchers.CONVERT and _is_gated_norm(node):
+        if node.target is CONVERT and _is_gated_norm(node):
             break
         if node.target in _BETWEEN:
             between.append(_BETWEEN[node.target])
-        elif not (node.target in VIEWS or node.target is matchers.CONVERT or _is_view_of_result(node)):
+        elif not (node.target in VIEWS or node.target is CONVERT or _is_view_of_result(node)):
             break
         chain.append(node)
         node = node.all_input_nodes[0]
@@ -97,15 +98,15 @@ def _is_matmul(name: str) -> bool:
 
 def _describe(node: fx.Node, chain: list[fx.Node]) -> tuple[str, str]:
     """A producer's kind, and its words."""
-    name = compat.called_op(node)
-    layer = _layer(node)
+    name = called_op(node)
+    layer = make_layer(node)
     if node.op != "call_function":
         return "", "a tensor that is made outside this compiled graph"
     for op, described in _ATTENTION.items():
         if name.endswith(f".{op}"):
             return described
-    if name in matchers.NORM_OPS:
-        if chain and chain[-1] in matchers.norm_results(node)["sum"]:
+    if name in norms.NORM_OPS:
+        if chain and chain[-1] in norms.norm_results(node)["sum"]:
             return "", "the sum that an RMS norm adds up (the residual)"
         return "norm", layer if layer.endswith("Norm") else "an RMS norm"
     if name in compat.ALLREDUCE_NORMS:
@@ -118,7 +119,7 @@ def _describe(node: fx.Node, chain: list[fx.Node]) -> tuple[str, str]:
         return "", compat.ACTIVATION_OPS[name]
     if node.target is aten.mul.Tensor and (halves := _silu_mul(node)):
         return halves
-    if node.target is matchers.CONVERT:
+    if node.target is CONVERT:
         return "gated_norm", "a gated RMS norm"
     if layer in _LAYERS:
         return "", _LAYERS[layer]
@@ -149,7 +150,7 @@ _LAYERS = {
 }
 
 
-def _layer(node: fx.Node) -> str:
+def make_layer(node: fx.Node) -> str:
     """The class of the innermost layer that has made a node; "" if unknown."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     if not stack:
@@ -207,13 +208,13 @@ def _silu_of(node: fx.Node) -> fx.Node | None:
 
 
 def _before_conversions(node: Any) -> Any:
-    while isinstance(node, fx.Node) and (node.target is matchers.CONVERT or node.target in VIEWS):
+    while isinstance(node, fx.Node) and (node.target is CONVERT or node.target in VIEWS):
         node = node.all_input_nodes[0]
     return node
 
 
 def _clamped(node: Any) -> bool:
-    return isinstance(node, fx.Node) and compat.called_op(node).startswith(("aten.clamp", "aten.minimum"))
+    return isinstance(node, fx.Node) and called_op(node).startswith(("aten.clamp", "aten.minimum"))
 
 
 def _half(node: Any) -> tuple[fx.Node, int] | None:
@@ -224,6 +225,6 @@ def _half(node: Any) -> tuple[fx.Node, int] | None:
         source, dim, start = (*node.args, 0, 0)[:3]
         last = source.meta["val"].dim() - 1  # type: ignore[union-attr]
         return (_before_conversions(source), start) if dim in (-1, last) else None  # type: ignore[return-value]
-    if node.target is operator.getitem and compat.called_op(node.args[0]).startswith("aten.split"):  # type: ignore[arg-type]
+    if node.target is operator.getitem and called_op(node.args[0]).startswith("aten.split"):  # type: ignore[arg-type]
         return _before_conversions(node.args[0].args[0]), node.args[1]  # type: ignore[union-attr,return-value]
     return None

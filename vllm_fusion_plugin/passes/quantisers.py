@@ -1,281 +1,333 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantisers in a graph, whatever they look like, and what each of them quantises.
+"""Quantisers as vLLM's graphs have them: the pieces that patterns are put together from.
 
-A quantiser is what makes numbers of 8 bits or fewer from a tensor of the model's: an op of vLLM's, plain torch code that
-ends in a conversion to FP8, a Triton kernel, or an op that has one inside. Of our ops only that is one which does nothing
-else.
+Each has the forms that vLLM gives it: a custom op of `torch.ops._C`, or the layer's `forward_native` decomposed to aten. A
+form whose op this build of vLLM lacks is not available, and no pattern is made with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 
-from .. import compat
-from . import matchers
+from .. import compat, roundings
+from ..graph import OpIndex, called_op, same_strides
+from ..ops.quant import FP8_DTYPE, FP8_MAX, empty_group_scales
+from .pattern import empty, functionalized, has_op, make_layer
 
-aten = torch.ops.aten
+# ---- quantisers ------------------------------------------------------------------------------------------------------
 
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
-MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-VIEWS: tuple[Any, ...] = (
-    *(aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default),
-    *(aten.squeeze.dim, aten.expand.default, aten.alias.default),
+# Quantisers that take one tensor and write codes, with those of their arguments that decide what is written.
+OPAQUE_QUANT_OPS = (
+    "_C.per_token_group_fp8_quant",
+    "_C.per_token_group_fp8_quant_packed",
+    "_C.dynamic_per_token_scaled_fp8_quant",
+    "_C.dynamic_scaled_fp8_quant",
+    "_C.static_scaled_fp8_quant",
+    "_C.scaled_fp4_quant",
 )
 
-# What a quantiser in plain torch code is made of, besides views and conversions.
-_CLAMPS = ("aten.clamp", "aten.clamp_min", "aten.clamp_max", "aten.minimum", "aten.maximum")
-_MAXIMA = ("aten.amax", "aten.max", "aten.maximum")
-_MADE_OF = {
-    *_CLAMPS,
-    *_MAXIMA,
-    *("getitem", "prims.convert_element_type"),
-    *(f"aten.{op}" for op in ("mul", "div", "reciprocal", "abs", "log2", "ceil", "exp2", "pow", "reshape", "view")),
-    *(f"aten.{op}" for op in ("unsqueeze", "squeeze", "expand", "permute", "clone", "slice", "constant_pad_nd")),
-}
 
-# Op -> what it is, in the words of `passes.owners`, and where it reads. Other ops are known by what they write.
-_OPS = {
-    "_C.per_token_group_fp8_quant": "group",
-    "_C.per_token_group_fp8_quant_packed": "packed",
-    "_C.dynamic_per_token_scaled_fp8_quant": "token",
-    "_C.dynamic_scaled_fp8_quant": "tensor",
-    "_C.static_scaled_fp8_quant": "static",
-    "_C.scaled_fp4_quant": "nvfp4",
-}
-OURS = "vllm_fusion_plugin.group_fp8_quant"
-
-WORDS = {
-    "group": "an FP8 quantiser in groups",
-    "packed": "an FP8 quantiser in groups with packed scales",
-    "token": "an FP8 quantiser with one scale a token",
-    "tensor": "an FP8 quantiser with one dynamic scale a tensor",
-    "static": "an FP8 quantiser with a static scale",
-    "nvfp4": "an NVFP4 quantiser",
-    "cast": "a conversion to FP8 without a scale",
-    "other": "a quantiser",
-}
+def refuse_codes(codes: torch.Tensor) -> str | None:
+    return None if codes.dtype == FP8_DTYPE else f"the quantiser writes {codes.dtype}; fused for {FP8_DTYPE}"
 
 
-@dataclass(frozen=True, eq=False)
-class Quantiser:
-    node: fx.Node
-    """Where the numbers are written."""
-    value: fx.Node
-    """What is quantised, before views of the quantiser's own."""
-    kind: str
-    """A key of WORDS."""
+def share_equal_quantisers(graph: fx.Graph) -> list[fx.Node]:
+    """Where a graph quantises one value twice in the same way, let it use the first result; the first calls of those.
+
+    vLLM's layers quantise each for itself, and Inductor's common subexpressions do not reach into ops that write to
+    buffers. A value's codes and scales are the same, however often they are made.
+    """
+    first: dict[Any, fx.Node] = {}
+    shared = []
+    for node in list(graph.nodes):
+        if called_op(node) not in OPAQUE_QUANT_OPS or isinstance(node.target, torch._ops.OpOverload):
+            continue  # no quantiser, or not functionalised
+        same = first.setdefault(_what_is_quantised(node), node)
+        if same is node:
+            continue
+        results = {user.args[1]: user for user in same.users if user.target is operator.getitem}
+        for user in list(node.users):
+            if user.target is operator.getitem and user.args[1] in results:
+                user.replace_all_uses_with(results[user.args[1]])
+                graph.erase_node(user)
+        node.replace_all_uses_with(same)
+        graph.erase_node(node)
+        shared.append(same)
+    return shared
+
+
+def _what_is_quantised(node: fx.Node) -> Any:
+    """Equal for two calls that write equal results: op, inputs, numbers, and what buffers look like."""
+    op: Any = node.args[0]  # node.target is auto_functionalized
+    written = {argument.name for argument in op._schema.arguments if argument.is_write}
+    arguments = []
+    value: Any
+    for name, value in sorted(node.kwargs.items()):
+        if name in written:
+            buffer = value.meta["val"]
+            value = (str(buffer.shape), buffer.dtype, str(buffer.stride()))
+        arguments.append((name, value if isinstance(value, fx.Node) else repr(value)))
+    return op, tuple(arguments)
+
+
+def _converts_to_fp8(ops: OpIndex) -> bool:
+    return any(node.args[1] == FP8_DTYPE for node in ops.get("prims.convert_element_type", []))
+
+
+class Fp8Quant:
+    """What FP8 quantisers have in common: the rounding of a custom op is the installed vLLM's, of native code its own."""
+
     form: str
-    """"op", "native" (plain torch code), "triton", "inside" (in another op), or "ours" (alone, in this package's op)."""
-    group_size: int | None = None
-    kernel: str = ""
-    """A Triton kernel's name."""
+    op: ClassVar[str]
+    """Name of the custom op in roundings.py."""
 
-    def __str__(self) -> str:
-        size = f" of {self.group_size}" if self.kind == "group" and self.group_size else ""
-        how = {
-            "native": "in plain torch code",
-            "triton": f"in a Triton kernel, {self.kernel}",
-            "ours": "in this package's op",
-        }.get(self.form, compat.called_op(self.node))
-        return f"{WORDS[self.kind]}{size} ({how})"
+    @property
+    def rounding(self) -> str:
+        """`quant_form` to hand to an op."""
+        return self.form if self.form == "native" else roundings.of(self.op).form
 
-    def reads(self, user: fx.Node) -> bool:
-        """Whether a reader of `value` is part of this quantiser: itself, or what leads to it and nothing else does."""
-        if user is self.node:
-            return True
-        if user.target in VIEWS or (self.form == "native" and compat.called_op(user) in _MADE_OF):
-            return any(map(self.reads, user.users))
-        return False
+    @property
+    def inexactness(self) -> str:
+        """Why an op's bytes are not this quantiser's, or nothing if they are."""
+        return "" if self.form == "native" else roundings.of(self.op).reason
 
 
 @dataclass(frozen=True)
-class Fused:
-    """One of vLLM's own ops with a quantiser in it."""
+class GroupQuant(Fp8Quant):
+    """Dynamic FP8 quantiser with one scale a group along the row, in one of its layouts and forms."""
 
-    node: fx.Node
-    pattern: str
-    owner: str
-    """The pass of vLLM's that puts such ops into graphs."""
+    form: str
+    group_size: int
+    column_major_scales: bool
+    tma_aligned_scales: bool
+    use_ue8m0: bool
+    eps: float = 1e-10
+    op = roundings.GROUP_QUANT
+    readers = 1  # nodes that read the value to quantise
 
+    def possible(self, ops: OpIndex) -> bool:
+        if self.form == "native":
+            maxima = (node.all_input_nodes[0].meta["val"].shape[-1] for node in ops.get("aten.max", []))
+            return _converts_to_fp8(ops) and self.group_size in maxima and ("aten.log2" in ops or not self.use_ue8m0)
+        wanted = {
+            "group_size": self.group_size,
+            "scale_ue8m0": self.use_ue8m0,
+            "dummy_is_scale_transposed": self.column_major_scales,
+            "dummy_is_tma_aligned": self.tma_aligned_scales,
+        }
+        nodes = ops.get("_C.per_token_group_fp8_quant", [])
+        return any(all(node.kwargs.get(k) == v for k, v in wanted.items()) for node in nodes)
 
-def find(graph: fx.Graph) -> tuple[list[Quantiser], list[Fused]]:
-    """Quantisers of a graph that something reads, and vLLM's ops that have one inside already; in the graph's order."""
-    quantisers, fused = [], []
-    for node in _live(graph):
-        found = _find(node)
-        if isinstance(found, Quantiser):
-            quantisers.append(found)
-        elif found is not None:
-            fused.append(found)
-    return quantisers, fused
+    def __str__(self) -> str:
+        layout = "tma" if self.tma_aligned_scales else "column" if self.column_major_scales else "row"
+        return f"group{self.group_size}[{self.form},{layout}{',ue8m0' if self.use_ue8m0 else ''}]"
 
+    def inputs(self, rows: int, width: int) -> list[torch.Tensor]:
+        if self.form == "native":
+            return []
+        return [
+            empty(rows, width, dtype=FP8_DTYPE),
+            empty(rows, width // self.group_size, dtype=torch.float32),
+        ]
 
-def _live(graph: fx.Graph) -> list[fx.Node]:
-    """Nodes whose results count: passes leave some that nothing reads for vLLM to clean up."""
-    live: dict[fx.Node, None] = {}
-    for node in reversed(graph.nodes):
-        writes = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-        writes |= "triton_kernel_wrapper_mutation" in str(node.target)
-        if node.op == "output" or writes or any(user in live for user in node.users):
-            live[node] = None
-    return [node for node in reversed(live) if node.op == "call_function"]
+    @property
+    def rounding(self) -> str:
+        floored = self.form == "native" and _native_scale_is_floored_first()
+        return "native_floored" if floored else super().rounding
 
-
-def _find(node: fx.Node) -> Quantiser | Fused | None:
-    name = compat.called_op(node)
-    if "triton_kernel_wrapper" in str(node.target):
-        return _triton(node)
-    if name == "prims.convert_element_type":
-        return _native(node) if node.args[1] in FP8_DTYPES else None
-    if name in compat.OPAQUE_QUANTISERS or name in compat.OPAQUE_MLPS:
-        return Quantiser(node, node.all_input_nodes[0], "other", "inside")
-    if name == OURS:
-        size: Any = node.args[1]
-        return Quantiser(node, node.args[0], "group", "ours", size)  # type: ignore[arg-type]
-    if name in compat.FUSED_BY_VLLM:
-        return Fused(node, *compat.FUSED_BY_VLLM[name])
-    if name.startswith(("vllm_fusion_plugin.", "aten.", "prims.")) or "attention" in name:
-        return None  # attention that writes FP8 has been fused with a quantiser
-    return _op(node, name)
-
-
-def _op(node: fx.Node, name: str) -> Quantiser | None:
-    """An op that reads tensors of the model's dtype, and no others, and writes small numbers."""
-    op = _overload(node)
-    if op is None:
+    def refuse(self, codes: torch.Tensor, scales: torch.Tensor) -> str | None:
+        """Why what a call of the custom op writes to is not what the op is told, or None if it is."""
+        if reason := refuse_codes(codes):
+            return reason
+        if scales.dim() != 2:
+            return f"the scales have {scales.dim()} dimensions; fused where there are 2"
+        rows, groups = scales.shape
+        want = empty_group_scales(scales, rows, groups, self.column_major_scales, self.tma_aligned_scales)
+        if not same_strides(scales, want):
+            return f"the scales' strides {tuple(scales.stride())} are not those of the layout the quantiser is told"
         return None
-    arguments = _by_name(node, op)
-    written = [arguments.get(a.name) for a in op._schema.arguments if a.is_write]
-    read = [arguments.get(a.name) for a in op._schema.arguments if not a.is_write]
-    outputs = [_value(w) for w in written] if written else _values(node)
-    inputs = [n for n in read if isinstance(n, fx.Node) and isinstance(_value(n), torch.Tensor)]
-    if name not in _OPS and not _quantises(name, [_value(n) for n in inputs], outputs):
-        return None
-    value = max(inputs, key=lambda n: _value(n).dim())
-    size = arguments.get("group_size")
-    return Quantiser(node, _before_views(value), _OPS.get(name, "other"), "op", size if isinstance(size, int) else None)
+
+    def __call__(self, y: torch.Tensor, *buffers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.form == "native":
+            layer = _quant_fp8(
+                static=False,
+                group_shape=GroupShape(1, self.group_size),
+                column_major_scales=self.column_major_scales,
+                use_ue8m0=self.use_ue8m0,
+            )
+            return layer.forward_native(y)
+        _, codes, scales = functionalized(
+            torch.ops._C.per_token_group_fp8_quant.default,
+            input=y,
+            output_q=buffers[0],
+            output_s=buffers[1],
+            group_size=self.group_size,
+            eps=self.eps,
+            fp8_min=-FP8_MAX,
+            fp8_max=FP8_MAX,
+            scale_ue8m0=self.use_ue8m0,
+            dummy_is_scale_transposed=self.column_major_scales,
+            dummy_is_tma_aligned=self.tma_aligned_scales,
+        )
+        return codes, scales
 
 
-def _quantises(name: str, inputs: list[Any], outputs: list[Any]) -> bool:
-    small = (*FP8_DTYPES, torch.int8, *([torch.uint8] if "quant" in name else []))
-    return (
-        any(getattr(value, "dtype", None) in small for value in outputs)
-        and any(value.dtype in MODEL_DTYPES and value.dim() > 1 for value in inputs)
-        and not any(value.dtype in (*FP8_DTYPES, torch.int8, torch.uint8) for value in inputs)
-    )
-
-
-def _overload(node: fx.Node) -> torch._ops.OpOverload | None:
-    target: Any = node.target
-    if "auto_functionalized" in str(target) and node.args:
-        target = node.args[0]
-    return target if isinstance(target, torch._ops.OpOverload) else None
-
-
-def _by_name(node: fx.Node, op: torch._ops.OpOverload) -> dict[str, Any]:
-    if node.target is op:
-        return dict(zip((a.name for a in op._schema.arguments), node.args, strict=False)) | node.kwargs
-    return dict(node.kwargs)
-
-
-def _value(node: Any) -> Any:
-    return node.meta.get("val") if isinstance(node, fx.Node) else None
-
-
-def _values(node: fx.Node) -> list[Any]:
-    value = _value(node)
-    return list(value) if isinstance(value, tuple | list) else [value]
-
-
-def _before_views(node: fx.Node) -> fx.Node:
-    while node.target in VIEWS:
-        node = node.all_input_nodes[0]
-    return node
-
-
-# ---- Triton kernels --------------------------------------------------------------------------------------------------
-
-
-def _triton(node: fx.Node) -> Quantiser | Fused | None:
-    arguments: Any = node.kwargs["kwargs"]
-    tensors: dict[str, Any] = {k: v for k, v in arguments.items() if isinstance(_value(v), torch.Tensor)}
-    # Without functionalisation, nothing in the graph tells what is written: a buffer that was made empty is.
-    known: Any = node.kwargs.get("tensors_to_clone")
-    written = known or [
-        k for k, v in tensors.items() if compat.called_op(v).startswith(("aten.empty", "aten.new_empty"))
+def group_quants(group_sizes: tuple[int, ...]) -> list[GroupQuant]:
+    """Every group quantiser that vLLM can put into a graph."""
+    forms = ["native"] + (["custom_op"] if has_op("per_token_group_fp8_quant") else [])
+    return [
+        GroupQuant(form, group_size, column_major, tma_aligned, ue8m0)
+        for form in forms
+        for group_size in group_sizes
+        # Column-major first: in native form its graph is the row-major one and a transposition behind it, and Inductor
+        # replaces what fits first.
+        for column_major, tma_aligned in ((True, True), (True, False), (False, False))
+        for ue8m0 in (False, True)
+        # forward_native knows no TMA alignment: it returns plain column-major scales
+        if not (form == "native" and tma_aligned)
     ]
-    codes = [k for k in written if k in tensors and _value(tensors[k]).dtype in FP8_DTYPES]
-    read = [v for k, v in tensors.items() if k not in written]
-    inputs = [v for v in read if _value(v).dtype in MODEL_DTYPES]
-    if not codes or not inputs or any(_value(v).dtype in FP8_DTYPES for v in read):
-        return None
-    kernel = compat.triton_kernel_name(node)
-    for part, (pattern, owner) in compat.FUSED_IN_TRITON.items():
-        if part in kernel:
-            return Fused(node, pattern, owner)
-    value = max(inputs, key=lambda v: _value(v).dim())
-    kind = "group" if "group" in kernel else "other"
-    return Quantiser(node, _before_views(value), kind, "triton", kernel=kernel)
 
 
-# ---- plain torch code ------------------------------------------------------------------------------------------------
+def _quant_fp8(**arguments: Any) -> QuantFP8:
+    return make_layer(QuantFP8, **arguments, **compat.uncompiled_layer(QuantFP8))
 
 
-def _native(codes: fx.Node) -> Quantiser:
-    scaled: Any = _before_conversions(codes.args[0])
-    while compat.called_op(scaled) in _CLAMPS:
-        scaled = _before_conversions(scaled.args[0])
-    if compat.called_op(scaled) not in ("aten.mul", "aten.div"):
-        return Quantiser(codes, scaled, "cast", "native")
-    factors = [a for a in scaled.args if isinstance(a, fx.Node)]
-    # The value is what has a number for each code; what has fewer is the scale.
-    value = next((a for a in factors if _known(_value(a).numel() == _value(codes).numel())), factors[0])
-    value = _before_conversions(value)
-    kind, size = "static", None
-    for maximum in _maxima(codes, value):
-        kind, size = _reduced(maximum, value)
-    return Quantiser(codes, value, kind, "native", size)
+@functools.cache
+def _native_scale_is_floored_first() -> bool:
+    """Whether `QuantFP8.forward_native` gives a UE8M0 scale its floor before it rounds it up (since 0.33). Asked of it: a
+    scale that is rounded up last is a power of two, also that of a group of zeros."""
+    with unset_fake_temporarily():
+        layer = _quant_fp8(static=False, group_shape=GroupShape(1, 128), column_major_scales=False, use_ue8m0=True)
+        scale = layer.forward_native(torch.zeros(1, 128, dtype=torch.bfloat16, device="cpu"))[1]
+        return float(scale.view(torch.int32).bitwise_and(0x7FFFFF).max()) == 0
 
 
-def _known(condition: Any) -> bool:
-    """Whether a condition on sizes holds for every value of the symbols in them; asking must not add a guard."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
+@dataclass(frozen=True)
+class TokenQuant(Fp8Quant):
+    """Dynamic FP8 quantiser with one scale a row; `bounded` if an upper bound of the scales is given."""
 
-    return statically_known_true(condition)
+    form: str
+    bounded: bool
+    op = roundings.TOKEN_QUANT
+
+    @property
+    def readers(self) -> int:
+        return 2 if self.form == "native" else 1
+
+    def possible(self, ops: OpIndex) -> bool:
+        if self.form == "native":
+            has_maximum = "aten.amax" in ops or "aten.max" in ops  # the latter until 0.26
+            return _converts_to_fp8(ops) and "aten.reciprocal" in ops and has_maximum
+        nodes = ops.get("_C.dynamic_per_token_scaled_fp8_quant", [])
+        return any(isinstance(node.kwargs.get("scale_ub"), fx.Node) == self.bounded for node in nodes)
+
+    def __str__(self) -> str:
+        return f"token[{self.form}{',bounded' if self.bounded else ''}]"
+
+    def inputs(self, rows: int, width: int) -> list[torch.Tensor]:
+        if self.form == "native":
+            return []
+        return [empty(rows, width, dtype=FP8_DTYPE), empty(rows, 1, dtype=torch.float32)]
+
+    def __call__(
+        self, y: torch.Tensor, scale_ub: torch.Tensor | None, *buffers: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.form == "native":
+            return _quant_fp8(static=False, group_shape=GroupShape.PER_TOKEN).forward_native(y, scale_ub=scale_ub)
+        _, codes, scales = functionalized(
+            torch.ops._C.dynamic_per_token_scaled_fp8_quant.default,
+            result=buffers[0],
+            input=y,
+            scale=buffers[1],
+            scale_ub=scale_ub,
+        )
+        return codes, scales
 
 
-def _before_conversions(node: Any) -> Any:
-    """Before views, and the conversion to fp32 that a quantiser begins with."""
-    while node.target in VIEWS or (node.target is matchers.CONVERT and node.args[1] == torch.float32):
-        node = node.all_input_nodes[0]
-    return node
+def token_quants() -> list[TokenQuant]:
+    forms = ["native"] + (["custom_op"] if has_op("dynamic_per_token_scaled_fp8_quant") else [])
+    # Bounded first: an unbounded pattern's "no bound" is a wildcard until Inductor looks closer.
+    return [TokenQuant(form, bounded) for form in forms for bounded in (True, False)]
 
 
-def _maxima(codes: fx.Node, value: fx.Node) -> Iterator[fx.Node]:
-    """The reductions between a value and its codes."""
-    todo, seen = [codes], {value}
-    while todo:
-        node = todo.pop()
-        for before in node.all_input_nodes:
-            if before not in seen and compat.called_op(before) in _MADE_OF:
-                seen.add(before)
-                todo.append(before)
-                if compat.called_op(before) in ("aten.amax", "aten.max"):
-                    yield before
+@dataclass(frozen=True)
+class StaticQuant(Fp8Quant):
+    """FP8 quantiser with one given scale."""
+
+    form: str
+    op = roundings.STATIC_QUANT
+    readers = 1
+
+    def possible(self, ops: OpIndex) -> bool:
+        return _converts_to_fp8(ops) if self.form == "native" else "_C.static_scaled_fp8_quant" in ops
+
+    def __str__(self) -> str:
+        return f"static[{self.form}]"
+
+    def inputs(self, rows: int, width: int) -> list[torch.Tensor]:
+        return [] if self.form == "native" else [empty(rows, width, dtype=FP8_DTYPE)]
+
+    def __call__(self, y: torch.Tensor, scale: torch.Tensor, *buffers: torch.Tensor) -> torch.Tensor:
+        if self.form == "native":
+            return _quant_fp8(static=True, group_shape=GroupShape.PER_TENSOR).forward_native(y, scale)[0]
+        return functionalized(
+            torch.ops._C.static_scaled_fp8_quant.default,
+            result=buffers[0],
+            input=y,
+            scale=scale,
+            **compat.static_quant_extra_arguments(),
+        )[1]
 
 
-def _reduced(maximum: fx.Node, value: fx.Node) -> tuple[str, int | None]:
-    """What a quantiser's maximum is of, and a group's size."""
-    source: Any = maximum.all_input_nodes[0]
-    before, after = _value(source), _values(maximum)[0]
-    if _known(after.numel() == 1) or before.dim() < 2:
-        return "tensor", None
-    width = before.shape[-1]
-    splits_rows = before.dim() > _value(value).dim() or not _known(width == _value(value).shape[-1])
-    return ("group", width) if splits_rows and isinstance(width, int) else ("token", None)
+def static_quants() -> list[StaticQuant]:
+    return [StaticQuant("native")] + ([StaticQuant("custom_op")] if has_op("static_scaled_fp8_quant") else [])
+
+
+@dataclass(frozen=True)
+class Nvfp4Quant:
+    """NVFP4 quantiser: two e2m1 codes a byte, an e4m3 scale for 16 of them, swizzled or row-major, one global scale."""
+
+    form: str = "custom_op"
+    swizzled: bool = True
+    readers = 1
+    rounding = "custom_op"
+    inexactness = ""
+
+    def possible(self, ops: OpIndex) -> bool:
+        return any(n.kwargs.get("is_sf_swizzled_layout") == self.swizzled for n in ops.get("_C.scaled_fp4_quant", []))
+
+    def __str__(self) -> str:
+        return "nvfp4" if self.swizzled else "nvfp4[row]"
+
+    def inputs(self, rows: int, width: int) -> list[torch.Tensor]:
+        if self.swizzled:
+            scales = empty(-(-rows // 128) * 128, -(-width // 64), dtype=torch.int32)
+        else:
+            scales = empty(rows, width // 16, dtype=torch.uint8)
+        return [empty(rows, width // 2, dtype=torch.uint8), scales]
+
+    def __call__(
+        self, y: torch.Tensor, global_scale: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        _, codes, scales = functionalized(
+            torch.ops._C.scaled_fp4_quant.out,
+            input=y,
+            input_scale=global_scale,
+            is_sf_swizzled_layout=self.swizzled,
+            output=codes,
+            output_scale=scales,
+        )
+        return codes, scales
+
+
+def nvfp4_quants() -> list[Nvfp4Quant]:
+    return [Nvfp4Quant()] if has_op("scaled_fp4_quant") else []

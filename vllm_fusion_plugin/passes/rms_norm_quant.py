@@ -2,7 +2,7 @@
 """RMSNormQuantFusionPass: an RMS norm and the quantiser behind it become one op. Stands in for vLLM's pass of that name.
 
 What comes out of pointwise code that Inductor compiles, a native norm reads before it is rounded, and the fused op does so
-where that is a sum (rms_norm_addends.py). Other pointwise code it reads rounded, as vLLM's own fused ops do.
+where that is a sum (residual_sums.py). Other pointwise code it reads rounded, as vLLM's own fused ops do.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from vllm.compilation.passes.vllm_inductor_pass import VllmPatternMatcherPass
 from vllm.config import VllmConfig
 
 from .. import compat, report
+from ..graph import OpIndex, called_op
 from ..ops import rms_norm_quant  # noqa: F401  (registers the ops)
 from ..ops.quant import FP8_DTYPE, GROUP_SIZES, INPUT_DTYPES
-from . import gated_rms_norm_quant, matchers, mla_dual_rms_norm_quant, rms_norm_addends
-from .base import FusionPass, OpIndex, PatternReplacement
+from . import gated_rms_norm_quant, mla_dual_rms_norm_quant, norms, quantisers, residual_sums
+from .base import FusionPass
+from .pattern import PatternReplacement, empty
 
 ROWS, GROUPS = 5, 4  # example sizes: unlike each other and unlike 1, so that no two dimensions are mistaken
 
@@ -38,7 +40,7 @@ class RMSNormQuant(PatternReplacement):
     scalars: ClassVar[tuple[float, ...]] = (0.0123,)
 
     def __init__(
-        self, norm: matchers.RMSNorm, keep_norm: bool, quant: Any, dtype: torch.dtype, precision_casts: bool
+        self, norm: norms.RMSNorm, keep_norm: bool, quant: Any, dtype: torch.dtype, precision_casts: bool
     ) -> None:
         self.norm = norm
         self.keep_norm = keep_norm
@@ -61,8 +63,8 @@ class RMSNormQuant(PatternReplacement):
         return self.quant.inputs(ROWS, self.width())
 
     def inputs(self) -> list[torch.Tensor]:
-        rows = [matchers.empty(ROWS, self.width(), dtype=self.dtype) for _ in range(1 + self.norm.add)]
-        return [rows[0], matchers.empty(self.width(), dtype=self.dtype), *rows[1:], *self.quant_inputs()]
+        rows = [empty(ROWS, self.width(), dtype=self.dtype) for _ in range(1 + self.norm.add)]
+        return [rows[0], empty(self.width(), dtype=self.dtype), *rows[1:], *self.quant_inputs()]
 
     def split(self, inputs: tuple[Any, ...]) -> tuple[Any, Any, Any, tuple[Any, ...], float]:
         """x, weight, residual or None, the quantiser's inputs, epsilon."""
@@ -109,7 +111,7 @@ class RMSNormQuant(PatternReplacement):
             if weight.dtype != x.dtype:
                 return f"weight is {weight.dtype}, and the norm's result with it; fused where it is the input's dtype"
         if self.norm.form in ("ir", "sum"):
-            (node,) = (n for n in match.nodes if compat.called_op(n) == self.norm.op)
+            (node,) = (n for n in match.nodes if called_op(n) == self.norm.op)
             provider = self.provider(list(fx.map_arg(node.args, lambda n: n.meta["val"])))
             if provider not in ("native", "vllm_c"):
                 return f"vLLM runs this norm in a kernel of {provider}, whose roundings the fused op does not know"
@@ -128,7 +130,7 @@ class RMSNormQuant(PatternReplacement):
 
 
 class RMSNormGroupQuant(RMSNormQuant):
-    quant: matchers.GroupQuant
+    quant: quantisers.GroupQuant
 
     def width(self) -> int:
         return GROUPS * self.quant.group_size
@@ -160,10 +162,10 @@ class RMSNormGroupQuant(RMSNormQuant):
 
 
 class RMSNormTokenQuant(RMSNormQuant):
-    quant: matchers.TokenQuant
+    quant: quantisers.TokenQuant
 
     def quant_inputs(self) -> list[torch.Tensor]:
-        bound = [matchers.empty(1, dtype=torch.float32)] if self.quant.bounded else []
+        bound = [empty(1, dtype=torch.float32)] if self.quant.bounded else []
         return [*bound, *super().quant_inputs()]
 
     def quantise(self, normed: torch.Tensor, inputs: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
@@ -181,15 +183,15 @@ class RMSNormTokenQuant(RMSNormQuant):
         if self.quant.bounded and (count := self.quant_value(match, 0).numel()) != 1:
             return f"{count} upper bounds of the scales; fused for one"
         if self.quant.form == "custom_op":
-            return matchers.refuse_codes(self.quant_value(match, int(self.quant.bounded)))
+            return quantisers.refuse_codes(self.quant_value(match, int(self.quant.bounded)))
         return None
 
 
 class RMSNormStaticQuant(RMSNormQuant):
-    quant: matchers.StaticQuant
+    quant: quantisers.StaticQuant
 
     def quant_inputs(self) -> list[torch.Tensor]:
-        return [matchers.empty(1, dtype=torch.float32), *super().quant_inputs()]
+        return [empty(1, dtype=torch.float32), *super().quant_inputs()]
 
     def quantise(self, normed: torch.Tensor, inputs: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         return (self.quant(normed, *inputs),)
@@ -205,13 +207,13 @@ class RMSNormStaticQuant(RMSNormQuant):
         scale = self.quant_value(match, 0)
         if scale.numel() != 1:
             return f"{scale.numel()} scales; fused for one scale a tensor"
-        return matchers.refuse_codes(self.quant_value(match, 1)) if self.quant.form == "custom_op" else None
+        return quantisers.refuse_codes(self.quant_value(match, 1)) if self.quant.form == "custom_op" else None
 
 
 class RMSNormNvfp4Quant(RMSNormQuant):
     """What vLLM's own pass puts in this place, FlashInfer's op: this package has none."""
 
-    quant: matchers.Nvfp4Quant
+    quant: quantisers.Nvfp4Quant
 
     def __init__(self, *arguments: Any, op: torch._ops.OpOverload) -> None:
         super().__init__(*arguments)
@@ -221,7 +223,7 @@ class RMSNormNvfp4Quant(RMSNormQuant):
         return f"{super().key()}[vllm]"
 
     def quant_inputs(self) -> list[torch.Tensor]:
-        return [matchers.empty(1, dtype=torch.float32), *super().quant_inputs()]
+        return [empty(1, dtype=torch.float32), *super().quant_inputs()]
 
     def replacement(self, *inputs: Any) -> Any:
         x, weight, residual, quant_inputs, epsilon = self.split(inputs)
@@ -267,13 +269,13 @@ class RMSNormQuantFusionPass(FusionPass):
         self._fingerprint += f" deterministic={self.deterministic}"
         dtype = self.model_dtype if self.model_dtype in INPUT_DTYPES else torch.bfloat16
         for keep_norm in (False, True):  # the other way round, nothing would be left for False
-            for norm in matchers.rms_norms():
+            for norm in norms.rms_norms():
                 common = (dtype, precision_casts)
-                for group_quant in matchers.group_quants(GROUP_SIZES):
+                for group_quant in quantisers.group_quants(GROUP_SIZES):
                     self.register(RMSNormGroupQuant(norm, keep_norm, group_quant, *common))
-                for token_quant in matchers.token_quants():
+                for token_quant in quantisers.token_quants():
                     self.register(RMSNormTokenQuant(norm, keep_norm, token_quant, *common))
-                for static_quant in matchers.static_quants():
+                for static_quant in quantisers.static_quants():
                     self.register(RMSNormStaticQuant(norm, keep_norm, static_quant, *common))
         self._register_nvfp4(dtype, precision_casts)
         for pattern in gated_rms_norm_quant.patterns(dtype, precision_casts):
@@ -281,20 +283,20 @@ class RMSNormQuantFusionPass(FusionPass):
         self.dump(config)
 
     def _register_nvfp4(self, dtype: torch.dtype, precision_casts: bool) -> None:
-        if not matchers.nvfp4_quants() or (op := compat.flashinfer_norm_nvfp4_op()) is None:
+        if not quantisers.nvfp4_quants() or (op := compat.flashinfer_norm_nvfp4_op()) is None:
             return
-        for norm in matchers.rms_norms():
+        for norm in norms.rms_norms():
             if norm.form == "ir" and norm.add and not norm.gemma:
                 for swizzled in (True, False):
-                    quant = matchers.Nvfp4Quant(swizzled=swizzled)
+                    quant = quantisers.Nvfp4Quant(swizzled=swizzled)
                     self.register(RMSNormNvfp4Quant(norm, False, quant, dtype, precision_casts, op=op))
 
     def prepare(self, graph: fx.Graph) -> None:
-        for node in matchers.share_equal_quantisers(graph):
+        for node in quantisers.share_equal_quantisers(graph):
             module = report.module_of(node)
-            report.RECORDER.note(f"{module}: several equal {compat.called_op(node)} of one value are computed once")
+            report.RECORDER.note(f"{module}: several equal {called_op(node)} of one value are computed once")
 
     def finish(self, graph: fx.Graph) -> None:
-        rms_norm_addends.take(graph, self.deterministic)
+        residual_sums.take(graph, self.deterministic)
         if merged := mla_dual_rms_norm_quant.merge(graph):
             VllmPatternMatcherPass.match_table[mla_dual_rms_norm_quant.NAME] += merged

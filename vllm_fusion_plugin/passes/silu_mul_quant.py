@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -11,16 +12,38 @@ from torch import fx
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch._inductor.pattern_matcher import Match
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.activation import SiluAndMul
 
-from .. import compat, report, roundings
+from .. import report, roundings
+from ..graph import OpIndex, called_op
 from ..ops import silu_mul_quant  # noqa: F401  (registers the ops)
 from ..ops.quant import GROUP_SIZES
-from . import matchers, producers
-from .base import FusionPass, OpIndex, PatternReplacement
+from . import producers, quantisers
+from .base import FusionPass
+from .pattern import PatternReplacement, empty, functionalized, has_op
 
 ROWS, GROUPS = 5, 4  # example sizes: unlike each other and unlike 1, so that no two dimensions are mistaken
 
 aten = torch.ops.aten
+
+# ---- SiLU·mul --------------------------------------------------------------------------------------------------------
+
+
+def silu_mul_custom_op(x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
+    return functionalized(torch.ops._C.silu_and_mul.default, result=out, input=x)[1]
+
+
+# An op that a graph with the form has in any case.
+SILU_MUL_OPS = {"native": "aten.exp", "custom_op": "_C.silu_and_mul"}
+
+
+def silu_mul_forms() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Form -> function of x [M, 2 * K]."""
+    forms: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"native": SiluAndMul.forward_native}
+    if has_op("silu_and_mul"):
+        forms["custom_op"] = silu_mul_custom_op
+    return forms
 
 
 def _rounding(act_form: str, precision_casts: bool) -> str:
@@ -35,7 +58,7 @@ class SiluMulQuant(PatternReplacement):
 
     def __init__(self, act_form: str, quant: Any, dtype: torch.dtype, precision_casts: bool) -> None:
         self.act_form = act_form
-        self.silu_mul = matchers.silu_mul_forms()[act_form]
+        self.silu_mul = silu_mul_forms()[act_form]
         self.quant = quant
         self.dtype = dtype
         self.forms = {
@@ -47,7 +70,7 @@ class SiluMulQuant(PatternReplacement):
         )
 
     def possible(self, ops: OpIndex) -> bool:
-        return matchers.SILU_MUL_OPS[self.act_form] in ops and self.quant.possible(ops)
+        return SILU_MUL_OPS[self.act_form] in ops and self.quant.possible(ops)
 
     def key(self) -> str:
         rounding = "" if self.forms["act_form"] == self.act_form else f",{self.forms['act_form']}"
@@ -65,11 +88,11 @@ class SiluMulQuant(PatternReplacement):
 
 
 class SiluMulGroupQuant(SiluMulQuant):
-    quant: matchers.GroupQuant
+    quant: quantisers.GroupQuant
 
     def inputs(self) -> list[torch.Tensor]:
         width = GROUPS * self.quant.group_size
-        return [matchers.empty(ROWS, 2 * width, dtype=self.dtype), *self.quant.inputs(ROWS, width)]
+        return [empty(ROWS, 2 * width, dtype=self.dtype), *self.quant.inputs(ROWS, width)]
 
     def pattern(self, x: torch.Tensor, *buffers: torch.Tensor) -> Any:
         return self.quant(self.silu_mul(x), *buffers)
@@ -96,12 +119,12 @@ class SiluMulGroupQuant(SiluMulQuant):
 
 
 class SiluMulStaticQuant(SiluMulQuant):
-    quant: matchers.StaticQuant
+    quant: quantisers.StaticQuant
 
     def inputs(self) -> list[torch.Tensor]:
         width = GROUPS * 16
-        x = matchers.empty(ROWS, 2 * width, dtype=self.dtype)
-        return [x, matchers.empty(1, dtype=torch.float32), *self.quant.inputs(ROWS, width)]
+        x = empty(ROWS, 2 * width, dtype=self.dtype)
+        return [x, empty(1, dtype=torch.float32), *self.quant.inputs(ROWS, width)]
 
     def pattern(self, x: torch.Tensor, scale: torch.Tensor, *buffers: torch.Tensor) -> Any:
         return self.quant(self.silu_mul(x), scale, *buffers)
@@ -119,19 +142,19 @@ class SiluMulStaticQuant(SiluMulQuant):
 
 
 class SiluMulNvfp4Quant(SiluMulQuant):
-    quant: matchers.Nvfp4Quant
+    quant: quantisers.Nvfp4Quant
 
     def __init__(self, act_form: str, quant: Any, dtype: torch.dtype, precision_casts: bool, kernel: str) -> None:
         super().__init__(act_form, quant, dtype, precision_casts)
-        self.kernel = kernel if matchers.has_op("silu_and_mul_nvfp4_quant") else "ours"
+        self.kernel = kernel if has_op("silu_and_mul_nvfp4_quant") else "ours"
 
     def key(self) -> str:
         return f"{super().key()}[{self.kernel}]"
 
     def inputs(self) -> list[torch.Tensor]:
         width = GROUPS * 16
-        x = matchers.empty(ROWS, 2 * width, dtype=self.dtype)
-        return [x, matchers.empty(1, dtype=torch.float32), *self.quant.inputs(ROWS, width)]
+        x = empty(ROWS, 2 * width, dtype=self.dtype)
+        return [x, empty(1, dtype=torch.float32), *self.quant.inputs(ROWS, width)]
 
     def pattern(self, x: torch.Tensor, global_scale: torch.Tensor, *buffers: torch.Tensor) -> Any:
         return self.quant(self.silu_mul(x), global_scale, *buffers)
@@ -167,12 +190,12 @@ class ActivationQuantFusionPass(FusionPass):
         super().__init__(config)
         precision_casts = bool(config.compilation_config.inductor_compile_config.get("emulate_precision_casts"))
         dtype = self.model_dtype if self.model_dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-        for act_form in matchers.silu_mul_forms():
-            for group_quant in matchers.group_quants(GROUP_SIZES):
+        for act_form in silu_mul_forms():
+            for group_quant in quantisers.group_quants(GROUP_SIZES):
                 self.register(SiluMulGroupQuant(act_form, group_quant, dtype, precision_casts))
-            for static_quant in matchers.static_quants():
+            for static_quant in quantisers.static_quants():
                 self.register(SiluMulStaticQuant(act_form, static_quant, dtype, precision_casts))
-            for nvfp4_quant in matchers.nvfp4_quants():
+            for nvfp4_quant in quantisers.nvfp4_quants():
                 kernel = self.settings.nvfp4_kernel
                 self.register(SiluMulNvfp4Quant(act_form, nvfp4_quant, dtype, precision_casts, kernel))
         self.dump(config)
@@ -193,7 +216,7 @@ def silu_mul_outputs(graph: fx.Graph) -> list[fx.Node]:
             product = _native_product(node)
             if product is not None:
                 found.append(product)
-        elif compat.called_op(node) == "_C.silu_and_mul":
+        elif called_op(node) == "_C.silu_and_mul":
             found += [user for user in node.users if user.target is operator.getitem and user.args[1] == 1]
     return found
 
@@ -223,5 +246,5 @@ def _why(product: fx.Node) -> str:
         users = list(users[0].users)
     if all(user.op == "output" for user in users):
         return "SiLU·mul's result leaves the compiled graph here, unquantised"
-    names = sorted({compat.called_op(user) if user.op == "call_function" else user.op for user in users})
+    names = sorted({called_op(user) if user.op == "call_function" else user.op for user in users})
     return f"SiLU·mul is followed by {', '.join(names)}; no quantiser"

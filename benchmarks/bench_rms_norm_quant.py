@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """RMSNorm, with and without a residual added first, + FP8 quantiser against vLLM's fused and unfused ops and Inductor.
 
-python benchmarks/rms_norm_quant.py                  # the grid, to results/rms_norm_quant.json
-python benchmarks/rms_norm_quant.py --tune           # tiles by shape, best first
+python benchmarks/bench_rms_norm_quant.py                  # the grid, to results/rms_norm_quant.json
+python benchmarks/bench_rms_norm_quant.py --tune           # tiles by shape, best first
 
 Words of a mode, besides the quantiser's: `native` (what Inductor makes of vLLM's norm; without it vLLM's op), `gemma` (fp32
 weight, to which 1 is added), `keep_norm` (the normed rows are an output too), `add` (residual; the group op has it by name).

@@ -17,8 +17,8 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from .demo_engine import FUSED_OPS, EngineJob, EngineResult
-from .report import FusionReport
+from ..report import FusionReport
+from .engine import FUSED_OPS, EngineJob, EngineResult
 
 ENTRY_POINT_GROUP = "vllm.general_plugins"
 PLUGIN = "vllm_fusion_plugin"
@@ -100,7 +100,7 @@ def run_engine(
     cache: Path,
     *,
     environment: Mapping[str, str] | None = None,
-    command: Sequence[str] = ("-m", "vllm_fusion_plugin.demo_engine"),
+    command: Sequence[str] = ("-m", "vllm_fusion_plugin.demo.engine"),
 ) -> EngineResult:
     """Run one engine in a process of its own; job, result and log are kept in folder.
 

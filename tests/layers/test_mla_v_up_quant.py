@@ -14,7 +14,8 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
-from vllm_fusion_plugin import compat, mla, report
+from vllm_fusion_plugin import compat, report
+from vllm_fusion_plugin.layers import mla_v_up_quant
 from vllm_fusion_plugin.ops import calls, registry
 from vllm_fusion_plugin.ops.quant import group_fp8_quant_reference
 
@@ -62,13 +63,13 @@ class Owner:
 def fused_rows(monkeypatch) -> list[int]:
     """How many rows each call of the op gets."""
     counts: list[int] = []
-    op = mla.mla_v_up_group_fp8_quant
+    op = mla_v_up_quant.mla_v_up_group_fp8_quant
 
     def counted(attn_out, *args, **kwargs):
         counts.append(len(attn_out))
         op(attn_out, *args, **kwargs)
 
-    monkeypatch.setattr(mla, "mla_v_up_group_fp8_quant", counted)
+    monkeypatch.setattr(mla_v_up_quant, "mla_v_up_group_fp8_quant", counted)
     return counts
 
 
@@ -102,8 +103,10 @@ def test_fp16():
 def test_a_wrong_op_changes_decode_rows_only(monkeypatch):
     layer = make_layer()
     right, _ = run(layer, "mixed")
-    op = mla.mla_v_up_group_fp8_quant
-    monkeypatch.setattr(mla, "mla_v_up_group_fp8_quant", lambda x, *args, **kwargs: op(x.flip(0), *args, **kwargs))
+    op = mla_v_up_quant.mla_v_up_group_fp8_quant
+    monkeypatch.setattr(
+        mla_v_up_quant, "mla_v_up_group_fp8_quant", lambda x, *args, **kwargs: op(x.flip(0), *args, **kwargs)
+    )
     wrong, _ = run(layer, "mixed")
     assert (wrong != right).any(dim=1).tolist() == [True, False, True] + [False] * 4
 
@@ -129,13 +132,13 @@ def test_profile_run_tells_the_warm_up_what_decoding_calls(layout, monkeypatch):
     [made] = calls.CALLS
 
     called = []
-    op = mla.mla_v_up_group_fp8_quant
+    op = mla_v_up_quant.mla_v_up_group_fp8_quant
 
     def noted(*tensors, **kwargs):
         called.append(calls.describe(registry.SIGNATURES[made.op], (*tensors, *kwargs.values()))[0])
         op(*tensors, **kwargs)
 
-    monkeypatch.setattr(mla, "mla_v_up_group_fp8_quant", noted)
+    monkeypatch.setattr(mla_v_up_quant, "mla_v_up_group_fp8_quant", noted)
     for batch in ("one-token", "mixed"):
         run(layer, batch, layout=layout)
     assert len(called) == 2
@@ -191,9 +194,9 @@ def test_what_it_is_not_made_for(change, reason):
     layer = make_layer()
     codes, scales = buffers(7, 128, "row")
     q = torch.zeros(7, HEADS, NOPE + ROPE, dtype=torch.bfloat16)
-    assert mla.why_not(make_layer(), q, codes, scales, 128) is None
+    assert mla_v_up_quant.why_not(make_layer(), q, codes, scales, 128) is None
     change(layer)
-    assert reason in mla.why_not(layer, q, codes, scales, 128)
+    assert reason in mla_v_up_quant.why_not(layer, q, codes, scales, 128)
 
 
 def test_buffers_it_is_not_made_for():
@@ -205,8 +208,8 @@ def test_buffers_it_is_not_made_for():
         (codes, scales[:5], "the scales are torch.float32 of shape (5, 3)"),
         (codes, scales.int(), "the scales are torch.int32"),
     ):
-        assert mla.why_not(layer, q, codes, scales, 128) is None
-        assert reason in mla.why_not(layer, q, codes_, scales_, 128)
+        assert mla_v_up_quant.why_not(layer, q, codes, scales, 128) is None
+        assert reason in mla_v_up_quant.why_not(layer, q, codes_, scales_, 128)
 
 
 def test_other_weights_are_looked_at_again():
@@ -214,10 +217,10 @@ def test_other_weights_are_looked_at_again():
     q = torch.zeros(7, HEADS, NOPE + ROPE, dtype=torch.bfloat16)
     for weight, reason in ((layer.W_UV, None), (layer.W_UV.half(), "torch.float16"), (layer.W_UV, None)):
         layer.W_UV = weight
-        told = mla.why_not(layer, q, codes, scales, 128)
+        told = mla_v_up_quant.why_not(layer, q, codes, scales, 128)
         assert told is reason or reason in told
-    assert "torch.float16" in mla.why_not(layer, q.half(), codes, scales, 128)
-    assert "groups of 96" in mla.why_not(layer, q, codes, scales, 96)
+    assert "torch.float16" in mla_v_up_quant.why_not(layer, q.half(), codes, scales, 128)
+    assert "groups of 96" in mla_v_up_quant.why_not(layer, q, codes, scales, 96)
 
 
 def test_replaced_weights_are_freed_at_once():
@@ -255,7 +258,7 @@ def test_context_parallelism_that_is_not_known_yet(monkeypatch):
         layer = make_layer()
         layer.impl.dcp_world_size = -1
         monkeypatch.setattr(parallel_state, "get_dcp_group", lambda size=size: SimpleNamespace(world_size=size))
-        assert mla.why_not(layer, q, codes, scales, 128) == reason
+        assert mla_v_up_quant.why_not(layer, q, codes, scales, 128) == reason
 
 
 def test_batch_invariance_is_left_to_vllm(monkeypatch):
@@ -279,13 +282,13 @@ def test_an_op_that_fails_is_left_to_vllm(monkeypatch, caplog):
     def broken(*args, **kwargs):
         raise RuntimeError("out of shared memory")
 
-    monkeypatch.setattr(mla, "mla_v_up_group_fp8_quant", broken)
+    monkeypatch.setattr(mla_v_up_quant, "mla_v_up_group_fp8_quant", broken)
     layer = make_layer()
     codes, scales = run(layer, "mixed")
     want_codes, want_scales = by_vllm(layer, "mixed")
     assert torch.equal(codes, want_codes)
     assert torch.equal(scales, want_scales)
-    assert not mla._enabled
+    assert not mla_v_up_quant._enabled
     assert same_as_vllm(layer)
     assert [r.message for r in caplog.records if "out of shared memory" in r.message] == caplog.messages[-1:]
     assert report.RECORDER.report.notes == [
@@ -385,18 +388,18 @@ def test_layers_on_two_threads(monkeypatch):
 
 def test_switch(monkeypatch):
     counts = fused_rows(monkeypatch)
-    mla.configure(False)
+    mla_v_up_quant.configure(False)
     run(make_layer(), "decode")
     assert counts == []
-    mla.configure(True)
+    mla_v_up_quant.configure(True)
     run(make_layer(), "decode")
     assert counts == [5]
 
 
 def test_waits_for_vllms_layers(monkeypatch):
-    monkeypatch.setattr(mla, "MODULE", "a module that nobody has imported")
-    mla.configure(True)
-    assert not mla._enabled
+    monkeypatch.setattr(mla_v_up_quant, "MODULE", "a module that nobody has imported")
+    mla_v_up_quant.configure(True)
+    assert not mla_v_up_quant._enabled
     assert report.RECORDER.report.notes == []
 
 
@@ -437,9 +440,9 @@ def test_a_layer_of_another_make_is_left_alone(layer, reason, monkeypatch):
     if layer is WithAnotherProjection:  # undo the hook: the class is to be looked at as if for the first time
         monkeypatch.setattr(layer, "forward_impl", layer.forward_impl.__wrapped__)
     before = dict(vars(layer))
-    monkeypatch.setattr(sys.modules[mla.MODULE], "MLAAttention", layer)
-    mla.configure(True)
-    assert not mla._enabled
+    monkeypatch.setattr(sys.modules[mla_v_up_quant.MODULE], "MLAAttention", layer)
+    mla_v_up_quant.configure(True)
+    assert not mla_v_up_quant._enabled
     assert dict(vars(layer)) == before
     (note,) = report.RECORDER.report.notes
     assert reason in note
@@ -449,7 +452,7 @@ def test_a_platform_that_traces_attention(monkeypatch):
     from vllm.platforms import current_platform
 
     monkeypatch.setattr(type(current_platform), "opaque_attention_op", classmethod(lambda cls: False))
-    monkeypatch.setattr(sys.modules[mla.MODULE], "MLAAttention", WithoutGroups)
-    mla.configure(True)
-    assert not mla._enabled
+    monkeypatch.setattr(sys.modules[mla_v_up_quant.MODULE], "MLAAttention", WithoutGroups)
+    mla_v_up_quant.configure(True)
+    assert not mla_v_up_quant._enabled
     assert "traced by the compiler" in report.RECORDER.report.notes[0]

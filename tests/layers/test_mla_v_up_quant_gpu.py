@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's MLAAttention.forward_impl on a GPU, with the V up-projection that quantises and without: vLLM's own quantiser on
-rows of larger buffers, and CUDA graphs. More on what is done with which rows in tests/test_mla.py; the op by itself in
-test_mla_v_up_quant_gpu.py."""
+rows of larger buffers, and CUDA graphs. More on what is done with which rows in test_mla_v_up_quant.py; the op by itself in
+tests/kernels/test_mla_v_up_quant_gpu.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def shared():
 
     roundings.known()  # asked before the tests forbid to wait for the GPU
 
-    from .. import mla_layer  # not before a GPU is known to be there: it imports vLLM
+    from . import mla_layer  # not before a GPU is known to be there: it imports vLLM
 
     return mla_layer
 

@@ -19,8 +19,8 @@ from vllm.compilation.passes.inductor_pass import InductorPass, get_pass_context
 from vllm.compilation.passes.pass_manager import PostGradPassManager
 from vllm.config import VllmConfig
 
-from . import compat, compat_engine, plugin, settings
-from .report import RECORDER
+from .. import compat, plugin, seams, settings
+from ..report import RECORDER
 
 logger = logging.getLogger("vllm.fusion_plugin")
 
@@ -39,7 +39,7 @@ BEHIND = {"GroupQuantPass": ("group_quant", "lone_group_quant")}
 def our_pass(name: str) -> type:
     """Our pass class of that name; importing it registers the ops that it puts into graphs."""
     module = OURS[name] if name in OURS else BEHIND[name][0]
-    return getattr(import_module(f"{__package__}.passes.{module}"), name)
+    return getattr(import_module(f"{__package__}.{module}"), name)
 
 
 def _build(name: str, stock: Callable[..., Any] | None, config: VllmConfig) -> Any:
@@ -57,8 +57,8 @@ def _build(name: str, stock: Callable[..., Any] | None, config: VllmConfig) -> A
 
 
 class _LeavesGraphs(InductorPass):
-    """For a flag that is set although vLLM has no pass behind it here: cpu.py leaves flags set for passes of ours, and then
-    ours may be out."""
+    """For a flag that is set although vLLM has no pass behind it here: demo/cpu.py leaves flags set for passes of ours, and
+    then ours may be out."""
 
     def __init__(self, config: VllmConfig) -> None: ...
 
@@ -78,17 +78,17 @@ class FusionPassManager(PostGradPassManager):
             chosen = None
         if chosen is None:
             RECORDER.leave_part()
-            with compat.stand_ins({name: _LeavesGraphs for name in OURS if compat.stock_pass(name) is None}):
+            with seams.stand_ins({name: _LeavesGraphs for name in OURS if seams.stock_pass(name) is None}):
                 super().configure(config)
             return
         stand_ins = {
-            name: functools.partial(_build, name, compat.stock_pass(name))
+            name: functools.partial(_build, name, seams.stock_pass(name))
             for name in OURS
             if name not in chosen.stock_passes
         }
         RECORDER.report.passes |= {name: "stock's: settings leave it to vLLM" for name in chosen.stock_passes}
         RECORDER.report.passes |= {name: compat.why_off(config, name) for name in stand_ins}
-        with compat.stand_ins(stand_ins):
+        with seams.stand_ins(stand_ins):
             super().configure(config)
         for name, (_, setting) in BEHIND.items():
             self._add_behind(name, setting, wanted=getattr(chosen, setting), config=config)
@@ -97,7 +97,7 @@ class FusionPassManager(PostGradPassManager):
     def _add_leftovers(self, config: VllmConfig) -> None:
         """After all others: reports what is left, changes nothing."""
         try:
-            self.leftovers = import_module(f"{__package__}.passes.leftovers").Leftovers(self.passes, config)
+            self.leftovers = import_module(f"{__package__}.leftovers").Leftovers(self.passes, config)
             self.add(self.leftovers)
         except Exception as e:  # a report must never stop a model from compiling
             logger.warning("vllm-fusion-plugin: what passes leave is not reported: %s: %s", type(e).__name__, e)
@@ -105,7 +105,7 @@ class FusionPassManager(PostGradPassManager):
 
     def _begin(self, config: VllmConfig) -> settings.Settings | None:
         """Say to the recorder that this manager is at work for the engine of `config`; None if the plugin is not to be."""
-        owner = compat_engine.engine_owner(config)
+        owner = compat.engine_owner(config)
         record = RECORDER.engine(owner)
         record.report.rank = config.parallel_config.rank
         if record.inactive:
@@ -116,8 +116,8 @@ class FusionPassManager(PostGradPassManager):
         if out:
             return None
         record.report.manager = "active"
-        folder = compat_engine.artefact_folder(config.compilation_config)
-        RECORDER.begin_part(self, owner, compat_engine.part_name(config), folder)
+        folder = compat.artefact_folder(config.compilation_config)
+        RECORDER.begin_part(self, owner, compat.part_name(config), folder)
         return chosen
 
     def _add_behind(self, name: str, setting: str, wanted: bool, config: VllmConfig) -> None:
@@ -138,4 +138,4 @@ class FusionPassManager(PostGradPassManager):
         super().__call__(graph)
 
 
-compat_engine.hook_compiler(RECORDER.begin_subgraph, RECORDER.end_subgraph)
+seams.hook_compiler(RECORDER.begin_subgraph, RECORDER.end_subgraph)

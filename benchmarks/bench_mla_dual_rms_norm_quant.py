@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """MLA's two RMSNorms + q's FP8 quantiser against vLLM's fused and unfused ops and Inductor; H is q's width, kv has 512.
 
-python benchmarks/mla_dual_rms_norm_quant.py         # the grid, to results/mla_dual_rms_norm_quant.json
-python benchmarks/mla_dual_rms_norm_quant.py --tune  # tiles by shape, best first
+python benchmarks/bench_mla_dual_rms_norm_quant.py         # the grid, to results/mla_dual_rms_norm_quant.json
+python benchmarks/bench_mla_dual_rms_norm_quant.py --tune  # tiles by shape, best first
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import itertools
 
 import grid
 import torch
+from bench_rms_norm_quant import EPSILON, rms_norm
 from quantisers import EPS, Group
-from rms_norm_quant import EPSILON, rms_norm
 
 from vllm_fusion_plugin.kernels import mla_dual_rms_norm_quant as kernels
 

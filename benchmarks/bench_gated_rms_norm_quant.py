@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gated RMSNorm of heads + FP8 group quantiser against vLLM's separate ops and Inductor; H is heads times 128.
 
-python benchmarks/gated_rms_norm_quant.py            # the grid, to results/gated_rms_norm_quant.json
-python benchmarks/gated_rms_norm_quant.py --tune     # tiles by shape, best first
+python benchmarks/bench_gated_rms_norm_quant.py            # the grid, to results/gated_rms_norm_quant.json
+python benchmarks/bench_gated_rms_norm_quant.py --tune     # tiles by shape, best first
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """SiLU·mul + FP8 quantiser against vLLM's fused op, vLLM's unfused pair and Inductor.
 
-python benchmarks/silu_mul_quant.py                  # the grid, to results/silu_mul_quant.json
-python benchmarks/silu_mul_quant.py --tune           # tiles by shape, best first
+python benchmarks/bench_silu_mul_quant.py                  # the grid, to results/silu_mul_quant.json
+python benchmarks/bench_silu_mul_quant.py --tune           # tiles by shape, best first
 """
 
 from __future__ import annotations

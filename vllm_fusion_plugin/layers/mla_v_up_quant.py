@@ -30,10 +30,10 @@ from typing import Any
 
 import torch
 
-from . import compat, compat_engine, report, roundings
-from .ops import calls, registry
-from .ops.mla_v_up_quant import mla_v_up_group_fp8_quant
-from .ops.quant import FP8_DTYPE, FP8_MAX, GROUP_SIZES, INPUT_DTYPES, group_fp8_quant_reference, padded_rows
+from .. import compat, report, roundings
+from ..ops import calls, registry
+from ..ops.mla_v_up_quant import mla_v_up_group_fp8_quant
+from ..ops.quant import FP8_DTYPE, FP8_MAX, GROUP_SIZES, INPUT_DTYPES, group_fp8_quant_reference, padded_rows
 
 logger = logging.getLogger("vllm.fusion_plugin")
 
@@ -84,7 +84,7 @@ def _record_of(layer: Any) -> report.EngineRecord | report.Recorder:
     engine that was last spoken of."""
     kept = vars(layer).get("_fusion_plugin_record") if layer is not None else None
     if kept is None and layer is not None:
-        kept = report.RECORDER.engine_where(lambda owner: compat_engine.is_layer_of(owner, layer))
+        kept = report.RECORDER.engine_where(lambda owner: compat.is_layer_of(owner, layer))
         vars(layer)["_fusion_plugin_record"] = kept  # not setattr, which would look for parameters
     return kept or report.RECORDER
 

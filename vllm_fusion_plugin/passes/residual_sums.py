@@ -28,9 +28,9 @@ import torch
 from torch import fx
 
 from .. import compat
+from ..graph import called_op, is_sum, same_shape
 from ..kernels.forms import is_native
 from ..ops import rms_norm_quant  # noqa: F401  (registers the ops)
-from . import matchers
 
 aten = torch.ops.aten
 ops = torch.ops.vllm_fusion_plugin
@@ -98,10 +98,10 @@ class _Sum:
         return total
 
     def _count(self, node: Any) -> None:
-        if compat.called_op(node) in LOOK_UPS:
+        if called_op(node) in LOOK_UPS:
             self.look_ups += 1
         else:
-            self.tensors += 2 if matchers.is_sum(node) else 1
+            self.tensors += 2 if is_sum(node) else 1
 
     @property
     def ours(self) -> bool:
@@ -124,7 +124,7 @@ def _sum_columns(total: _Sum, native_quant: bool, deterministic: bool) -> int:
     if not native_quant and total.loads_and_reductions >= MANY_LOADS:
         return 1024
     # Inductor makes one kernel of a table's look-up and the norm of what is found there.
-    looked_up = compat.called_op(total.x) in LOOK_UPS
+    looked_up = called_op(total.x) in LOOK_UPS
     crowded = not native_quant and total.loads_and_reductions > FEW_LOADS
     return 2048 if deterministic or looked_up or crowded else 0
 
@@ -149,7 +149,7 @@ def _is_native(norm: fx.Node) -> bool:
     """Whether a node is a native norm: one of ours, or one with an addition of vLLM's IR, which Inductor will compile."""
     if norm.target in OURS:
         return get(norm, "norm_form") == "native"
-    if compat.called_op(norm) != IR_ADD:
+    if called_op(norm) != IR_ADD:
         return False
     values = fx.map_arg(norm.args, lambda node: node.meta["val"])
     return compat.ir_provider(IR_ADD.partition(".")[2], values) == "native"
@@ -189,7 +189,7 @@ def _take_residual(graph: fx.Graph, norm: fx.Node, before: _Sum) -> None:
         else:
             _put(norm, residual=_in_fp32(before))
         return
-    if matchers.is_sum(before.x):
+    if is_sum(before.x):
         return  # three addends: rounded
     earlier = before.before
     if earlier is None:
@@ -221,7 +221,7 @@ def _addition(graph: fx.Graph, norm: fx.Node, total: _Sum) -> Any:
     if total.before is not None and total.before.ours:
         residual = _addition(graph, norm, total.before)
     with graph.inserting_before(norm):
-        if compat.called_op(residual) in LOOK_UPS:
+        if called_op(residual) in LOOK_UPS:
             residual = graph.node_copy(residual)  # it is looked up again, though our norm has it in memory
         x = total.x
         if get(total.norm, "x_addend") is not None:
@@ -248,7 +248,7 @@ def _drop(graph: fx.Graph, node: fx.Node, total: _Sum) -> None:
 
 def _take_x(graph: fx.Graph, norm: fx.Node) -> None:
     total = get(norm, "x")
-    if not matchers.is_sum(total) or total.kwargs or len(total.users) > 1:
+    if not is_sum(total) or total.kwargs or len(total.users) > 1:
         return
     scale = 1.0
     x, addend = sorted(total.args, key=_is_stored, reverse=True)
@@ -257,7 +257,7 @@ def _take_x(graph: fx.Graph, norm: fx.Node) -> None:
     if not (_is_stored(x) and _is_stored(addend) and isinstance(scale, int | float)):
         return
     values = [node.meta["val"] for node in (total, x, addend)]
-    if all(value.dtype == values[0].dtype and compat.same_shape(value, values[0]) for value in values):
+    if all(value.dtype == values[0].dtype and same_shape(value, values[0]) for value in values):
         _put(norm, x=x, x_addend=addend, x_addend_scale=float(scale))
         graph.erase_node(total)
 
@@ -268,7 +268,5 @@ def _is_stored(node: Any) -> bool:
         return False
     if node.target is operator.getitem:
         return _is_stored(node.args[0])
-    generated = (
-        compat.called_op(node).startswith(("aten.", "prims.", "vllm_ir.")) and node.target is not aten.mm.default
-    )
+    generated = called_op(node).startswith(("aten.", "prims.", "vllm_ir.")) and node.target is not aten.mm.default
     return node.op == "placeholder" or not generated

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run of vLLM's engine on CPU, in a process of its own: `python -m vllm_fusion_plugin.demo_engine JOB RESULT`.
+"""One run of vLLM's engine on CPU, in a process of its own: `python -m vllm_fusion_plugin.demo.engine JOB RESULT`.
 
 JOB and RESULT are JSON files holding an EngineJob and an EngineResult. One process a run, because compiled code, match
 counts and environment belong to a process, and because a run must inherit nothing from the one it is compared with.
@@ -81,7 +81,7 @@ class WorkerProbe:
         code finds them by name."""
         import torch
 
-        from .ops import registry
+        from ..ops import registry
 
         # Kept on the worker: a kernel goes away with its library.
         self._broken = []
@@ -155,6 +155,6 @@ def main(job_file: str, result_file: str) -> None:
 
 if __name__ == "__main__":
     # Called under the module's own name: workers import WorkerProbe by it.
-    from . import demo_engine
+    from . import engine
 
-    demo_engine.main(*sys.argv[1:])
+    engine.main(*sys.argv[1:])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """MLA's value up-projection (512 to 128 numbers a head) + FP8 group quantiser against vLLM's bmm and quantiser; H is heads.
 
-python benchmarks/mla_v_up_quant.py                  # the grid, to results/mla_v_up_quant.json
-python benchmarks/mla_v_up_quant.py --tune           # tiles by shape, best first
+python benchmarks/bench_mla_v_up_quant.py                  # the grid, to results/mla_v_up_quant.json
+python benchmarks/bench_mla_v_up_quant.py --tune           # tiles by shape, best first
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from vllm.model_executor.kernels.linear import Fp8BlockScaledMMLinearKernel
 from vllm.platforms import current_platform
 from vllm.platforms.interface import PlatformEnum
 
-from . import settings
+from .. import settings
 from .cpu_linear import cpu_block_scaled_mm
 
 logger = logging.getLogger("vllm.fusion_plugin")

@@ -6,6 +6,8 @@ from __future__ import annotations
 import fake_gpu
 import pytest
 
+from vllm_fusion_plugin.graph import called_op
+
 if reason := fake_gpu.unavailable():
     pytest.skip(reason, allow_module_level=True)
 fake_gpu.install()
@@ -199,7 +201,7 @@ def test_what_is_looked_up_is_looked_up_again():
     (added,) = (tensors for tensors in sums(graph) if x3 in tensors)
     assert added[:3] == [x3, x2, x]
     looked_up = added[3]
-    assert compat.called_op(looked_up) == "aten.embedding" and len(looked_up.users) == 1
+    assert called_op(looked_up) == "aten.embedding" and len(looked_up.users) == 1
     assert first["residual"] is not looked_up and first["residual"].target is looked_up.target
     assert (second["x"], second["residual"], second["residual_addend"]) == (x2, x, first["residual"])
 

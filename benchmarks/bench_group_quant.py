@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The FP8 group quantiser by itself against vLLM's op and Inductor.
 
-python benchmarks/group_quant.py                     # the grid, to results/group_quant.json
-python benchmarks/group_quant.py --tune              # tiles by shape, best first
+python benchmarks/bench_group_quant.py                     # the grid, to results/group_quant.json
+python benchmarks/bench_group_quant.py --tune              # tiles by shape, best first
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ import torch
 from vllm.model_executor.layers.attention.mla_attention import MLAAttention
 from vllm.platforms import current_platform
 
-from vllm_fusion_plugin import mla, report
+from vllm_fusion_plugin import report
+from vllm_fusion_plugin.layers import mla_v_up_quant
 from vllm_fusion_plugin.ops.quant import FP8_DTYPE, padded_rows
 
 HEADS, LATENT, NOPE, ROPE, V = 3, 64, 32, 16, 128
@@ -125,11 +126,11 @@ def run(layer, batch: str, group_size=128, layout="row", ue8m0=False) -> tuple[t
 
 def by_vllm(*args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
     """The same without the fused V up-projection."""
-    mla._enabled, was = False, mla._enabled
+    mla_v_up_quant._enabled, was = False, mla_v_up_quant._enabled
     try:
         return run(*args, **kwargs)
     finally:
-        mla._enabled = was
+        mla_v_up_quant._enabled = was
 
 
 def hook(monkeypatch) -> None:
@@ -137,8 +138,8 @@ def hook(monkeypatch) -> None:
     for name in ("forward_impl", "_v_up_proj"):
         monkeypatch.setattr(MLAAttention, name, getattr(MLAAttention, name))
     monkeypatch.setattr(report.RECORDER, "report", report.RankReport())
-    monkeypatch.setattr(mla, "_noted", set())
-    monkeypatch.setattr(mla, "_enabled", False)
+    monkeypatch.setattr(mla_v_up_quant, "_noted", set())
+    monkeypatch.setattr(mla_v_up_quant, "_enabled", False)
     monkeypatch.setattr(type(current_platform), "opaque_attention_op", classmethod(lambda cls: True))
-    mla.configure(True)
-    assert mla._enabled, report.RECORDER.report.notes
+    mla_v_up_quant.configure(True)
+    assert mla_v_up_quant._enabled, report.RECORDER.report.notes

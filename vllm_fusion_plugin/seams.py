@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of vLLM's internals concerns an engine: what it is known by, whether and how it compiles, its caches and its workers.
+"""What the package wraps or replaces in vLLM, and how each of these can go.
 
-The other half of compat.py, by the same rules: each entry says what it does, why, since when, and when it can go. Read
-against 0.20.2, 0.26.0, 0.32.0 and 0.33.0.
+Each entry: what it does, why, since when, and when it can go. Nothing else in the package changes vLLM, but for the CPU
+opt-in (demo/cpu.py) and the layers that fusions enter through (layers/). All are re-entrant: plugins load more than once.
+Read against 0.20.2, 0.26.0, 0.32.0 and 0.33.0. Features are probed, not derived from version numbers.
 """
 
 from __future__ import annotations
@@ -14,12 +15,130 @@ import logging
 import os
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-import torch
+from .compat import artefact_folder
 
 logger = logging.getLogger("vllm.fusion_plugin")
+
+STOCK_PASS_MANAGER = "vllm.compilation.passes.pass_manager.PostGradPassManager"
+
+
+# ---- environment -----------------------------------------------------------------------------------------------------
+
+
+def announce_environment(prefix: str) -> None:
+    """Tell vLLM that the variables that begin with `prefix` are known. It warns of every other one that begins with VLLM_,
+    and with `--fail-on-environ-validation` does not start (all versions read)."""
+    from vllm import envs
+
+    known = getattr(envs, "environment_variables", None)
+    if isinstance(known, dict):
+        for name in os.environ:
+            if name.startswith(prefix):  # only what is set: vLLM hashes what it knows into its compile cache
+                known.setdefault(name, functools.partial(os.environ.get, name))
+
+
+# ---- pass manager ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def stand_ins(classes: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """While stock's pass manager configures itself, give it our classes under stock's names.
+
+    `PostGradPassManager.configure` names pass classes as globals of its module (all versions read). Replacing the names
+    there keeps order, flags and platform conditions in stock's hands, and no stock pattern is traced for nothing. On
+    platforms where stock does not import a class the name is simply there for the time being.
+    Goes when the pass manager takes passes from a registry.
+    """
+    module = sys.modules[STOCK_PASS_MANAGER.rpartition(".")[0]]
+    missing = object()
+    before: dict[str, object] = {name: getattr(module, name, missing) for name in classes}
+    for name, cls in classes.items():
+        setattr(module, name, cls)
+    try:
+        yield
+    finally:
+        for name, was in before.items():
+            if was is missing:
+                delattr(module, name)
+            else:
+                setattr(module, name, was)
+
+
+def stock_pass(name: str) -> Any:
+    """Stock's pass class of that name, or None where this vLLM or platform has none."""
+    module = sys.modules.get(STOCK_PASS_MANAGER.rpartition(".")[0])
+    return getattr(module, name, None)
+
+
+def stock_pass_manager() -> Any:
+    """A new one of what the pass manager would be without us."""
+    from importlib import import_module
+
+    module, _, name = STOCK_PASS_MANAGER.rpartition(".")
+    return getattr(import_module(module), name)()
+
+
+def install_pass_manager(qualname: str) -> str | None:
+    """Name our pass manager to vLLM; the reason if that cannot be done."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    getter = getattr(platform, "get_pass_manager_cls", None)
+    if getter is None:
+        return f"{platform.__name__} has no get_pass_manager_cls: this vLLM has no seam for pass managers"
+    now = getter()
+    if now == qualname:
+        return None
+    if now != STOCK_PASS_MANAGER:
+        return f"the pass manager is {now} already, not stock's; two that replace it cannot be combined"
+    platform.get_pass_manager_cls = classmethod(lambda cls: qualname)  # type: ignore[assignment]
+    return None
+
+
+# ---- warm-up ---------------------------------------------------------------------------------------------------------
+
+
+def hook_warm_up(before_serving: Callable[[], None]) -> str | None:
+    """Call `before_serving()` when a worker has warmed up and captured everything of its own, and before it watches for
+    compilations; the reason if that cannot be. Re-entrant.
+
+    What: `vllm.utils.jit_monitor.activate`, since 0.26, which `Worker.compile_or_warm_up_model` imports and calls at its
+    end, with `enable_jit_warmup` off (enforce_eager) not at all since 0.32; up to 0.20.2 `compile_or_warm_up_model` itself.
+    Why: all our kernels have to be compiled by then, and each graph has been run by then, with each call of our ops in it.
+    `JITWarmupRegistry` (0.32) belongs to layers, which our ops are not. Goes when vLLM asks plugins what to warm up.
+    """
+    owner: Any
+    try:
+        from vllm.utils import jit_monitor as owner
+
+        name, first = "activate", True
+    except ImportError:
+        module = sys.modules.get("vllm.v1.worker.gpu_worker")
+        if module is None:  # a process without a worker on a GPU
+            return None
+        owner, name, first = module.Worker, "compile_or_warm_up_model", False
+    original = getattr(owner, name, None)
+    if original is None:
+        return f"this vLLM's {owner.__name__} has no {name}"
+    if hasattr(original, "_fusion_plugin"):
+        return None
+
+    @functools.wraps(original)
+    def with_ours(*args: Any, **kwargs: Any) -> Any:
+        if first:
+            before_serving()
+        result = original(*args, **kwargs)
+        if not first:
+            before_serving()
+        return result
+
+    with_ours._fusion_plugin = True  # type: ignore[attr-defined]
+    setattr(owner, name, with_ours)
+    return None
 
 
 def _never_raise(record: Callable[[], Any]) -> Any:
@@ -29,53 +148,6 @@ def _never_raise(record: Callable[[], Any]) -> Any:
     except Exception as e:
         logger.warning("fusion report: not recorded: %r", e)
         return None
-
-
-# ---- engines ---------------------------------------------------------------------------------------------------------
-
-
-def engine_owner(config: Any) -> Any:
-    """What all configurations of one engine in a process share, and no two engines do. vLLM makes new VllmConfigs from an
-    engine's own, for a draft model for example, each with an `instance_id` of its own; but attention layers of all of them
-    are to be found in one `static_forward_context`, and so in one CompilationConfig (all versions read)."""
-    return config.compilation_config
-
-
-def is_layer_of(owner: Any, layer: Any) -> bool:
-    """Whether an attention layer belongs to the engine of that `engine_owner`."""
-    return owner.static_forward_context.get(getattr(layer, "layer_name", None)) is layer
-
-
-def part_name(config: Any) -> str:
-    """vLLM's name for the part of a model that it is about to compile: its prefix or model tag, which is the last folder of
-    where VllmBackend keeps its code (all versions read); "" before it has one."""
-    return os.path.basename(config.compilation_config.local_cache_dir or "")
-
-
-def why_nothing_compiles(config: Any) -> str | None:
-    """Why vLLM runs no pass manager at all in this engine; None if it does when it compiles."""
-    from vllm.config import CompilationMode
-
-    compilation = config.compilation_config
-    if compilation.mode == CompilationMode.NONE:
-        if _breakable_cuda_graphs():
-            return "breakable CUDA graphs: vLLM compiles nothing, so no pass runs"
-        return "eager: vLLM compiles nothing, so no pass runs"
-    if compilation.mode is not None and compilation.mode != CompilationMode.VLLM_COMPILE:
-        return f"not compiled by vLLM: mode {CompilationMode(compilation.mode).name} runs no pass"
-    if compilation.backend == "eager":
-        return "not compiled: backend 'eager' runs no pass"
-    return None
-
-
-def _breakable_cuda_graphs() -> bool:
-    """Whether vLLM captures CUDA graphs of the eager model, as it does unasked for some architectures (since 0.26)."""
-    from importlib import import_module
-
-    try:
-        return bool(import_module("vllm.compilation.breakable_cudagraph").is_breakable_cudagraph_enabled())
-    except (ImportError, AttributeError):
-        return False
 
 
 # ---- compiler --------------------------------------------------------------------------------------------------------
@@ -188,18 +260,6 @@ def use_own_cache_folder(config: Any, key: str) -> None:
         compilation.cache_dir = os.path.join(compilation.cache_dir, f"vllm_fusion_plugin-{key}")
 
 
-def artefact_folder(compilation_config: Any) -> str | None:
-    """Where vLLM keeps the code that this process compiles or has loaded.
-
-    `local_cache_dir` is VllmBackend's folder while it compiles, but a process that loads an AOT artefact makes no
-    VllmBackend: there it is the artefact's. Inductor's folder, which vLLM sets, is the artefact's in both.
-    """
-    artefact = os.path.dirname(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
-    if os.path.basename(os.path.dirname(artefact)) == "torch_aot_compile":
-        return artefact
-    return compilation_config.local_cache_dir
-
-
 # ---- workers ---------------------------------------------------------------------------------------------------------
 
 
@@ -245,41 +305,3 @@ def attach_worker_methods(methods: Mapping[str, Callable[[Any], Any]]) -> None:
 
     load_general_plugins._fusion_plugin = True  # type: ignore[attr-defined]
     plugins.load_general_plugins = load_general_plugins
-
-
-def linear_kernels(worker: Any) -> dict[str, int]:
-    """Classes of the kernels behind a worker's quantised linear layers, counted: they decide what there is to fuse.
-
-    A kernel is held by the layer's quant method (`Fp8LinearMethod.fp8_linear`, since 0.20), or, where that leaves the work
-    to a scheme, as compressed-tensors and Quark do, by the layer's `scheme`. Where neither holds one, the scheme's or
-    method's own class is told."""
-    found: dict[str, int] = {}
-    model = getattr(getattr(worker, "model_runner", None), "model", None)
-    for module in model.modules() if isinstance(model, torch.nn.Module) else ():
-        method, scheme = getattr(module, "quant_method", None), getattr(module, "scheme", None)
-        if "MoE" in type(method).__name__:
-            continue  # experts run a kernel of another kind
-        held = [value for holder in (method, scheme) for value in getattr(holder, "__dict__", {}).values()]
-        names = {type(value).__name__ for value in held if _is_kernel(value)}
-        if not names and _is_quantised_linear(module, method):
-            names = {type(method if scheme is None else scheme).__name__}
-        for name in names:
-            found[name] = found.get(name, 0) + 1
-    return found
-
-
-def _is_kernel(value: Any) -> bool:
-    return any(c.__name__.endswith("Kernel") for c in type(value).__mro__)
-
-
-def _is_quantised_linear(module: Any, method: Any) -> bool:
-    from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-
-    return isinstance(module, LinearBase) and method is not None and not isinstance(method, UnquantizedLinearMethod)
-
-
-def stock_match_table() -> dict[str, int]:
-    """vLLM's own match table, in which our passes count too; empty where this vLLM has none, or has compiled nothing."""
-    module = sys.modules.get("vllm.compilation.passes.vllm_inductor_pass")
-    getter = getattr(module, "get_match_table", None)
-    return getter() if getter else {}

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is asked of fx nodes everywhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from .rank_report import module_of
+
+
+def called_op(node: fx.Node) -> str:
+    """ "namespace.name" of the op that a node calls, looking through auto_functionalized; the target's name otherwise."""
+    target: Any = node.target
+    if "auto_functionalized" in str(target) and node.args:
+        target = node.args[0]
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.replace("::", ".")
+    return str(getattr(target, "__name__", target))
+
+
+def triton_kernel_name(node: fx.Node) -> str:
+    """The function behind a `triton_kernel_wrapper` node, which has its number in torch's table of kernels."""
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    index: Any = node.kwargs["kernel_idx"]
+    kernel: Any = kernel_side_table.get_kernel(index)
+    while not hasattr(kernel, "__name__") and hasattr(kernel, "fn"):  # autotuners and heuristics hold the function
+        kernel = kernel.fn
+    return str(getattr(kernel, "__name__", "unknown"))
+
+
+def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether shapes agree for every value of the symbols in them."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return a.dim() == b.dim() and all(statically_known_true(x == y) for x, y in zip(a.shape, b.shape, strict=True))
+
+
+def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether strides agree for every value of the symbols in them; strides of dimensions of size 1 do not count."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return all(
+        statically_known_true(x == y) or statically_known_true(size == 1)
+        for x, y, size in zip(a.stride(), b.stride(), a.shape, strict=True)
+    )
+
+
+class OpIndex(dict[str, list[fx.Node]]):
+    """The nodes of a graph by the op that they call, "namespace.name", auto_functionalized ops by their own name."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__()
+        for node in graph.nodes:
+            if node.op == "call_function":
+                self.setdefault(called_op(node), []).append(node)
+
+
+def innermost_common(nodes: list[fx.Node]) -> str:
+    """The module that a match belongs to: what the paths of its nodes have in common."""
+    paths = [path.split(".") for path in map(module_of, nodes) if path]
+    common = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)
+
+
+# ---- RMS norm --------------------------------------------------------------------------------------------------------
+
+ADD = torch.ops.aten.add.Tensor
+CONVERT = torch.ops.prims.convert_element_type.default
+
+
+def is_sum(x: Any) -> bool:
+    return isinstance(x, fx.Node) and x.target is ADD and all(isinstance(a, fx.Node) for a in x.args)
