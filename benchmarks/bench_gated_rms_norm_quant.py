@@ -12,7 +12,7 @@ import itertools
 import grid
 import torch
 import torch.nn.functional as F
-from quantisers import EPS, Group
+from quantisers import Group
 
 from vllm_fusion_plugin.kernels import gated_rms_norm_quant as kernels
 
@@ -88,7 +88,6 @@ class GatedRMSNormGroup(grid.Workload):
             "silu",
             self.quant.group_size,
             self.quant.ue8m0,
-            EPS,
             "native",
             self.quant.rounding(),
             tile,

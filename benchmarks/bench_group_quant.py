@@ -11,7 +11,7 @@ import itertools
 
 import grid
 import torch
-from quantisers import EPS, Group
+from quantisers import Group
 
 from vllm_fusion_plugin.kernels import group_quant as kernels
 
@@ -23,7 +23,7 @@ class GroupQuant(grid.Workload):
     def __init__(self, mode: str) -> None:
         super().__init__(mode)
         self.quant = Group.of(mode)
-        self.forms = (self.quant.group_size, self.quant.ue8m0, EPS, self.quant.rounding())
+        self.how = (self.quant.group_size, self.quant.ue8m0, self.quant.rounding())
 
     def inputs(self, rows: int, width: int, dtype: torch.dtype) -> grid.Tensors:
         x = torch.randn(rows, width, device="cuda", dtype=dtype)
@@ -33,7 +33,7 @@ class GroupQuant(grid.Workload):
         return 2 * rows * width + self.quant.moved_bytes(rows, width)
 
     def ours(self, tile, x, codes, scales):
-        kernels.group_fp8_quant(x, codes, scales, *self.forms, tile)
+        kernels.group_fp8_quant(x, codes, scales, *self.how, tile)
 
     def others(self) -> dict[str, grid.Launch]:
         native = grid.compiled(self.quant.plain)

@@ -12,7 +12,7 @@ import itertools
 import grid
 import torch
 from bench_rms_norm_quant import EPSILON, rms_norm
-from quantisers import EPS, Group
+from quantisers import Group
 
 from vllm_fusion_plugin.kernels import mla_dual_rms_norm_quant as kernels
 
@@ -27,8 +27,8 @@ class MLADualRMSNorm(grid.Workload):
     def __init__(self, mode: str) -> None:
         super().__init__(mode)
         self.quant = Group.of(mode)
-        forms = ("native" if "native" in self.words else "custom_op", self.quant.rounding())
-        self.forms = (EPSILON, EPSILON, self.quant.group_size, self.quant.ue8m0, EPS, *forms)
+        roundings = ("native" if "native" in self.words else "custom_op", self.quant.rounding())
+        self.how = (EPSILON, EPSILON, self.quant.group_size, self.quant.ue8m0, *roundings)
 
     def inputs(self, rows: int, width: int, dtype: torch.dtype) -> grid.Tensors:
         # One projection gives q, kv and the part of k with a rotary embedding, side by side.
@@ -42,7 +42,7 @@ class MLADualRMSNorm(grid.Workload):
 
     def ours(self, tile, q, kv, q_weight, kv_weight, y, kv_normed, codes, scales):
         outputs = (codes, scales, kv_normed)
-        kernels.mla_dual_rms_norm_group_fp8_quant(q, kv, q_weight, kv_weight, *outputs, *self.forms, tile)
+        kernels.mla_dual_rms_norm_group_fp8_quant(q, kv, q_weight, kv_weight, *outputs, *self.how, tile)
 
     def others(self) -> dict[str, grid.Launch]:
         quant, c = self.quant, torch.ops._C

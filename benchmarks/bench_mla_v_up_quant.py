@@ -11,7 +11,7 @@ import itertools
 
 import grid
 import torch
-from quantisers import EPS, Group
+from quantisers import Group
 
 from vllm_fusion_plugin.kernels import mla_v_up_quant as kernels
 from vllm_fusion_plugin.ops.mla_v_up_quant import scale_padding
@@ -79,7 +79,7 @@ class MLAVUp(grid.Workload):
     def ours(self, tile, x, w, y, codes, scales):
         quant = self.quant
         kernels.mla_v_up_group_fp8_quant(
-            x, w, codes, scales, scale_padding(scales), quant.group_size, quant.ue8m0, EPS, quant.rounding(), tile
+            x, w, codes, scales, scale_padding(scales), quant.group_size, quant.ue8m0, quant.rounding(), tile
         )
 
 

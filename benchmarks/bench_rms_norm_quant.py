@@ -16,9 +16,11 @@ from typing import Any, ClassVar
 
 import grid
 import torch
-from quantisers import EPS, Group, Static, Token
+from quantisers import Group, Static, Token
 
 from vllm_fusion_plugin.kernels import rms_norm_quant as kernels
+from vllm_fusion_plugin.kernels.row_order import Tile, folded, row_tile
+from vllm_fusion_plugin.ops.rms_norm_quant import NormInputs
 
 EPSILON = 1e-6
 # vLLM's ops add to the residual in place, replay after replay. With x and weight so much smaller than the residual, that has
@@ -48,7 +50,7 @@ class RMSNorm(grid.Workload):
         self.add = self.op.startswith("add_") or "add" in self.words
         self.gemma = "gemma" in self.words
         self.keep_norm = "keep_norm" in self.words
-        self.forms = (EPSILON, self.gemma, "native" if "native" in self.words else "custom_op", "custom_op")
+        self.norm_rounding = "native" if "native" in self.words else "custom_op"
 
     def inputs(self, rows: int, width: int, dtype: torch.dtype) -> grid.Tensors:
         residual = torch.randn(rows, width, device="cuda", dtype=dtype)
@@ -63,12 +65,12 @@ class RMSNorm(grid.Workload):
         return each * rows * width + (4 if self.gemma else 2) * width + self.quant.moved_bytes(rows, width)
 
     def ours(self, tile, x, residual, weight, y, residual_out, codes, scales):
-        more = {"normed": y if self.keep_norm else None, "residual_out": residual_out, "tile": tile}
-        self.launch(x, residual, weight, codes, scales, more)
+        norm = NormInputs(x, weight, EPSILON, residual, self.gemma, self.keep_norm, norm_rounding=self.norm_rounding)
+        self.launch(norm, codes, scales, (y if self.keep_norm else None, residual_out), tile)
 
     @abstractmethod
-    def launch(self, x, residual, weight, codes, scales, more: dict[str, Any]) -> None:
-        """Our kernel; `more` goes to it as it is."""
+    def launch(self, norm: NormInputs, codes, scales, extras, tile) -> None:
+        """Our kernel. extras: normed and residual_out, or None."""
 
     @abstractmethod
     def stock_fused(self, x, residual, weight, y, residual_out, codes, scales):
@@ -116,10 +118,10 @@ class RMSNorm(grid.Workload):
         for tile_rows, fold in itertools.product((1, 2, 4), (1, 2, 4)):
             warps = sum_warps // fold
             if tile_rows <= rows and tile_rows * whole <= 64 * 32 * warps:
-                yield kernels.Tile(tile_rows, whole, warps, sum_warps)
+                yield Tile(tile_rows, whole, warps, sum_warps)
 
     def tile(self, rows, width):
-        return kernels.folded(kernels.row_tile(width, native_quant=False), rows, self.add)
+        return folded(row_tile(width, native_quant=False), rows, self.add)
 
 
 class RMSNormGroup(RMSNorm):
@@ -137,10 +139,9 @@ class RMSNormGroup(RMSNorm):
     )
     quantiser = Group
 
-    def launch(self, x, residual, weight, codes, scales, more):
-        epsilon, gemma, norm_form, _ = self.forms
-        group = (self.quant.group_size, self.quant.ue8m0, EPS, norm_form, self.quant.rounding())
-        kernels.rms_norm_group_fp8_quant(x, weight, residual, codes, scales, epsilon, gemma, *group, **more)
+    def launch(self, norm, codes, scales, extras, tile):
+        how = (self.quant.group_size, self.quant.ue8m0, self.quant.rounding())
+        kernels.rms_norm_group_fp8_quant(norm, codes, scales, *extras, *how, tile)
 
     def stock_fused(self, x, residual, weight, y, residual_out, codes, scales):
         group = (self.quant.group_size, self.quant.column_major)
@@ -156,8 +157,8 @@ class RMSNormToken(RMSNorm):
     modes = ("add,native", "native", "add,custom_op", "custom_op")
     quantiser = Token
 
-    def launch(self, x, residual, weight, codes, scales, more):
-        kernels.rms_norm_token_fp8_quant(x, weight, residual, None, codes, scales, *self.forms, **more)
+    def launch(self, norm, codes, scales, extras, tile):
+        kernels.rms_norm_token_fp8_quant(norm, None, codes, scales, *extras, "custom_op", tile)
 
     def stock_fused(self, x, residual, weight, y, residual_out, codes, scales):
         torch.ops._C.rms_norm_dynamic_per_token_quant(codes, x, weight, scales, EPSILON, None, residual)
@@ -168,8 +169,8 @@ class RMSNormStatic(RMSNorm):
     modes = ("add,native", "native", "add,custom_op", "custom_op")
     quantiser = Static
 
-    def launch(self, x, residual, weight, codes, scale, more):
-        kernels.rms_norm_static_fp8_quant(x, weight, residual, scale, codes, *self.forms, **more)
+    def launch(self, norm, codes, scale, extras, tile):
+        kernels.rms_norm_static_fp8_quant(norm, scale, codes, *extras, "custom_op", tile)
 
     def stock_fused(self, x, residual, weight, y, residual_out, codes, scale):
         if residual is None:

@@ -12,7 +12,7 @@ import itertools
 import grid
 import torch
 import torch.nn.functional as F
-from quantisers import EPS, Group
+from quantisers import Group
 
 from vllm_fusion_plugin.kernels import silu_mul_quant as kernels
 
@@ -24,8 +24,8 @@ class SiluMulGroup(grid.Workload):
     def __init__(self, mode: str) -> None:
         super().__init__(mode)
         self.quant = Group.of(mode)
-        act_form = "native" if "native" in self.words else "custom_op"
-        self.forms = (self.quant.group_size, self.quant.ue8m0, EPS, act_form, self.quant.rounding())
+        act_rounding = "native" if "native" in self.words else "custom_op"
+        self.how = (self.quant.group_size, self.quant.ue8m0, act_rounding, self.quant.rounding())
 
     def inputs(self, rows: int, width: int, dtype: torch.dtype) -> grid.Tensors:
         x = torch.randn(rows, 2 * width, device="cuda", dtype=dtype)
@@ -35,7 +35,7 @@ class SiluMulGroup(grid.Workload):
         return 4 * rows * width + self.quant.moved_bytes(rows, width)
 
     def ours(self, tile, x, y, codes, scales):
-        kernels.silu_mul_group_fp8_quant(x, codes, scales, *self.forms, tile)
+        kernels.silu_mul_group_fp8_quant(x, codes, scales, *self.how, tile)
 
     def others(self) -> dict[str, grid.Launch]:
         quant, c = self.quant, torch.ops._C

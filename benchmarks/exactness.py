@@ -24,7 +24,7 @@ import timing
 import torch
 from bench_mla_v_up_quant import HEADS, MLAVUp, V
 from producers import PRODUCERS, Producer, Tensors, named
-from quantisers import EPS, STATIC_SCALE, Group, Static, Token
+from quantisers import STATIC_SCALE, Group, Static, Token
 
 ROWS = 8192
 MLA_TOKENS = (1, 2, 8, 16, 32, 64, 100, 128, 512, 2048, 8192)
@@ -41,7 +41,7 @@ class Case(NamedTuple):
     kind: str
     mode: str
     form: str
-    quant_form: str
+    quant_rounding: str
 
     @property
     def op(self) -> str:
@@ -54,24 +54,18 @@ class Case(NamedTuple):
     @property
     def rounding(self) -> str:
         """What the installed vLLM's quantiser of that form does."""
-        return self.quant.rounding(self.quant_form) if self.kind == "group" else self.quant_form
+        return self.quant.rounding(self.quant_rounding) if self.kind == "group" else self.quant_rounding
 
     def ours(self, inputs: Tensors) -> Outputs:
-        quant, told = self.quant, {"quant_form": self.rounding}
+        quant, told = self.quant, {"quant_rounding": self.rounding}
         if isinstance(quant, Group):
-            told |= {
-                "group_size": quant.group_size,
-                "column_major_scales": quant.column_major,
-                "tma_aligned_scales": quant.tma_aligned,
-                "use_ue8m0": quant.ue8m0,
-                "eps": EPS,
-            }
+            told["scales"] = quant.scales
         elif isinstance(quant, Static):
             told["scale"] = static_scale()
         return self.producer.ours(self.kind, inputs, self.form, **told)
 
     def replaced(self, inputs: Tensors) -> Outputs:
-        if self.quant_form == "native":  # one graph, in which nothing is rounded before the quantiser
+        if self.quant_rounding == "native":  # one graph, in which nothing is rounded before the quantiser
             outputs, more = whole_graph(self.producer, self.quant)(*inputs)
             return named(outputs) | {name: t for name, t in more.items() if name != "normed"}
         y, more = before_quantiser(self.producer, self.form)(*inputs)
@@ -82,16 +76,16 @@ class Case(NamedTuple):
 
 def cases() -> Iterator[Case]:
     for producer in PRODUCERS:
-        for form, quant_form in producer.forms:
+        for form, quant_rounding in producer.forms:
             for kind in producer.kinds:
                 for mode in LAYOUTS[kind]:
                     # vLLM's native layer knows no TMA alignment
                     yield Case(
                         producer,
                         kind,
-                        mode.replace("tma", "column") if quant_form == "native" else mode,
+                        mode.replace("tma", "column") if quant_rounding == "native" else mode,
                         form,
-                        quant_form,
+                        quant_rounding,
                     )
 
 
@@ -177,7 +171,7 @@ def compare(case: Case, width: int, dtype: torch.dtype, elements: int) -> dict[s
     inputs = (case.producer.inputs(ROWS, width, dtype, generator) for _ in range(chunks))
     return {
         "op": case.op, "mode": ",".join(filter(None, [case.mode, *case.producer.words])), "form": case.form,
-        "quant_form": case.rounding, "dtype": str(dtype).removeprefix("torch."), "H": width,
+        "quant_rounding": case.rounding, "dtype": str(dtype).removeprefix("torch."), "H": width,
         "elements": chunks * ROWS * width, **tally((case.ours(tensors), case.replaced(tensors)) for tensors in inputs),
     }  # fmt: skip
 
@@ -200,7 +194,7 @@ def compare_mla_v_up(mode: str, tokens: int, heads: int, dtype: torch.dtype, ele
             yield named(inputs[-2:]), replaced
 
     return {
-        "op": MLAVUp.op, "mode": mode, "form": "bmm", "quant_form": workload.quant.rounding(),
+        "op": MLAVUp.op, "mode": mode, "form": "bmm", "quant_rounding": workload.quant.rounding(),
         "dtype": str(dtype).removeprefix("torch."), "M": tokens, "H": heads,
         "elements": launches * tokens * heads * V, **tally(pairs()),
     }  # fmt: skip
@@ -229,7 +223,12 @@ def main() -> None:
         rows += new
         summed = {key: sum(row[key] for row in new) for key in new[0] if key == "elements" or key.endswith("_differ")}
         steps = max(row["largest_code_steps"] for row in new)
-        print(*(new[0][key] for key in ("op", "mode", "form", "quant_form")), summed, f"{steps} code steps", flush=True)
+        print(
+            *(new[0][key] for key in ("op", "mode", "form", "quant_rounding")),
+            summed,
+            f"{steps} code steps",
+            flush=True,
+        )
         timing.write(args.out, rows)  # what is there by now survives a run cut short
     if MLAVUp.op in args.ops:
         for mode, heads, tokens in itertools.product(("column", "column,input_first", "group64"), HEADS, MLA_TOKENS):

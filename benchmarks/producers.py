@@ -13,7 +13,7 @@ import torch
 from bench_gated_rms_norm_quant import HEAD_DIM
 from bench_rms_norm_quant import EPSILON
 
-from vllm_fusion_plugin.kernels.forms import is_native
+from vllm_fusion_plugin.kernels.rounding import is_native
 from vllm_fusion_plugin.ops import (
     gated_rms_norm_quant,
     group_quant,
@@ -95,7 +95,7 @@ class SiluMul(Producer):
         return y, {}
 
     def ours(self, kind, inputs, form, **quant):
-        return named(getattr(silu_mul_quant, self.op(kind))(*inputs, act_form=form, **quant))
+        return named(getattr(silu_mul_quant, self.op(kind))(*inputs, act_rounding=form, **quant))
 
 
 def native_op(name: str) -> Callable[..., Any]:
@@ -149,10 +149,12 @@ class RMSNorm(Producer):
     def ours(self, kind, inputs, form, **quant):
         x, weight, *more = inputs
         sums = dict(zip(("residual", "residual_addend"), more, strict=False))
-        keep_norm = not is_native(quant["quant_form"])  # a native quantiser never rounds what would be kept
+        keep_norm = not is_native(quant["quant_rounding"])  # a native quantiser never rounds what would be kept
         op = getattr(rms_norm_quant, f"rms_norm_{kind}_fp8_quant")
-        norm = {"gemma_weight": self.gemma, "keep_norm": keep_norm, "norm_form": form}
-        outputs = op(x, weight, epsilon=EPSILON, **sums, **norm, **quant)
+        norm = rms_norm_quant.NormInputs(
+            x, weight, EPSILON, gemma_weight=self.gemma, keep_norm=keep_norm, norm_rounding=form, **sums
+        )
+        outputs = op(norm, **quant)
         return named(outputs, *["normed"] * keep_norm, *["residual"] * self.add)
 
 
@@ -174,7 +176,7 @@ class GatedRMSNorm(Producer):
 
     def ours(self, kind, inputs, form, **quant):
         op = gated_rms_norm_quant.gated_rms_norm_group_fp8_quant
-        return named(op(*inputs, EPSILON, inputs[0].shape[1], norm_form=form, **quant))
+        return named(op(*inputs, EPSILON, inputs[0].shape[1], norm_rounding=form, **quant))
 
 
 class MLADualRMSNorm(Producer):
@@ -199,7 +201,7 @@ class MLADualRMSNorm(Producer):
 
     def ours(self, kind, inputs, form, **quant):
         op = mla_dual_rms_norm_quant.mla_dual_rms_norm_group_fp8_quant
-        return named(op(*inputs, EPSILON, EPSILON, norm_form=form, **quant), "kv_normed")
+        return named(op(*inputs, EPSILON, EPSILON, norm_rounding=form, **quant), "kv_normed")
 
 
 class Nothing(Producer):

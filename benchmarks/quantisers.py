@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_fusion_plugin.ops.quant import FP8_DTYPE, FP8_MAX, FP8_MIN_SCALE, check_group_layout, empty_group_scales
+from vllm_fusion_plugin.ops.quant import EPS, FP8_DTYPE, FP8_MAX, FP8_MIN_SCALE, LAYOUTS, GroupScales
 
-EPS = 1e-10
 STATIC_SCALE = 0.0123
 
 
@@ -25,37 +24,45 @@ def plain_codes(y: torch.Tensor) -> torch.Tensor:
 class Group:
     """One scale for each `group_size` numbers of a row."""
 
-    group_size: int
-    column_major: bool
-    tma_aligned: bool
-    ue8m0: bool
+    scales: GroupScales
 
     @classmethod
     def of(cls, mode: str) -> Group:
         words = mode.split(",")
-        return cls(
-            64 if "group64" in words else 128, "column" in words or "tma" in words, "tma" in words, "ue8m0" in words
-        )
+        layout = next((word for word in words if word in LAYOUTS), "row")
+        return cls(GroupScales(64 if "group64" in words else 128, layout, "ue8m0" in words))
 
-    def rounding(self, form: str = "custom_op") -> str:
-        """`quant_form` of the installed vLLM's quantiser in that form, custom_op or native."""
+    @property
+    def group_size(self) -> int:
+        return self.scales.group_size
+
+    @property
+    def ue8m0(self) -> bool:
+        return self.scales.ue8m0
+
+    @property
+    def column_major(self) -> bool:
+        return self.scales.layout != "row"
+
+    def rounding(self, variant: str = "custom_op") -> str:
+        """`quant_rounding` of the installed vLLM's quantiser in that variant, custom_op or native."""
         from vllm_fusion_plugin.passes.quantisers import GroupQuant
 
-        return GroupQuant(form, self.group_size, self.column_major, self.tma_aligned, self.ue8m0).rounding
+        return GroupQuant(variant, self.scales).rounding
 
     def outputs(self, x: torch.Tensor, rows: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales to write to, on x's device; ValueError on a width that is not whole groups."""
-        check_group_layout(width, self.group_size, self.column_major, self.tma_aligned)
-        scales = empty_group_scales(x, rows, width // self.group_size, self.column_major, self.tma_aligned)
-        return x.new_empty((rows, width), dtype=FP8_DTYPE), scales
+        self.scales.check(width)
+        return x.new_empty((rows, width), dtype=FP8_DTYPE), self.scales.empty(x, rows, width)
 
     def moved_bytes(self, rows: int, width: int) -> int:
         return rows * width + rows * (width // self.group_size) * 4
 
     def custom_op(self, y: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
         torch.ops._C.per_token_group_fp8_quant(
-            y, codes, scales, self.group_size, EPS, -FP8_MAX, FP8_MAX, self.ue8m0, self.column_major, self.tma_aligned
-        )
+            y, codes, scales, self.group_size, EPS, -FP8_MAX, FP8_MAX, self.ue8m0,
+            self.column_major, self.scales.layout == "tma",
+        )  # fmt: skip
 
     def plain(self, y: torch.Tensor, scales: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         groups = y.view(y.shape[0], -1, self.group_size)

@@ -125,7 +125,7 @@ def test_differences_are_counted_bit_by_bit_and_in_codes():
 def test_every_case_of_every_op_is_another():
     from exactness import cases
 
-    listed = [(c.op, c.mode, c.form, c.quant_form, c.producer.words) for c in cases()]
+    listed = [(c.op, c.mode, c.form, c.quant_rounding, c.producer.words) for c in cases()]
     assert len(set(listed)) == len(listed)
     # graphs that are compiled already are found by their quantiser
     assert len({c.quant for c in cases()}) == len({(c.kind, c.mode) for c in cases()})

@@ -49,6 +49,19 @@ def same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
+def arguments_of(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an op's node by their names in its schema, defaults included."""
+    target: Any = node.target
+    schema = target._schema.arguments
+    defaults = [argument.default_value for argument in schema[len(node.args) :]]
+    return dict(zip((argument.name for argument in schema), [*node.args, *defaults], strict=True)) | dict(node.kwargs)
+
+
+def set_arguments(node: fx.Node, **values: Any) -> None:
+    """Give an op's node these arguments, by their names in its schema, instead of those it has."""
+    node.args, node.kwargs = tuple((arguments_of(node) | values).values()), {}
+
+
 class OpIndex(dict[str, list[fx.Node]]):
     """The nodes of a graph by the op that they call, "namespace.name", auto_functionalized ops by their own name."""
 

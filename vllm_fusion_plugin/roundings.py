@@ -36,16 +36,16 @@ SILU_MUL = "SiLU·mul"
 class Rounding(NamedTuple):
     """What an op of vLLM does, as far as is known."""
 
-    form: str
-    """The `quant_form` or `act_form` whose bytes are the op's, or come nearest."""
+    name: str
+    """The `quant_rounding` or `act_rounding` whose bytes are the op's, or come nearest."""
     differing: int = 0
-    """Numbers of a million, of those made to find differences, whose bytes are not the op's; 0: the form is exact."""
+    """Numbers of a million, of those made to find differences, whose bytes are not the op's; 0: it is exact."""
     asked: bool = False
     """Found by asking the op, not by vLLM's version."""
 
     def __str__(self) -> str:
         how = "asked of the op" if self.asked else "by version"
-        return f"{self.form} ({how})" if not self.differing else f"nearest is {self.form} ({self.reason})"
+        return f"{self.name} ({how})" if not self.differing else f"nearest is {self.name} ({self.reason})"
 
     @property
     def reason(self) -> str:
@@ -59,7 +59,7 @@ def of(op: str) -> Rounding:
 
 def key() -> str:
     """What of this a compile cache's key has to cover."""
-    return "; ".join(f"{op}: {rounding.form} {rounding.differing}" for op, rounding in sorted(known().items()))
+    return "; ".join(f"{op}: {rounding.name} {rounding.differing}" for op, rounding in sorted(known().items()))
 
 
 def known() -> dict[str, Rounding]:
@@ -121,16 +121,16 @@ def ask(device: torch.device) -> dict[str, Rounding]:
         SILU_MUL: ("silu_and_mul", ("custom_op", "eager"), _silu_mul_differs),
     }
     answers = _by_version()
-    for name, (op, forms, differs) in questions.items():
+    for name, (op, roundings, differs) in questions.items():
         if not hasattr(torch.ops._C, op):
             continue
         per_million = {}
-        for form in sorted(forms, key=lambda form: form != answers[name].form):
-            differing, total = differs(form, device)
-            per_million[form] = -(-differing * 1_000_000 // total)
+        for rounding in sorted(roundings, key=lambda rounding: rounding != answers[name].name):
+            differing, total = differs(rounding, device)
+            per_million[rounding] = -(-differing * 1_000_000 // total)
             if not differing:
                 break
-        nearest = min(per_million, key=lambda form: per_million[form])
+        nearest = min(per_million, key=lambda rounding: per_million[rounding])
         answers[name] = Rounding(nearest, per_million[nearest], asked=True)
     return answers
 
@@ -147,7 +147,7 @@ def _differing(*pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, int]:
     return differing, total
 
 
-def _group_quant_differs(form: str, device: torch.device) -> tuple[int, int]:
+def _group_quant_differs(rounding: str, device: torch.device) -> tuple[int, int]:
     counts = [0, 0]
     for dtype in quant.INPUT_DTYPES:
         for group_size in quant.GROUP_SIZES:
@@ -156,37 +156,37 @@ def _group_quant_differs(form: str, device: torch.device) -> tuple[int, int]:
                 codes = torch.empty_like(x, dtype=quant.FP8_DTYPE)
                 scales = x.new_empty((len(x), x.shape[1] // group_size), dtype=torch.float32)
                 torch.ops._C.per_token_group_fp8_quant(
-                    x, codes, scales, group_size, 1e-10, -quant.FP8_MAX, quant.FP8_MAX, use_ue8m0, False, False
+                    x, codes, scales, group_size, quant.EPS, -quant.FP8_MAX, quant.FP8_MAX, use_ue8m0, False, False
                 )
-                expected = quant.group_fp8_quant_reference(x, group_size, False, False, use_ue8m0, 1e-10, form)
+                expected = quant.group_fp8_quant_reference(x, quant.GroupScales(group_size, ue8m0=use_ue8m0), rounding)
                 found = _differing((codes, expected[0]), (scales, expected[1]))
                 counts = [a + b for a, b in zip(counts, found, strict=True)]
     return counts[0], counts[1]
 
 
-def _token_quant_differs(form: str, device: torch.device) -> tuple[int, int]:
+def _token_quant_differs(rounding: str, device: torch.device) -> tuple[int, int]:
     x = _numbers(torch.bfloat16, 128).view(-1, 128).to(device)
     codes, scales = torch.empty_like(x, dtype=quant.FP8_DTYPE), x.new_empty((len(x), 1), dtype=torch.float32)
     torch.ops._C.dynamic_per_token_scaled_fp8_quant(codes, x, scales, None)
-    expected = quant.token_fp8_quant_reference(x, None, form)
+    expected = quant.token_fp8_quant_reference(x, None, rounding)
     return _differing((codes, expected[0]), (scales, expected[1]))
 
 
-def _static_quant_differs(form: str, device: torch.device) -> tuple[int, int]:
+def _static_quant_differs(rounding: str, device: torch.device) -> tuple[int, int]:
     x = _numbers(torch.bfloat16, 128).to(device)
     scale = torch.tensor([0.0123], device=device)
     codes = torch.empty_like(x, dtype=quant.FP8_DTYPE)
     torch.ops._C.static_scaled_fp8_quant(codes, x, scale, **compat.static_quant_extra_arguments())
-    return _differing((codes, quant.static_fp8_quant_reference(x, scale, form)))
+    return _differing((codes, quant.static_fp8_quant_reference(x, scale, rounding)))
 
 
-def _silu_mul_differs(form: str, device: torch.device) -> tuple[int, int]:
+def _silu_mul_differs(rounding: str, device: torch.device) -> tuple[int, int]:
     gates = _numbers(torch.bfloat16, 128).view(-1, 128).to(device)
     x = torch.cat([gates, gates.roll(1, 0)], dim=1)
-    x[::5, 128:] = -0.0  # what tells the forms apart
+    x[::5, 128:] = -0.0  # what tells the roundings apart
     out = torch.empty_like(gates)
     torch.ops._C.silu_and_mul(out, x)
-    return _differing((out, silu_mul_reference(x, form)))
+    return _differing((out, silu_mul_reference(x, rounding)))
 
 
 @functools.cache

@@ -35,27 +35,27 @@ def vllms_ops_on_cpu() -> torch.library.Library:
 
 
 def silu_and_mul(result: torch.Tensor, input: torch.Tensor) -> None:
-    result.copy_(silu_mul_reference(input, roundings.of(roundings.SILU_MUL).form))
+    result.copy_(silu_mul_reference(input, roundings.of(roundings.SILU_MUL).name))
 
 
 def per_token_group_fp8_quant(
     input, output_q, output_s, group_size, eps, fp8_min, fp8_max, scale_ue8m0, column_major, tma_aligned
 ) -> None:
-    form = roundings.of(roundings.GROUP_QUANT).form
+    rounding = roundings.of(roundings.GROUP_QUANT).name
     rows = input.reshape(-1, input.shape[-1])
-    codes, scales = quant.group_fp8_quant_reference(rows, group_size, False, False, scale_ue8m0, eps, form)
+    codes, scales = quant.group_fp8_quant_reference(rows, quant.GroupScales(group_size, ue8m0=scale_ue8m0), rounding)
     output_q.copy_(codes.view(output_q.shape))
     output_s.copy_(scales.view(output_s.shape))
 
 
 def dynamic_per_token_scaled_fp8_quant(result, input, scale, scale_ub) -> None:
-    codes, scales = quant.token_fp8_quant_reference(input, scale_ub, roundings.of(roundings.TOKEN_QUANT).form)
+    codes, scales = quant.token_fp8_quant_reference(input, scale_ub, roundings.of(roundings.TOKEN_QUANT).name)
     result.copy_(codes)
     scale.copy_(scales)
 
 
 def static_scaled_fp8_quant(result, input, scale, group_shape=None) -> None:
-    result.copy_(quant.static_fp8_quant_reference(input, scale, roundings.of(roundings.STATIC_QUANT).form))
+    result.copy_(quant.static_fp8_quant_reference(input, scale, roundings.of(roundings.STATIC_QUANT).name))
 
 
 def inputs_of(graph: fx.Graph, rows: int, seed: int, kind: str) -> list[Any]:

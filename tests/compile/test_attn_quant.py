@@ -137,13 +137,13 @@ def reasons() -> list[tuple[str, str]]:
     return [(m.module, m.reason) for s in report.RECORDER.report.subgraphs for m in s.missed if m.pass_name == PASS]
 
 
-FORMS = {"custom_op": ("none", "+quant_fp8"), "native": ("none", "-quant_fp8")}
+VARIANTS = {"custom_op": ("none", "+quant_fp8"), "native": ("none", "-quant_fp8")}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("form", FORMS)
-def test_static_quant_is_fused(form, dtype):
-    recording = trace(BACKENDS_OWN, custom_ops=FORMS[form], dtype=dtype)  # Triton attention says that it can
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_static_quant_is_fused(variant, dtype):
+    recording = trace(BACKENDS_OWN, custom_ops=VARIANTS[variant], dtype=dtype)  # Triton attention says that it can
     assert recording.matches_by_graph()[PASS] == 1
     (node,) = attention_calls(recording)
     assert given(node) == ["output_scale"]
@@ -153,7 +153,7 @@ def test_static_quant_is_fused(form, dtype):
     assert not {op for op in count_ops(subgraph.after) if op.startswith(("_C.", "prims.convert_element_type"))}
     assert outputs(subgraph.after) == outputs(subgraph.before)
     (found,) = report.RECORDER.report.subgraphs[0].found
-    assert found.pattern == f"attention+static[{form}]"
+    assert found.pattern == f"attention+static[{variant}]"
 
 
 def test_nvfp4_quant_is_fused():
@@ -277,7 +277,7 @@ CAN = "FP8 with one static scale and NVFP4"
             "attention (TRITON_ATTN) is followed by an FP8 quantiser in groups of 128 (_C.per_token_group_fp8_quant); with",
         ),
         (
-            {"quant": GroupQuant, "custom_ops": FORMS["native"]},
+            {"quant": GroupQuant, "custom_ops": VARIANTS["native"]},
             "attention (TRITON_ATTN) is followed by an FP8 quantiser in groups of 128 (in plain torch code); with",
         ),
         ({"quant": Nvfp4Quant}, "attention+nvfp4: TRITON_ATTN cannot write NVFP4"),

@@ -25,9 +25,10 @@ from vllm_fusion_plugin.kernels import (  # noqa: E402
     rms_norm_quant,
     silu_mul_quant,
 )
+from vllm_fusion_plugin.ops.rms_norm_quant import NormInputs  # noqa: E402
 
 DTYPES = [torch.bfloat16, torch.float16]
-EPSILON, EPS = 1e-6, 1e-10
+EPSILON = 1e-6
 
 
 @pytest.fixture
@@ -67,16 +68,18 @@ def outputs(x: torch.Tensor, width: int, group: int = 128) -> tuple[torch.Tensor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_silu_mul(dtype, compiled):
     x = rows_of(4096, dtype)
-    for act_form, quant_form, ue8m0 in (("native", "reciprocal", False), ("custom_op", "custom_op", True)):
-        silu_mul_quant.silu_mul_group_fp8_quant(x, *outputs(x, 2048), 128, ue8m0, EPS, act_form, quant_form, pdl=True)
+    for act_rounding, quant_rounding, ue8m0 in (("native", "reciprocal", False), ("custom_op", "custom_op", True)):
+        silu_mul_quant.silu_mul_group_fp8_quant(
+            x, *outputs(x, 2048), 128, ue8m0, act_rounding, quant_rounding, pdl=True
+        )
     check(compiled, 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_group(dtype, compiled):
     x = rows_of(2048, dtype)
-    for quant_form in ("custom_op", "native_floored"):
-        group_quant.group_fp8_quant(x, *outputs(x, 2048), 128, True, EPS, quant_form, pdl=True)
+    for quant_rounding in ("custom_op", "native_floored"):
+        group_quant.group_fp8_quant(x, *outputs(x, 2048), 128, True, quant_rounding, pdl=True)
     check(compiled, 2)
 
 
@@ -84,15 +87,14 @@ def test_group(dtype, compiled):
 @pytest.mark.parametrize("width", [512, 2048, 4096, 7168, 18432])
 def test_rms_norm(width, addends, compiled):
     x, weight = rows_of(width, torch.bfloat16), torch.zeros(width, dtype=torch.bfloat16)
-    more = {"x_addend": x, "x_addend_scale": 2.5, "residual_addend": x} if addends else {}
-    more |= {"normed": torch.zeros_like(x), "residual_out": torch.zeros_like(x), "pdl": True}
+    norm = NormInputs(x, weight, EPSILON, residual=x, keep_norm=True)
+    if addends:
+        norm = norm._replace(x_addend=x, x_addend_scale=2.5, residual_addend=x)
     codes, scales = outputs(x, width)
-    forms = (EPSILON, False, "native", "custom_op")
-    rms_norm_quant.rms_norm_group_fp8_quant(
-        x, weight, x, codes, scales, EPSILON, False, 128, False, EPS, "native", "custom_op", **more
-    )
-    rms_norm_quant.rms_norm_token_fp8_quant(x, weight, x, None, codes, torch.zeros(5, 1), *forms, **more)
-    rms_norm_quant.rms_norm_static_fp8_quant(x, weight, x, torch.ones(1), codes, *forms, **more)
+    more = (*norm.empty_extras(), "custom_op")
+    rms_norm_quant.rms_norm_group_fp8_quant(norm, codes, scales, *more[:2], 128, False, "custom_op", pdl=True)
+    rms_norm_quant.rms_norm_token_fp8_quant(norm, None, codes, torch.zeros(5, 1), *more, pdl=True)
+    rms_norm_quant.rms_norm_static_fp8_quant(norm, torch.ones(1), codes, *more, pdl=True)
     check(compiled, 3)
     assert all("cp.async.bulk.prefetch" in kernel.asm["ptx"] for kernel in compiled)
     # those of the row's sum, however many chunks there are: scales need none on their way out
@@ -103,10 +105,10 @@ def test_rms_norm(width, addends, compiled):
 @pytest.mark.parametrize("rows", [1, 700, 9000])
 def test_gated_rms_norm(rows, dtype, compiled):
     x = torch.zeros(rows, 32, 128, dtype=dtype)
-    for norm_first, activation, quant_form in ((True, "silu", "custom_op"), (False, "sigmoid", "native")):
+    for norm_first, activation, quant_rounding in ((True, "silu", "custom_op"), (False, "sigmoid", "native")):
         gated_rms_norm_quant.gated_rms_norm_group_fp8_quant(
-            x, x, torch.zeros(128, dtype=dtype), *outputs(x, 4096), EPSILON, 32, norm_first, activation, 128, False, EPS,
-            "native", quant_form, pdl=True,
+            x, x, torch.zeros(128, dtype=dtype), *outputs(x, 4096), EPSILON, 32, norm_first, activation, 128, False,
+            "native", quant_rounding, pdl=True,
         )  # fmt: skip
     check(compiled, 2)
 
@@ -115,7 +117,7 @@ def test_mla_dual_rms_norm(compiled):
     q, kv, _ = rows_of(2112, torch.bfloat16).split((1536, 512, 64), dim=1)
     mla_dual_rms_norm_quant.mla_dual_rms_norm_group_fp8_quant(
         q, kv, torch.zeros(1536).bfloat16(), torch.zeros(512).bfloat16(), *outputs(q, 1536), torch.zeros(5, 512).bfloat16(),
-        EPSILON, EPSILON, 128, False, EPS, "native", "custom_op", pdl=True,
+        EPSILON, EPSILON, 128, False, "native", "custom_op", pdl=True,
     )  # fmt: skip
     check(compiled, 1)
 
@@ -126,6 +128,6 @@ def test_mla_v_up(tokens, input_first, compiled):
     x = torch.zeros(tokens, 16, 512, dtype=torch.bfloat16)
     w = torch.zeros(16, 512, 128) if input_first else torch.zeros(16, 128, 512).transpose(1, 2)
     mla_v_up_quant.mla_v_up_group_fp8_quant(
-        x, w.bfloat16(), *outputs(x, 16 * 128), (tokens, 0), 128, False, EPS, "custom_op", pdl=True
+        x, w.bfloat16(), *outputs(x, 16 * 128), (tokens, 0), 128, False, "custom_op", pdl=True
     )
     check(compiled, 1)

@@ -167,13 +167,13 @@ def told(*expected: tuple[str, str, str]) -> None:
     assert len(lines) == len(expected), lines
 
 
-FORMS = {"op": ("none", "+quant_fp8"), "native": ("none", "-quant_fp8")}
+VARIANTS = {"op": ("none", "+quant_fp8"), "native": ("none", "-quant_fp8")}
 
 
 @pytest.mark.parametrize("act_op", [False, True])
-@pytest.mark.parametrize("quant_form", FORMS)
-def test_activations_that_no_pass_fuses(quant_form, act_op):
-    ops = [*FORMS[quant_form]]
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_activations_that_no_pass_fuses(variant, act_op):
+    ops = [*VARIANTS[variant]]
     if act_op:
         ops += [
             f"+{name}" for name in ("gelu_and_mul", "relu2", "mul_and_silu", "silu_and_mul_with_clamp", "situ_and_mul")
@@ -181,21 +181,21 @@ def test_activations_that_no_pass_fuses(quant_form, act_op):
     trace(*(functools.partial(Before, make) for make in ACTIVATIONS), custom_ops=ops)
     told(*((NONE, f"no pass fuses {words}", "FP8 quantiser in groups of 128") for words in ACTIVATIONS.values()))
     together = sum("Inductor compiles this quantiser together" in reason for _, reason in missed())
-    if quant_form == "op":
+    if variant == "op":
         assert together == 0
     elif not act_op:
         assert together == len(ACTIVATIONS)
 
 
-@pytest.mark.parametrize("quant_form", FORMS)
-def test_quantisers_that_a_pass_does_not_fuse(quant_form):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_quantisers_that_a_pass_does_not_fuse(variant):
     trace(
         functools.partial(Before, SiluAndMul, size=0),
         functools.partial(Before, norm, size=32),
         functools.partial(Before, SiluAndMul, size=32),
         functools.partial(Before, SiluAndMul, between=pad),
         functools.partial(Twice, SiluAndMul),
-        custom_ops=FORMS[quant_form],
+        custom_ops=VARIANTS[variant],
     )
     told(
         (ACT, "SiLU·mul is followed by an FP8 quantiser with one scale a token", "fused: group, static, nvfp4"),
@@ -235,11 +235,11 @@ def test_a_lone_quantiser_that_runs_our_kernel():
     told((NONE, "no pass fuses a matrix product", ours), (NONE, "no pass fuses mul·SiLU, up first", ours))
 
 
-@pytest.mark.parametrize("quant_form", FORMS)
-def test_flags_that_are_off(quant_form):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_flags_that_are_off(variant):
     makers = [functools.partial(Before, make) for make in (SiluAndMul, norm, MulAndSilu)]
-    trace(*makers, custom_ops=FORMS[quant_form], flags=OFF)
-    off = {"op": "=false was asked for", "native": "neither custom op"}[quant_form]
+    trace(*makers, custom_ops=VARIANTS[variant], flags=OFF)
+    off = {"op": "=false was asked for", "native": "neither custom op"}[variant]
     told(
         (ACT, "SiLU·mul is followed by", "ActivationQuantFusionPass is off"),
         (NORM, "RMSNorm is followed by", "RMSNormQuantFusionPass is off"),
@@ -250,7 +250,7 @@ def test_flags_that_are_off(quant_form):
 
 def test_one_native_quantiser_is_one_reader():
     """It reads a value twice, for its maximum and for its codes."""
-    trace(functools.partial(Before, SiluAndMul, size=0), custom_ops=FORMS["native"])
+    trace(functools.partial(Before, SiluAndMul, size=0), custom_ops=VARIANTS["native"])
     ((_, reason),) = missed()
     assert "SiLU·mul is followed by an FP8 quantiser with one scale a token (in plain torch code)" in reason
     assert "readers" not in reason and "users" not in reason

@@ -150,7 +150,7 @@ def reasons() -> list[tuple[str, str]]:
     return [(m.module, m.reason) for s in report.RECORDER.report.subgraphs for m in s.missed if m.pass_name == PASS]
 
 
-FORMS = {"custom_op": ("none", "+quant_fp8"), "native": ("none", "-quant_fp8")}
+VARIANTS = {"custom_op": ("none", "+quant_fp8"), "native": ("none", "-quant_fp8")}
 LAYOUTS = {"row": {}, "column": {"column_major": True}, "tma": {"column_major": True, "tma_aligned": True}}
 
 
@@ -179,9 +179,9 @@ def test_fp16_model():
     assert trace(BACKENDS_OWN, dtype=torch.float16).matches_by_graph()[PASS] == 1
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_static_quant_is_fused(form):
-    recording = trace(BACKENDS_OWN, custom_ops=FORMS[form], quant=StaticQuant)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_static_quant_is_fused(variant):
+    recording = trace(BACKENDS_OWN, custom_ops=VARIANTS[variant], quant=StaticQuant)
     assert recording.matches_by_graph()[PASS] == 1
     (node,) = attention_calls(recording)
     assert node.kwargs["output_scale"] is not None
@@ -269,7 +269,7 @@ class OtherEps(CalledDirectly):
             "(Impl) has other readers besides an FP8 quantiser in groups of 128 (in this package's op): output;",
         ),
         (
-            {"custom_ops": FORMS["native"]},
+            {"custom_ops": VARIANTS["native"]},
             "(Impl) is followed by an FP8 quantiser in groups of 128 (in plain torch code); fused is vLLM's op",
         ),
         ({"quant": partial(GroupQuant, 32)}, "called with {'group_size': 32"),

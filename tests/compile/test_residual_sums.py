@@ -78,7 +78,7 @@ def test_the_second_norm_adds_up_what_the_first_one_did():
 
 def test_rounded_sums_stay_where_sums_are_rounded():
     graph, (first, second) = trace(Layer, inductor={"emulate_precision_casts": True})
-    assert first["keep_sum"] and first["norm_form"] == "eager"
+    assert first["keep_sum"] and first["norm_rounding"] == "eager"
     assert second["residual_addend"] is None and second["residual"] not in placeholders(graph)
 
 

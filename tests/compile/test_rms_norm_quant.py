@@ -96,19 +96,16 @@ def static(native=False):
 
 def quantisers(native):
     """Every quantiser, with what the op that fuses it is told."""
-    form = "native" if native else "custom_op"
+    variant = "native" if native else "custom_op"
     for size, layout, ue8m0 in itertools.product((64, 128), LAYOUTS, (False, True)):
         # forward_native knows no TMA alignment: it makes the column-major graph
         if native and layout == "tma":
             continue
-        told = dict(group_size=size, column_major_scales=layout != "row", tma_aligned_scales=layout == "tma")
-        yield (
-            group(size, layout, ue8m0, native),
-            told | dict(use_ue8m0=ue8m0, eps=1e-10, quant_form=group_rounding(form)),
-        )
+        scales = dict(group_size=size, scale_layout=layout, use_ue8m0=ue8m0)
+        yield group(size, layout, ue8m0, native), scales | dict(quant_rounding=group_rounding(variant))
     for bounded in (False, True):
-        yield token(bounded, native), dict(quant_form=form)
-    yield static(native), dict(quant_form=form)
+        yield token(bounded, native), dict(quant_rounding=variant)
+    yield static(native), dict(quant_rounding=variant)
 
 
 # ---- norms -----------------------------------------------------------------------------------------------------------
@@ -136,10 +133,10 @@ NORMS = [
 ]
 
 
-def told(norm, norm_form="native"):
+def told(norm, norm_rounding="native"):
     """What the op is told of the norm."""
     keep_norm = "norm" in norm.get("returns", ())
-    return dict(gemma_weight=norm.get("gemma", False), keep_norm=keep_norm, norm_form=norm_form)
+    return dict(gemma_weight=norm.get("gemma", False), keep_norm=keep_norm, norm_rounding=norm_rounding)
 
 
 def holds(arguments, expected):
@@ -206,7 +203,7 @@ def test_precision_casts_round_as_eager_does():
     recording = trace(
         *(functools.partial(Norm, group(), **norm) for norm in norms), inductor={"emulate_precision_casts": True}
     )
-    assert {arguments["norm_form"] for _, arguments in our_ops(recording)} == {"eager"}
+    assert {arguments["norm_rounding"] for _, arguments in our_ops(recording)} == {"eager"}
     assert len(our_ops(recording)) == len(norms)
 
 
@@ -220,7 +217,7 @@ def test_norm_form_follows_the_kernel_that_vllm_would_run(monkeypatch):
     recording = trace(*(functools.partial(Norm, group(), **norm) for norm in norms))
     adds = ["custom_op" if hasattr(torch.ops.vllm_ir, "fused_add_rms_norm") else "native"]
     # vLLM's kernel takes weights of x's dtype only, so Gemma's runs in torch code
-    assert [arguments["norm_form"] for _, arguments in our_ops(recording)] == ["custom_op", *adds, "native"]
+    assert [arguments["norm_rounding"] for _, arguments in our_ops(recording)] == ["custom_op", *adds, "native"]
 
 
 def test_an_unknown_kernel_is_left_alone(monkeypatch):
@@ -475,9 +472,8 @@ def test_both_norms_of_latent_attention_are_one_op():
     found = our_ops(recording)
     assert [op for op, _ in found] == ["mla_dual_rms_norm_group_fp8_quant"] * len(makers)
     for (_, arguments), (layout, ue8m0) in zip(found, itertools.product(LAYOUTS, (False, True)), strict=True):
-        expected = dict(q_epsilon=1e-5, kv_epsilon=1e-6, group_size=128, use_ue8m0=ue8m0, eps=1e-10)
-        expected |= dict(column_major_scales=layout != "row", tma_aligned_scales=layout == "tma")
-        assert holds(arguments, expected | dict(norm_form="native", quant_form=group_rounding("custom_op")))
+        expected = dict(q_epsilon=1e-5, kv_epsilon=1e-6, group_size=128, use_ue8m0=ue8m0, scale_layout=layout)
+        assert holds(arguments, expected | dict(norm_rounding="native", quant_rounding=group_rounding("custom_op")))
         assert [arguments[name].meta["val"].shape[1] for name in ("q", "kv")] == [Q, KV]
     (subgraph,) = recording.subgraphs
     assert not {"vllm_ir.rms_norm.default", "aten.pow.Tensor_Scalar"} & count_ops(subgraph.after).keys()
@@ -597,8 +593,8 @@ def test_gated_norms_are_fused(native):
             num_heads=512 // head,
             norm_before_gate=kind["norm_before_gate"],
             activation="sigmoid" if kind["activation"] == "sigmoid" else "silu",
-            norm_form="native",
-            quant_form=group_rounding("native" if native else "custom_op"),
+            norm_rounding="native",
+            quant_rounding=group_rounding("native" if native else "custom_op"),
             column_major_scales=True,
         )
         assert holds(arguments, expected), kind
@@ -610,17 +606,9 @@ def test_gated_norms_with_every_layout():
     recording = gated(
         *(functools.partial(Gated, quant) for quant in quants), inductor={"emulate_precision_casts": True}
     )
-    told = [
-        (a["group_size"], a["column_major_scales"], a["tma_aligned_scales"], a["use_ue8m0"])
-        for _, a in our_ops(recording)
-    ]
-    assert told == [
-        (size, layout != "row", layout == "tma", ue8m0)
-        for size in (64, 128)
-        for layout in LAYOUTS
-        for ue8m0 in (False, True)
-    ]
-    assert {arguments["norm_form"] for _, arguments in our_ops(recording)} == {"eager"}
+    told = [(a["group_size"], a["scale_layout"], a["use_ue8m0"]) for _, a in our_ops(recording)]
+    assert told == [(size, layout, ue8m0) for size in (64, 128) for layout in LAYOUTS for ue8m0 in (False, True)]
+    assert {arguments["norm_rounding"] for _, arguments in our_ops(recording)} == {"eager"}
 
 
 class Ungated(Gated):

@@ -88,7 +88,7 @@ def trace(
 
 # What the op is told of vLLM's own SiLU·mul op: 0.20's rounds as eager does.
 ROUNDING = {"native": "native", "custom_op": "custom_op" if compat.silu_and_mul_adds_zero() else "eager"}
-FORMS = {
+VARIANTS = {
     "native+custom_op": ("none", "+quant_fp8"),
     "custom_op+custom_op": ("none", "+silu_and_mul", "+quant_fp8"),
     "native+native": ("none", "-quant_fp8"),
@@ -97,20 +97,20 @@ FORMS = {
 LAYOUTS = {"row": {}, "column": {"column_major": True}, "tma": {"column_major": True, "tma_aligned": True}}
 
 
-def layouts(quant_form):
+def layouts(quant_rounding):
     """Scale layouts that a quantiser of that form can be asked for, with each group size and kind of scales."""
     for layout, (size, ue8m0) in itertools.product(LAYOUTS, ((64, False), (128, False), (128, True))):
         # forward_native knows no TMA alignment: it makes the column-major graph
-        if quant_form == "custom_op" or layout != "tma":
+        if quant_rounding == "custom_op" or layout != "tma":
             yield layout, size, ue8m0
 
 
-@pytest.mark.parametrize("forms", FORMS)
-def test_group_quant_is_fused(forms):
-    act_form, quant_form = forms.split("+")
-    cases = list(layouts(quant_form))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_group_quant_is_fused(variant):
+    act_rounding, quant_rounding = variant.split("+")
+    cases = list(layouts(quant_rounding))
     makers = [functools.partial(GroupQuantMLP, size, ue8m0=ue8m0, **LAYOUTS[layout]) for layout, size, ue8m0 in cases]
-    recording = trace(*makers, custom_ops=FORMS[forms])
+    recording = trace(*makers, custom_ops=VARIANTS[variant])
 
     assert recording.matches_by_graph()[PASS] == len(cases)
     (subgraph,) = recording.subgraphs
@@ -124,18 +124,18 @@ def test_group_quant_is_fused(forms):
             layout == "tma",
             ue8m0,
             1e-10,
-            ROUNDING[act_form],
-            group_rounding(quant_form),
+            ROUNDING[act_rounding],
+            group_rounding(quant_rounding),
         ]
 
 
-@pytest.mark.parametrize("forms", FORMS)
-def test_static_quant_is_fused(forms):
-    act_form, quant_form = forms.split("+")
-    recording = trace(StaticQuantMLP, custom_ops=FORMS[forms])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_static_quant_is_fused(variant):
+    act_rounding, quant_rounding = variant.split("+")
+    recording = trace(StaticQuantMLP, custom_ops=VARIANTS[variant])
     assert recording.matches_by_graph()[PASS] == 1
     ((_, arguments),) = our_ops(recording)
-    assert list(arguments.values())[2:] == [ROUNDING[act_form], quant_form]
+    assert list(arguments.values())[2:] == [ROUNDING[act_rounding], quant_rounding]
 
 
 class Nvfp4MLP(torch.nn.Module):
@@ -154,9 +154,9 @@ class Nvfp4MLP(torch.nn.Module):
 
 
 @pytest.mark.parametrize("kernel", ["vllm", "ours"])
-@pytest.mark.parametrize("act_form", ["native", "custom_op"])
-def test_nvfp4_quant_is_fused(act_form, kernel):
-    custom_ops = ["none"] if act_form == "native" else ["none", "+silu_and_mul"]
+@pytest.mark.parametrize("act_rounding", ["native", "custom_op"])
+def test_nvfp4_quant_is_fused(act_rounding, kernel):
+    custom_ops = ["none"] if act_rounding == "native" else ["none", "+silu_and_mul"]
     recording = trace(Nvfp4MLP, custom_ops=custom_ops, settings={"nvfp4_kernel": kernel})
     assert recording.matches_by_graph()[PASS] == 1
     (subgraph,) = recording.subgraphs
@@ -165,10 +165,10 @@ def test_nvfp4_quant_is_fused(act_form, kernel):
 
 
 @pytest.mark.parametrize("eliminate_noops", [True, False])
-@pytest.mark.parametrize("forms", FORMS)
-def test_reshape_between_is_looked_through(forms, eliminate_noops):
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_reshape_between_is_looked_through(variant, eliminate_noops):
     make = lambda: GroupQuantMLP(between=lambda y: y.view(-1, y.shape[-1]))  # noqa: E731
-    recording = trace(make, custom_ops=FORMS[forms], eliminate_noops=eliminate_noops)
+    recording = trace(make, custom_ops=VARIANTS[variant], eliminate_noops=eliminate_noops)
     assert recording.matches_by_graph()[PASS] == 1
 
 
@@ -180,7 +180,7 @@ def test_fp16_model():
 def test_precision_casts_round_as_the_custom_op_does():
     recording = trace(GroupQuantMLP, inductor={"emulate_precision_casts": True})
     ((_, arguments),) = our_ops(recording)
-    assert (arguments["act_form"], arguments["quant_form"]) == ("eager", group_rounding("custom_op"))
+    assert (arguments["act_rounding"], arguments["quant_rounding"]) == ("eager", group_rounding("custom_op"))
 
 
 # ---- what must not match ---------------------------------------------------------------------------------------------

@@ -22,11 +22,11 @@ from vllm_fusion_plugin.kernels import mla_v_up_quant  # noqa: E402
 from vllm_fusion_plugin.kernels.compile_keys import compile_key, keys_of  # noqa: E402
 from vllm_fusion_plugin.kernels.launch import planning  # noqa: E402
 from vllm_fusion_plugin.ops import calls, registry  # noqa: E402
-from vllm_fusion_plugin.ops.quant import FP8_DTYPE, empty_group_scales  # noqa: E402
+from vllm_fusion_plugin.ops.quant import FP8_DTYPE, LAYOUTS, GroupScales  # noqa: E402
+from vllm_fusion_plugin.ops.rms_norm_quant import NormInputs  # noqa: E402
 from vllm_fusion_plugin.plugin import _register_ops as register_ops  # noqa: E402
 
 register_ops()
-EPS = 1e-10
 SILU_MUL = "silu_mul_group_fp8_quant"
 GROUP = "group_fp8_quant"
 
@@ -61,7 +61,7 @@ def make(op: str, *arguments) -> None:
 
 
 def silu_mul(rows: int, width: int = 1024) -> tuple:
-    return zeros(rows, 2 * width), 128, True, True, True, EPS, "native", "custom_op"
+    return zeros(rows, 2 * width), 128, "tma", True, "native", "custom_op"
 
 
 # ---- what is remembered and repeated ---------------------------------------------------------------------------------
@@ -83,8 +83,7 @@ def test_every_number_of_tokens_is_compiled(launched):
     calls.record()
     make(SILU_MUL, *silu_mul(300))
     x = zeros(300, 4096)
-    norm = (zeros(4096), 1e-6, x, False, False, 128, True, True, False, EPS, "native", "custom_op")
-    make("rms_norm_group_fp8_quant", x, *norm, None, 1.0, None, True, 0, False)
+    make("rms_norm_group_fp8_quant", *NormInputs(x, zeros(4096), residual=x), 128, "tma", False, "custom_op")
     launched.clear()
     done = warmup.warm_up(2500)
     assert (done.calls, done.failed) == (2, ())
@@ -109,7 +108,7 @@ def test_as_many_tokens_as_a_call_had(launched):
 def test_a_call_that_fails_does_not_stop_the_others(launched, monkeypatch, caplog):
     calls.record()
     make(SILU_MUL, *silu_mul(3))
-    make(GROUP, zeros(3, 1024), 128, False, False, False, EPS, "native")
+    make(GROUP, zeros(3, 1024), 128, "row", False, "native")
 
     def fail(*arguments):
         if arguments[0].device.type != "meta":
@@ -225,23 +224,22 @@ def test_keys_are_tritons():
                 x, weight = torch.empty(tokens, width, dtype=torch.bfloat16, device="meta"), None
                 strided = torch.empty(tokens, width + 8, dtype=torch.float16, device="meta")[:, 8:]
                 for rows in (x, strided):
-                    for layout in ((False, False), (True, False), (True, True)):
-                        registry.CUDA_IMPLEMENTATIONS[GROUP](rows, 128, *layout, False, EPS, "custom_op")
+                    for layout in LAYOUTS:
+                        registry.CUDA_IMPLEMENTATIONS[GROUP](rows, 128, layout, False, "custom_op")
                     for residual in (None, rows):
-                        registry.CUDA_IMPLEMENTATIONS["rms_norm_static_fp8_quant"](
-                            rows, weight, 1e-6, residual, False, False, torch.empty(1, device="meta"), "native", "native",
-                            None, 1.0, None, True, 0, False,
-                        )  # fmt: skip
+                        norm = NormInputs(rows, weight, residual=residual)
+                        scale = torch.empty(1, device="meta")
+                        registry.CUDA_IMPLEMENTATIONS["rms_norm_static_fp8_quant"](*norm, scale, "native")
             attn = torch.empty(tokens, 16, 512, dtype=torch.bfloat16, device="meta")
             w = torch.empty(16, 512, 128, dtype=torch.bfloat16, device="meta")
             for tma in (True, False):
                 codes, scales = (
                     attn.new_empty(tokens, 2048, dtype=FP8_DTYPE),
-                    empty_group_scales(attn, tokens, 16, tma, tma),
+                    GroupScales(128, "tma" if tma else "row").empty(attn, tokens, 2048),
                 )
                 weights = w if tma else w.transpose(1, 2).contiguous().transpose(1, 2)
                 registry.CUDA_IMPLEMENTATIONS["mla_v_up_group_fp8_quant"](
-                    attn, weights, codes, scales, 128, True, EPS, "custom_op"
+                    attn, weights, codes, scales, 128, True, "custom_op"
                 )
         launches = plan.launches
     pairs = {

@@ -59,14 +59,14 @@ def trace_module(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], conf
     return recording
 
 
-def group_rounding(quant_form: str) -> str:
+def group_rounding(quant_rounding: str) -> str:
     """What an op that fuses this vLLM's group quantiser of that form, custom_op or native, is told of its rounding."""
     import vllm
     from packaging.version import Version
 
     if Version(vllm.__version__).release < (0, 33):
-        return quant_form
-    return {"custom_op": "reciprocal", "native": "native_floored"}[quant_form]
+        return quant_rounding
+    return {"custom_op": "reciprocal", "native": "native_floored"}[quant_rounding]
 
 
 class Branches(torch.nn.Module):

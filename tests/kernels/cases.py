@@ -11,11 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vllm_fusion_plugin.ops.quant import GroupScales
+
 DTYPES = (torch.bfloat16, torch.float16)
 GROUP_SIZES = (64, 128)
-FORMS = ("custom_op", "native")
-GROUP_FORMS = ("custom_op", "reciprocal", "native", "native_floored")
-EPS = 1e-10  # vLLM's, below which no group's maximum counts
+ROUNDINGS = ("custom_op", "native")
+GROUP_ROUNDINGS = ("custom_op", "reciprocal", "native", "native_floored")
+LAYOUTS = ("row", "column", "tma")
+TMA = GroupScales(128, "tma")  # what DeepGEMM takes
 
 
 class GroupMode(NamedTuple):
@@ -23,26 +26,29 @@ class GroupMode(NamedTuple):
 
     dtype: torch.dtype
     group_size: int
-    column_major_scales: bool
-    tma_aligned_scales: bool
+    scale_layout: str
     use_ue8m0: bool
-    act_form: str
-    quant_form: str
+    act_rounding: str
+    quant_rounding: str
 
     def __str__(self) -> str:
-        return f"{short(self.dtype)}-{scales_name(self)}-act_{self.act_form}-quant_{self.quant_form}"
+        return f"{short(self.dtype)}-{scales_name(self)}-act_{self.act_rounding}-quant_{self.quant_rounding}"
+
+    @property
+    def scales(self) -> GroupScales:
+        return GroupScales(self.group_size, self.scale_layout, self.use_ue8m0)
 
     def arguments(self) -> dict[str, object]:
-        return {name: value for name, value in self._asdict().items() if name != "dtype"}
+        return {"scales": self.scales, "act_rounding": self.act_rounding, "quant_rounding": self.quant_rounding}
 
 
 class StaticMode(NamedTuple):
     dtype: torch.dtype
-    act_form: str
-    quant_form: str
+    act_rounding: str
+    quant_rounding: str
 
     def __str__(self) -> str:
-        return f"{short(self.dtype)}-act_{self.act_form}-quant_{self.quant_form}"
+        return f"{short(self.dtype)}-act_{self.act_rounding}-quant_{self.quant_rounding}"
 
 
 def short(dtype: torch.dtype) -> str:
@@ -51,29 +57,27 @@ def short(dtype: torch.dtype) -> str:
 
 def scales_name(mode: Any) -> str:
     """Of a mode of any group quantiser: its groups, and the layout and type of its scales."""
-    layout = "tma" if mode.tma_aligned_scales else "column" if mode.column_major_scales else "row"
-    return f"{mode.group_size}-{layout}-{'ue8m0' if mode.use_ue8m0 else 'fp32'}"
+    return f"{mode.group_size}-{mode.scale_layout}-{'ue8m0' if mode.use_ue8m0 else 'fp32'}"
 
 
 def told_apart(mode: Any) -> bool:
-    """Whether a group quantiser's form is another than that of the same name's other half: `reciprocal` multiplies where
+    """Whether a group quantiser's rounding is another than its namesake's: `reciprocal` multiplies where
     custom_op divides by an fp32 scale, and `native_floored` has a floor under a UE8M0 scale."""
-    return {"reciprocal": not mode.use_ue8m0, "native_floored": mode.use_ue8m0}.get(mode.quant_form, True)
+    return {"reciprocal": not mode.use_ue8m0, "native_floored": mode.use_ue8m0}.get(mode.quant_rounding, True)
 
 
-def group_modes(quant_forms: tuple[str, ...] | None = None) -> list[GroupMode]:
-    """quant_forms None: all, where they differ."""
+def group_modes(quant_roundings: tuple[str, ...] | None = None) -> list[GroupMode]:
+    """quant_roundings None: all, where they differ."""
     switch = (False, True)
     modes = itertools.starmap(
-        GroupMode, itertools.product(DTYPES, GROUP_SIZES, switch, switch, switch, FORMS, quant_forms or GROUP_FORMS)
+        GroupMode,
+        itertools.product(DTYPES, GROUP_SIZES, LAYOUTS, switch, ROUNDINGS, quant_roundings or GROUP_ROUNDINGS),
     )
-    # TMA-aligned scales are column-major
-    modes = (mode for mode in modes if mode.column_major_scales or not mode.tma_aligned_scales)
-    return [mode for mode in modes if quant_forms or told_apart(mode)]
+    return [mode for mode in modes if quant_roundings or told_apart(mode)]
 
 
-def static_modes(quant_forms: tuple[str, ...] = FORMS) -> list[StaticMode]:
-    return list(itertools.starmap(StaticMode, itertools.product(DTYPES, FORMS, quant_forms)))
+def static_modes(quant_roundings: tuple[str, ...] = ROUNDINGS) -> list[StaticMode]:
+    return list(itertools.starmap(StaticMode, itertools.product(DTYPES, ROUNDINGS, quant_roundings)))
 
 
 def from_bits(bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

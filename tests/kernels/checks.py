@@ -11,10 +11,8 @@ import pytest
 import torch
 
 from vllm_fusion_plugin.kernels import pdl
-from vllm_fusion_plugin.kernels.forms import is_native
-from vllm_fusion_plugin.ops.quant import FP8_DTYPE, FP8_MAX, empty_group_scales, padded_rows
-
-from .cases import EPS
+from vllm_fusion_plugin.kernels.rounding import is_native
+from vllm_fusion_plugin.ops.quant import EPS, FP8_DTYPE, FP8_MAX, GroupScales, padded_rows
 
 POISON = 0xA5
 GUARD = 4096  # bytes before and after a guarded tensor
@@ -123,19 +121,18 @@ def guarded_codes(x: torch.Tensor) -> Guarded:
     return Guarded(x.new_empty((x.shape[0], x.shape[1] // 2), dtype=FP8_DTYPE))
 
 
-def guarded_scales(x: torch.Tensor, group_size: int, column_major_scales: bool, tma_aligned_scales: bool) -> Guarded:
-    groups = x.shape[1] // 2 // group_size
-    return Guarded(empty_group_scales(x, x.shape[0], groups, column_major_scales, tma_aligned_scales))
+def guarded_scales(x: torch.Tensor, scales: GroupScales) -> Guarded:
+    return Guarded(scales.empty(x, x.shape[0], x.shape[1] // 2))
 
 
 # ---- what tests of several ops check ---------------------------------------------------------------------------------
 
 
-def assert_codes(actual: torch.Tensor, expected: torch.Tensor, quant_form: str) -> None:
+def assert_codes(actual: torch.Tensor, expected: torch.Tensor, quant_rounding: str) -> None:
     """Codes are a reference's. A native quantiser divides by div.full.f32 on a GPU, within 2 ulp of the reference's IEEE
     division: a code may be a step away there, next to a tie. That it is Inductor's code is for the tests with `gpu`."""
     expected = one_nan(expected)
-    if is_native(quant_form) and actual.is_cuda:
+    if is_native(quant_rounding) and actual.is_cuda:
         steps = code_steps(actual, expected)
         assert int(steps.max()) <= 1
         assert int(steps.count_nonzero()) <= max(8, steps.numel() // 500)
@@ -144,11 +141,11 @@ def assert_codes(actual: torch.Tensor, expected: torch.Tensor, quant_form: str) 
 
 
 def check_guarded(
-    codes: Guarded, scales: Guarded, expected_codes: torch.Tensor, expected_scales: torch.Tensor, quant_form: str
+    codes: Guarded, scales: Guarded, expected_codes: torch.Tensor, expected_scales: torch.Tensor, quant_rounding: str
 ) -> None:
     """What a group kernel wrote is what a reference returns, whatever their NaN."""
     assert scales.tensor.stride() == expected_scales.stride()
-    assert_codes(codes.tensor, expected_codes, quant_form)
+    assert_codes(codes.tensor, expected_codes, quant_rounding)
     assert_same_bytes(one_nan(scales.tensor), one_nan(expected_scales), "scales")
     # Storage and not tensor: TMA-aligned scales have padding, which must be zero. The buffer was poisoned.
     storage = torch.empty(0, device=expected_scales.device).set_(expected_scales.untyped_storage())
@@ -269,9 +266,9 @@ def vllms_group_quant(y: torch.Tensor, mode: Any) -> tuple[torch.Tensor, torch.T
 
     Needs torch.ops._C, which an import of vllm._custom_ops loads.
     """
-    layout = (mode.column_major_scales, mode.tma_aligned_scales)
     codes = torch.empty_like(y, dtype=FP8_DTYPE)
-    scales = empty_group_scales(y, y.shape[0], y.shape[1] // mode.group_size, *layout)
+    scales = mode.scales.empty(y, *y.shape)
+    layout = (mode.scale_layout != "row", mode.scale_layout == "tma")
     torch.ops._C.per_token_group_fp8_quant(
         y, codes, scales, mode.group_size, EPS, -FP8_MAX, FP8_MAX, mode.use_ue8m0, *layout
     )

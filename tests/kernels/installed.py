@@ -17,4 +17,4 @@ Mode = TypeVar("Mode", bound=Any)
 
 def installed(mode: Mode) -> Mode:
     """`mode` with the quantiser of its kind that the installed vLLM has."""
-    return mode._replace(quant_form=NATIVE if mode.quant_form.startswith("native") else OPAQUE)
+    return mode._replace(quant_rounding=NATIVE if mode.quant_rounding.startswith("native") else OPAQUE)

@@ -13,17 +13,16 @@ from vllm_fusion_plugin import warmup
 from vllm_fusion_plugin.kernels import launch, mla_v_up_quant, pdl
 from vllm_fusion_plugin.kernels.compile_keys import compile_key, keys_of
 from vllm_fusion_plugin.ops import calls, registry
-from vllm_fusion_plugin.ops.quant import FP8_DTYPE, empty_group_scales
+from vllm_fusion_plugin.ops.quant import FP8_DTYPE, GroupScales
+from vllm_fusion_plugin.ops.rms_norm_quant import NormInputs
 from vllm_fusion_plugin.plugin import _register_ops as register_ops
 
 register_ops()
 
 MOST = 16384
-# column-major, TMA-aligned
-LAYOUTS = {"row": (False, False), "column": (True, False), "tma": (True, True)}
+LAYOUTS = ("row", "column", "tma")
 # of models: DeepSeek-V3's latent, Qwen3-Next, Qwen3-8B, GLM-4.5, Qwen3-8B's MLP, DeepSeek-V3's, Llama-3.1-70B's
 WIDTHS = [512, 1536, 2048, 4096, 5120, 7168, 12288, 18432, 28672]
-EPS = 1e-10
 # SiLU·mul of 12288 has as many. More would mean that something else comes from the number of tokens.
 MOST_KEYS = 8
 
@@ -50,51 +49,48 @@ def call(op: str, *arguments: Any) -> calls.Call:
     return described
 
 
-def silu_mul(width: int, layout: str, quant_form: str = "custom_op") -> calls.Call:
+def silu_mul(width: int, layout: str, quant_rounding: str = "custom_op") -> calls.Call:
     x = meta(64, 2 * width)
-    return call("silu_mul_group_fp8_quant", x, 128, *LAYOUTS[layout], True, EPS, "native", quant_form)
+    return call("silu_mul_group_fp8_quant", x, 128, layout, True, "native", quant_rounding)
 
 
-def group(width: int, layout: str, quant_form: str = "custom_op") -> calls.Call:
-    return call("group_fp8_quant", meta(64, width), 128, *LAYOUTS[layout], False, EPS, quant_form)
+def group(width: int, layout: str, quant_rounding: str = "custom_op") -> calls.Call:
+    return call("group_fp8_quant", meta(64, width), 128, layout, False, quant_rounding)
 
 
-def gated(heads: int, layout: str, dims: int = 3, quant_form: str = "custom_op") -> calls.Call:
+def gated(heads: int, layout: str, dims: int = 3, quant_rounding: str = "custom_op") -> calls.Call:
     shape = (64, heads, 128) if dims == 3 else (64 * heads, 128)
-    forms = (True, "silu", 128, *LAYOUTS[layout], False, EPS, "native", quant_form)
-    return call("gated_rms_norm_group_fp8_quant", meta(*shape), meta(*shape), meta(128), 1e-6, heads, *forms)
+    how = (True, "silu", 128, layout, False, "native", quant_rounding)
+    return call("gated_rms_norm_group_fp8_quant", meta(*shape), meta(*shape), meta(128), 1e-6, heads, *how)
 
 
-def dual(layout: str, quant_form: str = "custom_op") -> calls.Call:
+def dual(layout: str, quant_rounding: str = "custom_op") -> calls.Call:
     q, kv = columns(2112, 0, 1536), columns(2112, 1536, 512)
-    forms = (128, *LAYOUTS[layout], False, EPS, "native", quant_form)
-    return call("mla_dual_rms_norm_group_fp8_quant", q, kv, meta(1536), meta(512), 1e-6, 1e-6, *forms)
+    how = (128, layout, False, "native", quant_rounding)
+    return call("mla_dual_rms_norm_group_fp8_quant", q, kv, meta(1536), meta(512), 1e-6, 1e-6, *how)
 
 
-def norm(width: int, layout: str, add: bool, quant_form: str = "custom_op", addends: bool = False) -> calls.Call:
+def norm(width: int, layout: str, add: bool, quant_rounding: str = "custom_op", addends: bool = False) -> calls.Call:
     x, residual = meta(64, width), meta(64, width) if add else None
-    more = (meta(64, width), 2.5, meta(64, width)) if addends else (None, 1.0, None)
-    keep_norm = add and quant_form == "custom_op"
-    return call(
-        "rms_norm_group_fp8_quant", x, meta(width), 1e-6, residual, False, keep_norm, 128,
-        *LAYOUTS[layout], False, EPS, "native", quant_form, *more, True, 0, False,
-    )  # fmt: skip
+    norm = NormInputs(x, meta(width), residual=residual, keep_norm=add and quant_rounding == "custom_op")
+    if addends:
+        norm = norm._replace(x_addend=meta(64, width), x_addend_scale=2.5, residual_addend=meta(64, width))
+    return call("rms_norm_group_fp8_quant", *norm, 128, layout, False, quant_rounding)
 
 
-def other_norm(kind: str, width: int, add: bool, quant_form: str = "custom_op") -> calls.Call:
+def other_norm(kind: str, width: int, add: bool, quant_rounding: str = "custom_op") -> calls.Call:
     given = None if kind == "token" else meta(1, dtype=torch.float32)
     residual = meta(64, width) if add else None
-    return call(
-        f"rms_norm_{kind}_fp8_quant", meta(64, width), meta(width), 1e-6, residual, False, False, given, "native", quant_form
-    )  # fmt: skip
+    norm = NormInputs(meta(64, width), meta(width), residual=residual)
+    return call(f"rms_norm_{kind}_fp8_quant", *norm, given, quant_rounding)
 
 
 def v_up(heads: int, layout: str, attn: str = "tokens", weights: str = "input_first") -> calls.Call:
     x = meta(64, heads, 512) if attn == "tokens" else meta(heads, 64, 512).transpose(0, 1)
     w = meta(heads, 512, 128) if weights == "input_first" else meta(heads, 128, 512).transpose(1, 2)
-    scales = empty_group_scales(x, 64, heads, *LAYOUTS[layout])
+    scales = GroupScales(128, layout).empty(x, 64, heads * 128)
     return call(
-        "mla_v_up_group_fp8_quant", x, w, meta(64, heads * 128, dtype=FP8_DTYPE), scales, 128, True, EPS, "custom_op"
+        "mla_v_up_group_fp8_quant", x, w, meta(64, heads * 128, dtype=FP8_DTYPE), scales, 128, True, "custom_op"
     )
 
 
@@ -150,19 +146,19 @@ def test_widths(width: int, layout: str) -> None:
     for made in (silu_mul(width, layout, "native"), group(width, layout, "reciprocal")):
         check(made, numbers)
     if width <= 18432:
-        for quant_form, add, addends in (
+        for quant_rounding, add, addends in (
             ("native", True, False),
             ("custom_op", False, False),
             ("custom_op", True, True),
         ):
-            check(norm(width, layout, add, quant_form, addends), numbers)
+            check(norm(width, layout, add, quant_rounding, addends), numbers)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_heads(layout: str) -> None:
     numbers = _some_numbers()
     for heads in (4, 8, 16, 32):
-        check(gated(heads, layout, dims=2, quant_form="native"), numbers)
+        check(gated(heads, layout, dims=2, quant_rounding="native"), numbers)
     for heads in (8, 16, 32, 128):
         for attn in ("tokens", "heads"):
             check(v_up(heads, layout, attn, "columns_first"), numbers)
@@ -171,10 +167,10 @@ def test_heads(layout: str) -> None:
 def test_strided_rows() -> None:
     """Rows of which the first starts 16 bytes apart from the next one's multiple of 16, and one row, whatever its stride."""
     x = columns(1032, 8, 1024)
-    made = call("group_fp8_quant", x, 128, *LAYOUTS["tma"], False, EPS, "custom_op")
+    made = call("group_fp8_quant", x, 128, "tma", False, "custom_op")
     check(made, _some_numbers())
     one = meta(1, 1024).as_strided((1, 1024), (3, 1))
-    arguments = (128, *LAYOUTS["tma"], False, EPS, "custom_op")
+    arguments = (128, "tma", False, "custom_op")
     alike, tokens = calls.describe(registry.SIGNATURES["group_fp8_quant"], (one, *arguments))
     assert tokens == 1
     assert keys_of(lambda: registry.CUDA_IMPLEMENTATIONS["group_fp8_quant"](one, *arguments)) == keys_at(alike, 1)

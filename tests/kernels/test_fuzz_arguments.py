@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every op on arguments of which some are wrong: a ValueError that names one of them, or what the op promises, and the same
-whoever is asked: the op, its fake and its reference."""
+whoever is asked: the op, its fake and its reference. Arguments are those of the schemas."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -17,29 +16,12 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from tests.fuzz_profiles import examples
-from vllm_fusion_plugin.ops import (
-    gated_rms_norm_quant,
-    group_quant,
-    mla_dual_rms_norm_quant,
-    mla_v_up_quant,
-    rms_norm_quant,
-    silu_mul_quant,
-)
-from vllm_fusion_plugin.ops.quant import FP8_DTYPE, GROUP_FORMS, GROUP_SIZES, INPUT_DTYPES
+from vllm_fusion_plugin.ops import gated_rms_norm_quant, registry, rms_norm_quant, silu_mul_quant
+from vllm_fusion_plugin.ops.quant import FP8_DTYPE, GROUP_ROUNDINGS, GROUP_SIZES, INPUT_DTYPES, LAYOUTS
+from vllm_fusion_plugin.plugin import _register_ops as register_ops
 
-OPS = {
-    "silu_mul_group_fp8_quant": silu_mul_quant,
-    "silu_mul_static_fp8_quant": silu_mul_quant,
-    "silu_mul_nvfp4_quant": silu_mul_quant,
-    "group_fp8_quant": group_quant,
-    "rms_norm_group_fp8_quant": rms_norm_quant,
-    "rms_norm_token_fp8_quant": rms_norm_quant,
-    "rms_norm_static_fp8_quant": rms_norm_quant,
-    "gated_rms_norm_group_fp8_quant": gated_rms_norm_quant,
-    "mla_dual_rms_norm_group_fp8_quant": mla_dual_rms_norm_quant,
-    "mla_v_up_group_fp8_quant": mla_v_up_quant,
-}  # The quantiser's own reference is that of all ops that end in it, and checks nothing.
-REFERENCES = {"group_fp8_quant": group_quant._cpu}
+register_ops()
+OPS = sorted(registry.CPU_IMPLEMENTATIONS)
 
 ROWS = 4
 
@@ -70,10 +52,14 @@ def right(name: str, op: str) -> Any:
         "epsilon": 1e-6,
         "num_heads": 2,
         "group_size": 128,
-        "norm_form": "native",
-        "quant_form": "custom_op",
-        "act_form": "custom_op",
+        "norm_rounding": "native",
+        "quant_rounding": "custom_op",
+        "act_rounding": "custom_op",
         "activation": "silu",
+        "scale_layout": "row",
+        "x_addend_scale": 1.0,
+        "keep_sum": True,
+        "sum_columns": 0,
     }.get(name, False)
 
 
@@ -97,18 +83,18 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
 
 INTEGERS = st.sampled_from([-128, -1, 0, 1, 2, 3, 32, 64, 96, 128, 256, 1024, 2**40])
 FLOATS = st.sampled_from([0.0, 1.0, -1.0, 1e-6, float("inf"), float("nan")])
-NAMES = st.sampled_from([*GROUP_FORMS, "eager", "silu", "sigmoid", "", "NATIVE", "gelu"])
+NAMES = st.sampled_from([*GROUP_ROUNDINGS, *LAYOUTS, "eager", "silu", "sigmoid", "", "NATIVE", "gelu"])
 
 
-def anything(name: str, parameter: inspect.Parameter, value: Any) -> st.SearchStrategy:
-    """A value of the argument's type."""
-    kind = str(parameter.annotation)
+def anything(name: str, argument: Any, value: Any) -> st.SearchStrategy:
+    """A value of the type that the schema gives an argument."""
+    kind = str(argument.type)
     if "Tensor" in kind:
         like = value if isinstance(value, torch.Tensor) else torch.zeros(1)
         near = st.sampled_from([like, like.half(), like.float(), like[:1], like[..., :-1], like[..., ::2], like[None]])
         if name not in ("codes", "scales"):  # written to, which torch does not do to rows that are one
             near |= st.just(like[:1].expand_as(like))
-        optional = [st.none()] if "None" in kind else []
+        optional = [st.none()] if "Optional" in kind else []
         return st.one_of(tensors(), near, *optional)
     return {"bool": st.booleans(), "int": INTEGERS, "float": FLOATS, "str": NAMES}[kind]
 
@@ -116,7 +102,7 @@ def anything(name: str, parameter: inspect.Parameter, value: Any) -> st.SearchSt
 def tried(call: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str, Any]:
     """What came of it, and what it returned or said. No other error than ValueError is let pass."""
     try:
-        return "returned", call(**arguments)
+        return "returned", call(*arguments.values())
     except ValueError as e:
         return "refused", str(e)
 
@@ -134,9 +120,10 @@ def description(results: Any) -> list[tuple[Any, ...]]:
 @given(data=st.data())
 @examples(250)
 def test_wrong_arguments_are_refused_by_name(op: str, data: st.DataObject) -> None:
-    function, reference = getattr(OPS[op], op), REFERENCES.get(op) or getattr(OPS[op], f"{op}_reference")
-    parameters = inspect.signature(function).parameters
-    arguments = {name: right(name, op) if p.default is p.empty else p.default for name, p in parameters.items()}
+    function, reference = getattr(torch.ops.vllm_fusion_plugin, op).default, registry.CPU_IMPLEMENTATIONS[op]
+    parameters = {argument.name: argument for argument in function._schema.arguments}
+    optional = {name for name, argument in parameters.items() if "Optional" in str(argument.type) and name != "weight"}
+    arguments = {name: None if name in optional else right(name, op) for name in parameters}
     changed = data.draw(st.lists(st.sampled_from(list(parameters)), min_size=1, max_size=3, unique=True))
     for name in changed:
         arguments[name] = data.draw(anything(name, parameters[name], right(name, op)), label=name)
@@ -159,11 +146,12 @@ def test_wrong_arguments_are_refused_by_name(op: str, data: st.DataObject) -> No
 
 
 ALLOWED = {
-    "act_form": silu_mul_quant.ACT_FORMS,
-    "norm_form": rms_norm_quant.NORM_FORMS,
-    "quant_form": GROUP_FORMS,
+    "act_rounding": silu_mul_quant.ACT_ROUNDINGS,
+    "norm_rounding": rms_norm_quant.NORM_ROUNDINGS,
+    "quant_rounding": GROUP_ROUNDINGS,
     "activation": gated_rms_norm_quant.ACTIVATIONS,
     "group_size": GROUP_SIZES,
+    "scale_layout": LAYOUTS,
     "sum_columns": rms_norm_quant.SUM_COLUMNS,
 }
 INPUTS = ("x", "z", "q", "kv", "attn_out", "w_uv")
@@ -173,8 +161,6 @@ def certainly_wrong(arguments: dict[str, Any]) -> list[str]:
     """Arguments that no op takes, whatever the others are."""
     wrong = [name for name, value in arguments.items() if name in ALLOWED and value not in ALLOWED[name]]
     wrong += [name for name in INPUTS if name in arguments and arguments[name].dtype not in INPUT_DTYPES]
-    if arguments.get("tma_aligned_scales") and not arguments["column_major_scales"]:
-        wrong.append("tma_aligned_scales")
     for name in ("scale", "global_scale", "scale_ub"):
         if isinstance(scale := arguments.get(name), torch.Tensor) and (
             scale.numel() != 1 or scale.dtype != torch.float32

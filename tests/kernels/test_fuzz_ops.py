@@ -15,19 +15,19 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tests.fuzz_profiles import examples
-from vllm_fusion_plugin.kernels.forms import OPAQUE, is_native
+from vllm_fusion_plugin.kernels.rounding import OPAQUE, is_native
 from vllm_fusion_plugin.ops import rms_norm_quant
 from vllm_fusion_plugin.ops.nvfp4 import BLOCK
 from vllm_fusion_plugin.ops.rms_norm_quant import SUM_COLUMNS
 
+from . import norm_checks as norms
 from . import test_gated_rms_norm_quant as gated
 from . import test_group_quant as group
 from . import test_mla_dual_rms_norm_quant as dual
 from . import test_mla_v_up_quant as v_up
 from . import test_nvfp4 as nvfp4
-from . import test_rms_norm_quant as norms
 from . import test_silu_mul_quant as silu
-from .cases import DTYPES, EPS, FORMS, GROUP_FORMS, GROUP_SIZES, GroupMode, StaticMode, random_input
+from .cases import DTYPES, GROUP_ROUNDINGS, GROUP_SIZES, LAYOUTS, ROUNDINGS, GroupMode, StaticMode, random_input
 from .checks import assert_codes, assert_same_bytes, one_nan
 from .test_mla_v_up_quant import _bf16_dot  # noqa: F401  (a fixture for all tests here)
 
@@ -35,8 +35,8 @@ ROWS = st.one_of(st.integers(0, 9), st.integers(0, 40))
 SEEDS = st.integers(0, 1000)
 KINDS = st.sampled_from(["normal", "bits", "special"])
 SCALES = st.sampled_from([1.0, 0.0123, 3e-5, 700.0, 1e-38])
-ACT_FORMS = st.sampled_from(["custom_op", "eager", "native"])
-LAYOUTS = st.sampled_from([(False, False), (True, False), (True, True)])  # column-major, TMA-aligned
+ACT_ROUNDINGS = st.sampled_from(["custom_op", "eager", "native"])
+SCALE_LAYOUTS = st.sampled_from(LAYOUTS)
 SPREADS = st.tuples(st.integers(0, 9), st.integers(0, 17))
 
 
@@ -56,10 +56,10 @@ def group_modes(draw: st.DrawFn) -> GroupMode:
     return GroupMode(
         draw(st.sampled_from(DTYPES)),
         draw(st.sampled_from(GROUP_SIZES)),
-        *draw(LAYOUTS),
+        draw(SCALE_LAYOUTS),
         draw(st.booleans()),
-        draw(ACT_FORMS),
-        draw(st.sampled_from(GROUP_FORMS)),
+        draw(ACT_ROUNDINGS),
+        draw(st.sampled_from(GROUP_ROUNDINGS)),
     )
 
 
@@ -72,8 +72,8 @@ def test_silu_mul_group(mode, rows, groups, how, kind, seed, device: torch.devic
 
 @given(
     dtype=st.sampled_from(DTYPES),
-    act_form=ACT_FORMS,
-    quant_form=st.sampled_from(FORMS),
+    act_rounding=ACT_ROUNDINGS,
+    quant_rounding=st.sampled_from(ROUNDINGS),
     rows=ROWS,
     width=st.integers(1, 700),
     how=SPREADS,
@@ -82,14 +82,16 @@ def test_silu_mul_group(mode, rows, groups, how, kind, seed, device: torch.devic
     seed=SEEDS,
 )
 @examples(30)
-def test_silu_mul_static(dtype, act_form, quant_form, rows, width, how, kind, scale, seed, device) -> None:
+def test_silu_mul_static(dtype, act_rounding, quant_rounding, rows, width, how, kind, scale, seed, device) -> None:
     x = random_input(rows, width, dtype, device, seed, kind)
-    silu.check_static(spread(x, how), torch.tensor([scale], device=device), StaticMode(dtype, act_form, quant_form))
+    silu.check_static(
+        spread(x, how), torch.tensor([scale], device=device), StaticMode(dtype, act_rounding, quant_rounding)
+    )
 
 
 @given(
     dtype=st.sampled_from(DTYPES),
-    act_form=ACT_FORMS,
+    act_rounding=ACT_ROUNDINGS,
     rows=st.integers(1, 9),
     blocks=st.integers(1, 20),
     how=SPREADS,
@@ -98,37 +100,37 @@ def test_silu_mul_static(dtype, act_form, quant_form, rows, width, how, kind, sc
     seed=SEEDS,
 )
 @examples(10)
-def test_silu_mul_nvfp4(dtype, act_form, rows, blocks, how, kind, scale, seed, device) -> None:
+def test_silu_mul_nvfp4(dtype, act_rounding, rows, blocks, how, kind, scale, seed, device) -> None:
     x = random_input(rows, blocks * BLOCK, dtype, device, seed, kind)
-    nvfp4.check(spread(x, how), scale, act_form)
+    nvfp4.check(spread(x, how), scale, act_rounding)
 
 
 @given(mode=group_modes(), rows=ROWS, groups=st.integers(1, 9), how=SPREADS, kind=KINDS, seed=SEEDS)
 @examples(40)
 def test_group_quant(mode, rows, groups, how, kind, seed, device: torch.device) -> None:
     x = random_input(rows, groups * mode.group_size // 2, mode.dtype, device, seed, kind)
-    group.check(spread(x, how), group.Mode(*mode[:5], mode.quant_form))
+    group.check(spread(x, how), group.Mode(*mode[:4], mode.quant_rounding))
 
 
 # ---- norms -----------------------------------------------------------------------------------------------------------
 
 
 @st.composite
-def norm_modes(draw: st.DrawFn, quant_forms: tuple[str, ...], residual: bool | None = None) -> norms.Norm:
-    form = draw(st.sampled_from(["native", "eager", "custom_op"]))
-    weights = ["same", "none"] if form == "custom_op" else ["same", "other", "fp32", "gemma", "none"]
+def norm_modes(draw: st.DrawFn, quant_roundings: tuple[str, ...], residual: bool | None = None) -> norms.Norm:
+    rounding = draw(st.sampled_from(["native", "eager", "custom_op"]))
+    weights = ["same", "none"] if rounding == "custom_op" else ["same", "other", "fp32", "gemma", "none"]
     return norms.Norm(
         draw(st.sampled_from(DTYPES)),
         draw(st.sampled_from(weights)),
         draw(st.booleans()) if residual is None else residual,
-        form,
-        draw(st.sampled_from(quant_forms)),
+        rounding,
+        draw(st.sampled_from(quant_roundings)),
     )
 
 
 @st.composite
 def norm_layouts(draw: st.DrawFn) -> norms.Layout:
-    return norms.Layout(draw(st.sampled_from(GROUP_SIZES)), *draw(LAYOUTS), draw(st.booleans()))
+    return norms.Layout(draw(st.sampled_from(GROUP_SIZES)), draw(SCALE_LAYOUTS), draw(st.booleans()))
 
 
 def norm_inputs(mode: norms.Norm, rows: int, width: int, hows, kind: str, seed: int, device: torch.device):
@@ -152,7 +154,7 @@ HOWS = st.tuples(SPREADS, SPREADS)
 
 
 @given(
-    mode=norm_modes(GROUP_FORMS),
+    mode=norm_modes(GROUP_ROUNDINGS),
     layout=norm_layouts(),
     rows=ROWS,
     groups=st.one_of(st.integers(1, 6), st.sampled_from([17, 33])),
@@ -171,7 +173,7 @@ WIDTHS = st.one_of(st.integers(1, 300), st.sampled_from([1023, 1536, 2049, 4100]
 
 
 @given(
-    mode=norm_modes(FORMS),
+    mode=norm_modes(ROUNDINGS),
     rows=ROWS,
     width=WIDTHS,
     bound=st.sampled_from([None, 0.5, 1e-9, 1e9]),
@@ -187,7 +189,7 @@ def test_rms_norm_token(mode, rows, width, bound, hows, kind, epsilon, seed, dev
     norms.check_token(x, residual, weight, mode, upper, epsilon=epsilon)
 
 
-@given(mode=norm_modes(FORMS), rows=ROWS, width=WIDTHS, scale=SCALES, hows=HOWS, kind=NORM_KINDS, seed=SEEDS)
+@given(mode=norm_modes(ROUNDINGS), rows=ROWS, width=WIDTHS, scale=SCALES, hows=HOWS, kind=NORM_KINDS, seed=SEEDS)
 @examples(20)
 def test_rms_norm_static(mode, rows, width, scale, hows, kind, seed, device) -> None:
     x, residual, weight = norm_inputs(mode, rows, width, hows, kind, seed, device)
@@ -197,7 +199,7 @@ def test_rms_norm_static(mode, rows, width, scale, hows, kind, seed, device) -> 
 @st.composite
 def addends(draw: st.DrawFn, mode: norms.Norm) -> tuple:
     """x_addend, x_addend_scale, residual_addend, keep_sum, sum_columns, fp32_sum; "same" or "fp32" for a tensor's dtype."""
-    if mode.norm_form != "native":
+    if mode.norm_rounding != "native":
         return None, 1.0, None, draw(st.booleans()), draw(st.sampled_from(SUM_COLUMNS)), False
     x_addend = draw(st.sampled_from([None, "same"]))
     scale = 1.0 if x_addend is None else draw(st.sampled_from([1.0, 2.0, -1.5, 0.5]))
@@ -217,7 +219,7 @@ def addends(draw: st.DrawFn, mode: norms.Norm) -> tuple:
 def test_rms_norm_ops_on_exact_sums(data, kind, rows, hows, seed, device) -> None:
     """The op as the GPU runs it against its whole reference, addends included. Integers, so that all sums are exact, and
     widths that are powers of two, so that their division is."""
-    mode = data.draw(norm_modes(GROUP_FORMS if kind == "group" else FORMS))
+    mode = data.draw(norm_modes(GROUP_ROUNDINGS if kind == "group" else ROUNDINGS))
     width = data.draw(st.sampled_from([128, 256, 512, 1024]))
     more = data.draw(addends(mode))
     generator = torch.Generator().manual_seed(seed)
@@ -229,27 +231,27 @@ def test_rms_norm_ops_on_exact_sums(data, kind, rows, hows, seed, device) -> Non
     x = integers(mode.dtype, hows[0])
     residual = integers(dtypes[data.draw(residual_dtypes(mode))], hows[1]) if mode.residual else None
     given_addends = [integers(dtypes[t], hows[1]) if isinstance(t, str) else t for t in more]
-    keep_norm = not is_native(mode.quant_form) and data.draw(st.booleans())
+    keep_norm = not is_native(mode.quant_rounding) and data.draw(st.booleans())
     scale = torch.tensor([data.draw(SCALES)], device=device)
     rest = {
-        "group": lambda: (*data.draw(norm_layouts()), EPS),
+        "group": lambda: data.draw(norm_layouts()),
         "token": lambda: (data.draw(st.sampled_from([None, scale])),),
         "static": lambda: (scale,),
     }[kind]()
-    arguments = (
-        x, mode.make_weight(width, device, seed), data.draw(EPSILONS), residual, mode.weight == "gemma", keep_norm, *rest,
-        mode.norm_form, mode.quant_form, *given_addends,
+    norm = rms_norm_quant.NormInputs(
+        x, mode.make_weight(width, device, seed), data.draw(EPSILONS), residual, mode.weight == "gemma", keep_norm,
+        mode.norm_rounding, *given_addends,
     )  # fmt: skip
-    got = getattr(rms_norm_quant, f"_{kind}_cuda")(*arguments)
-    want = getattr(rms_norm_quant, f"rms_norm_{kind}_fp8_quant_reference")(*arguments)
-    assert_codes(got[0], want[0], mode.quant_form)
+    got = getattr(rms_norm_quant, f"_{kind}_cuda")(*norm, *rest, mode.quant_rounding)
+    want = getattr(rms_norm_quant, f"_{kind}_cpu")(*norm, *rest, mode.quant_rounding)
+    assert_codes(got[0], want[0], mode.quant_rounding)
     for number, (one, other) in enumerate(zip(got[1:], want[1:], strict=True)):
         assert one.stride() == other.stride()
         assert_same_bytes(one_nan(one), one_nan(other), f"output {number + 1}")
 
 
 def residual_dtypes(mode: norms.Norm) -> st.SearchStrategy[str]:
-    return st.sampled_from(["same", "fp32"] if mode.norm_form == "native" else ["same"])
+    return st.sampled_from(["same", "fp32"] if mode.norm_rounding == "native" else ["same"])
 
 
 @st.composite
@@ -259,10 +261,10 @@ def gated_modes(draw: st.DrawFn) -> gated.Mode:
         draw(st.booleans()),
         draw(st.sampled_from(["silu", "sigmoid"])),
         draw(st.sampled_from(GROUP_SIZES)),
-        *draw(LAYOUTS),
+        draw(SCALE_LAYOUTS),
         draw(st.booleans()),
         draw(st.sampled_from(["native", "eager"])),
-        draw(st.sampled_from(GROUP_FORMS)),
+        draw(st.sampled_from(GROUP_ROUNDINGS)),
     )
 
 
@@ -296,7 +298,7 @@ def laid_out_heads(t: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 @given(
-    mode=norm_modes(GROUP_FORMS, residual=False),
+    mode=norm_modes(GROUP_ROUNDINGS, residual=False),
     layout=norm_layouts(),
     rows=st.integers(0, 20),
     groups=st.sampled_from([1, 2, 4, 8]),
@@ -311,10 +313,10 @@ def test_mla_dual_rms_norm(mode, layout, rows, groups, kv_width, seed, device) -
 
 @given(
     mode=st.builds(
-        lambda dtype, size, layout, ue8m0, form: v_up.Mode(dtype, size, *layout, ue8m0, form),
+        lambda dtype, size, layout, ue8m0, rounding: v_up.Mode(dtype, size, layout, ue8m0, rounding),
         st.sampled_from(DTYPES),
         st.sampled_from(GROUP_SIZES),
-        LAYOUTS,
+        SCALE_LAYOUTS,
         st.booleans(),
         st.sampled_from(OPAQUE),
     ),

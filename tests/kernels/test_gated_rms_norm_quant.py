@@ -23,20 +23,19 @@ import triton
 import triton.language as tl
 
 from vllm_fusion_plugin.kernels import gated_rms_norm_quant as kernels
-from vllm_fusion_plugin.kernels.forms import is_native
+from vllm_fusion_plugin.kernels.rounding import is_native
 from vllm_fusion_plugin.ops.gated_rms_norm_quant import (
     gated_rms_norm_group_fp8_quant,
     gated_rms_norm_group_fp8_quant_reference,
     gated_rms_norm_reference,
 )
-from vllm_fusion_plugin.ops.quant import FP8_DTYPE, empty_group_scales, group_fp8_quant_reference
+from vllm_fusion_plugin.ops.quant import FP8_DTYPE, GroupScales, group_fp8_quant_reference
 
 from .cases import (
     DTYPES,
-    EPS,
-    FORMS,
-    GROUP_FORMS,
+    GROUP_ROUNDINGS,
     GROUP_SIZES,
+    ROUNDINGS,
     all_values,
     random_input,
     scales_name,
@@ -44,6 +43,9 @@ from .cases import (
     special_values,
     told_apart,
     zeros_laid_out_as,
+)
+from .cases import (
+    LAYOUTS as SCALE_LAYOUTS,
 )
 from .checks import (
     Guarded,
@@ -67,23 +69,27 @@ class Mode(NamedTuple):
     norm_before_gate: bool = True
     activation: str = "silu"
     group_size: int = 128
-    column_major_scales: bool = True
-    tma_aligned_scales: bool = True
+    scale_layout: str = "tma"
     use_ue8m0: bool = False
-    norm_form: str = "native"
-    quant_form: str = "custom_op"
+    norm_rounding: str = "native"
+    quant_rounding: str = "custom_op"
 
     def __str__(self) -> str:
         order = "norm_first" if self.norm_before_gate else "gate_first"
-        forms = f"norm_{self.norm_form}-quant_{self.quant_form}"
+        forms = f"norm_{self.norm_rounding}-quant_{self.quant_rounding}"
         return f"{short(self.dtype)}-{order}-{self.activation}-{scales_name(self)}-{forms}"
 
+    @property
+    def scales(self) -> GroupScales:
+        return GroupScales(self.group_size, self.scale_layout, self.use_ue8m0)
+
     def arguments(self) -> dict[str, object]:
-        return {name: value for name, value in self._asdict().items() if name != "dtype"}
+        names = ("norm_before_gate", "activation", "norm_rounding", "quant_rounding")
+        return {"scales": self.scales, **{name: getattr(self, name) for name in names}}
 
     @property
     def rounded(self) -> bool:
-        return self.norm_form != "native" or not is_native(self.quant_form)
+        return self.norm_rounding != "native" or not is_native(self.quant_rounding)
 
 
 QWEN3_NEXT = Mode()
@@ -91,9 +97,11 @@ QWEN3_NEXT = Mode()
 
 def norm_modes() -> list[Mode]:
     """Everything before the quantiser, with every form of it."""
-    choices = itertools.product(DTYPES, (True, False), ("silu", "sigmoid"), ("native", "eager"), FORMS)
+    choices = itertools.product(DTYPES, (True, False), ("silu", "sigmoid"), ("native", "eager"), ROUNDINGS)
     return [
-        QWEN3_NEXT._replace(dtype=dtype, norm_before_gate=order, activation=act, norm_form=norm, quant_form=quant)
+        QWEN3_NEXT._replace(
+            dtype=dtype, norm_before_gate=order, activation=act, norm_rounding=norm, quant_rounding=quant
+        )
         for dtype, order, act, norm, quant in choices
     ]
 
@@ -102,11 +110,8 @@ def quant_modes() -> list[Mode]:
     """Everything in the quantiser, but for what `norm_modes` has."""
     switch = (False, True)
     modes = [
-        QWEN3_NEXT._replace(
-            group_size=size, column_major_scales=column, tma_aligned_scales=tma, use_ue8m0=ue8m0, quant_form=quant
-        )
-        for size, column, tma, ue8m0, quant in itertools.product(GROUP_SIZES, switch, switch, switch, GROUP_FORMS)
-        if column or not tma  # TMA-aligned scales are column-major
+        QWEN3_NEXT._replace(group_size=size, scale_layout=layout, use_ue8m0=ue8m0, quant_rounding=quant)
+        for size, layout, ue8m0, quant in itertools.product(GROUP_SIZES, SCALE_LAYOUTS, switch, GROUP_ROUNDINGS)
     ]
     return [mode for mode in modes if mode not in norm_modes() and told_apart(mode)]
 
@@ -202,8 +207,7 @@ def run_kernel(data: Input, mode: Mode, **launch: object) -> tuple[Guarded, Guar
     x, z, weight = data
     rows, heads, head_dim = x.shape
     codes = Guarded(x.new_empty((rows, heads * head_dim), dtype=FP8_DTYPE))
-    layout = (mode.column_major_scales, mode.tma_aligned_scales)
-    scales = Guarded(empty_group_scales(x, rows, heads * head_dim // mode.group_size, *layout))
+    scales = Guarded(mode.scales.empty(x, rows, heads * head_dim))
     kernels.gated_rms_norm_group_fp8_quant(
         x,
         z,
@@ -216,9 +220,8 @@ def run_kernel(data: Input, mode: Mode, **launch: object) -> tuple[Guarded, Guar
         mode.activation,
         mode.group_size,
         mode.use_ue8m0,
-        EPS,
-        mode.norm_form,
-        mode.quant_form,
+        mode.norm_rounding,
+        mode.quant_rounding,
         **launch,
     )
     codes.check()
@@ -227,9 +230,8 @@ def run_kernel(data: Input, mode: Mode, **launch: object) -> tuple[Guarded, Guar
 
 
 def check(data: Input, mode: Mode, **launch: object) -> None:
-    layout = (mode.group_size, mode.column_major_scales, mode.tma_aligned_scales)
-    expected = group_fp8_quant_reference(norm(data, mode), *layout, mode.use_ue8m0, EPS, mode.quant_form)
-    check_guarded(*run_kernel(data, mode, **launch), *expected, mode.quant_form)
+    expected = group_fp8_quant_reference(norm(data, mode), mode.scales, mode.quant_rounding)
+    check_guarded(*run_kernel(data, mode, **launch), *expected, mode.quant_rounding)
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
@@ -466,8 +468,8 @@ def test_op_does_what_it_is_asked_for(mode: Mode, device: torch.device) -> None:
 
 
 ARGUMENTS = [
-    (EPSILON, 2, True, "silu", 128, False, False, False, EPS, "native", "custom_op"),
-    (EPSILON, 2, False, "sigmoid", 64, True, True, True, EPS, "eager", "native"),
+    (EPSILON, 2, True, "silu", 128, "row", False, "native", "custom_op"),
+    (EPSILON, 2, False, "sigmoid", 64, "tma", True, "eager", "native"),
 ]
 
 
@@ -482,7 +484,7 @@ def test_opcheck(arguments: tuple, flat: bool, device: torch.device) -> None:
 
 @torch._dynamo.config.patch(error_on_recompile=True)
 def test_compiled_op_with_dynamic_tokens(device: torch.device) -> None:
-    arguments = (EPSILON, 4, True, "silu", 128, True, True, False, EPS, "native", "custom_op")
+    arguments = (EPSILON, 4, True, "silu", 128, "tma", False, "native", "custom_op")
 
     @torch.compile(fullgraph=True, dynamic=True)
     def compiled(x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor):
@@ -552,7 +554,7 @@ def test_bad_input_is_refused(bad: str, device: torch.device) -> None:
         moved = [zeros_laid_out_as(t, where) for t in tensors]
         for call in (gated_rms_norm_group_fp8_quant, gated_rms_norm_group_fp8_quant_reference):
             with pytest.raises(ValueError, match=message):
-                call(*moved, EPSILON, heads, **({"group_size": 64} if bad.startswith("strided") else {}))
+                call(*moved, EPSILON, heads, **({"scales": GroupScales(64)} if bad.startswith("strided") else {}))
 
 
 def test_tensors_on_other_devices_are_refused(device: torch.device) -> None:
@@ -572,11 +574,11 @@ def test_too_large_heads_are_refused(device: torch.device) -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"group_size": 32}, r"group_size=32 .*allowed: 64, 128"),
-        ({"tma_aligned_scales": True}, r"tma_aligned_scales=True needs column_major_scales=True"),
+        ({"scales": GroupScales(32)}, r"group_size=32 .*allowed: 64, 128"),
+        ({"scales": GroupScales(layout="rows")}, r"scale_layout='rows' is not known; allowed: row, column, tma"),
         ({"activation": "swish"}, r"activation='swish' .*allowed: silu, sigmoid"),
-        ({"norm_form": "custom_op"}, r"norm_form='custom_op' .*allowed: native, eager"),
-        ({"quant_form": "eager"}, r"quant_form='eager' .*allowed: custom_op, reciprocal, native"),
+        ({"norm_rounding": "custom_op"}, r"norm_rounding='custom_op' .*allowed: native, eager"),
+        ({"quant_rounding": "eager"}, r"quant_rounding='eager' .*allowed: custom_op, reciprocal, native"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -22,11 +22,11 @@ from triton.language.extra import libdevice
 
 from vllm_fusion_plugin.kernels import gated_rms_norm_quant as kernels
 from vllm_fusion_plugin.kernels import numerics
-from vllm_fusion_plugin.kernels.forms import is_native
+from vllm_fusion_plugin.kernels.rounding import is_native
 from vllm_fusion_plugin.ops.gated_rms_norm_quant import gated_rms_norm_group_fp8_quant
-from vllm_fusion_plugin.ops.quant import empty_group_scales, group_fp8_quant_reference
+from vllm_fusion_plugin.ops.quant import group_fp8_quant_reference
 
-from .cases import DTYPES, EPS, all_values, random_input, short
+from .cases import DTYPES, all_values, random_input, short
 from .checks import (
     EDGE,
     ENDS,
@@ -215,12 +215,12 @@ class Unfused:
         return self.native[key]
 
     def quantise(self, y: torch.Tensor, mode: Mode) -> tuple[torch.Tensor, torch.Tensor]:
-        if not is_native(mode.quant_form):
+        if not is_native(mode.quant_rounding):
             return vllms_group_quant(y, mode)
         # dtypes, and one row or more: beyond the limit it would run eagerly, which divides exactly
         with torch._dynamo.config.patch(recompile_limit=64):
             codes, found = self.compiled_quantiser(mode)(y)
-        scales = empty_group_scales(y, *found.shape, mode.column_major_scales, mode.tma_aligned_scales)
+        scales = mode.scales.empty(y, *y.shape)
         return codes, scales.copy_(found)
 
     def __call__(self, data: Input, mode: Mode) -> tuple[torch.Tensor, torch.Tensor]:
@@ -277,7 +277,7 @@ def test_random(mode: Mode, unfused: Unfused, device: torch.device) -> None:
 def test_model_shapes(rows: int, heads: int, unfused: Unfused, device: torch.device) -> None:
     data = heads_input(rows, heads, HEAD_DIM, torch.bfloat16, device, seed=rows)
     check(data, QWEN3_NEXT, unfused, "tma")
-    check(data, QWEN3_NEXT._replace(tma_aligned_scales=False, group_size=64), unfused, "column, groups of 64")
+    check(data, QWEN3_NEXT._replace(scale_layout="column", group_size=64), unfused, "column, groups of 64")
     expected = op(data, QWEN3_NEXT)
     for layout in LAYOUTS:
         strided = data._replace(x=views(data.x, layout), z=views(data.z, layout))
@@ -296,7 +296,7 @@ def test_head_sizes(rows: int, head_dim: int, group_size: int, unfused: Unfused,
 @pytest.mark.parametrize("head_dim", [64, 128, 192, 256, 512, 1024, 8192])
 @pytest.mark.parametrize("heads", [1, 4, 32])
 def test_rows_do_not_depend_on_their_batch(heads: int, head_dim: int, device: torch.device) -> None:
-    mode = QWEN3_NEXT._replace(group_size=64, tma_aligned_scales=False, column_major_scales=False)
+    mode = QWEN3_NEXT._replace(group_size=64, scale_layout="row")
     data = heads_input(2048, heads, head_dim, mode.dtype, device, seed=1)
     codes, scales = op(data, mode)
     for rows in (1, 3, 16, 100, 700):
@@ -364,7 +364,7 @@ def test_more_than_two_to_the_31_elements(unfused: Unfused, device: torch.device
     for seed, end in enumerate(ENDS):
         some = heads_input(EDGE, HEADS, HEAD_DIM, x.dtype, device, seed=seed)
         x[end], z[end] = some.x, some.z
-    for mode in (QWEN3_NEXT, QWEN3_NEXT._replace(column_major_scales=False, tma_aligned_scales=False)):
+    for mode in (QWEN3_NEXT, QWEN3_NEXT._replace(scale_layout="row")):
         for layout in (x, views(x, "head by head")):
             expected = [unfused(Input(x[end], z[end], some.weight), mode) for end in ENDS]
             check_ends(op(Input(layout, z, some.weight), mode), expected, either_zero=True)
@@ -398,7 +398,7 @@ def test_pdl_switch_changes_no_byte(monkeypatch: pytest.MonkeyPatch, device: tor
 # ---- compute-sanitizer -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", [QWEN3_NEXT, QWEN3_NEXT._replace(tma_aligned_scales=False, group_size=64)], ids=str)
+@pytest.mark.parametrize("mode", [QWEN3_NEXT, QWEN3_NEXT._replace(scale_layout="column", group_size=64)], ids=str)
 @pytest.mark.parametrize("head_dim", [128, 192])
 @pytest.mark.parametrize("rows", [1, 5, 33])
 def test_sanitizer_op(rows: int, head_dim: int, mode: Mode, device: torch.device) -> None:
@@ -406,12 +406,11 @@ def test_sanitizer_op(rows: int, head_dim: int, mode: Mode, device: torch.device
     mode = mode._replace(group_size=64) if head_dim == 192 else mode
     data = exact_input(rows, 3, head_dim, mode, device, seed=25)
     codes, scales = op(data, mode)
-    layout = (mode.group_size, mode.column_major_scales, mode.tma_aligned_scales)
     expected_codes, expected_scales = group_fp8_quant_reference(
-        norm(data, mode), *layout, mode.use_ue8m0, EPS, installed(mode).quant_form
+        norm(data, mode), mode.scales, installed(mode).quant_rounding
     )
     assert_same_bytes(codes.cpu(), expected_codes.cpu(), "codes")
-    check_columns(scales, expected_scales, mode.tma_aligned_scales)
+    check_columns(scales, expected_scales, mode.scale_layout == "tma")
 
 
 def test_sanitizer_strided(device: torch.device) -> None:

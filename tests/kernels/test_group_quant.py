@@ -14,13 +14,14 @@ import torch
 
 from vllm_fusion_plugin.kernels import group_quant as kernels
 from vllm_fusion_plugin.ops.group_quant import group_fp8_quant
-from vllm_fusion_plugin.ops.quant import FP8_DTYPE, empty_group_scales, group_fp8_quant_reference
+from vllm_fusion_plugin.ops.quant import FP8_DTYPE, GroupScales, group_fp8_quant_reference
 
 from .cases import (
     DTYPES,
-    EPS,
-    GROUP_FORMS,
+    GROUP_ROUNDINGS,
     GROUP_SIZES,
+    LAYOUTS,
+    TMA,
     all_values,
     random_input,
     scales_name,
@@ -39,28 +40,29 @@ class Mode(NamedTuple):
 
     dtype: torch.dtype
     group_size: int
-    column_major_scales: bool
-    tma_aligned_scales: bool
+    scale_layout: str
     use_ue8m0: bool
-    quant_form: str
+    quant_rounding: str
 
     def __str__(self) -> str:
-        return f"{short(self.dtype)}-{scales_name(self)}-{self.quant_form}"
+        return f"{short(self.dtype)}-{scales_name(self)}-{self.quant_rounding}"
+
+    @property
+    def scales(self) -> GroupScales:
+        return GroupScales(self.group_size, self.scale_layout, self.use_ue8m0)
 
     def arguments(self) -> dict[str, object]:
-        return {name: value for name, value in self._asdict().items() if name != "dtype"}
+        return {"scales": self.scales, "quant_rounding": self.quant_rounding}
 
 
-def modes(quant_forms: tuple[str, ...] | None = None) -> list[Mode]:
+def modes(quant_roundings: tuple[str, ...] | None = None) -> list[Mode]:
     switch = (False, True)
-    forms = quant_forms or GROUP_FORMS
-    every = itertools.starmap(Mode, itertools.product(DTYPES, GROUP_SIZES, switch, switch, switch, forms))
-    # TMA-aligned scales are column-major
-    every = (mode for mode in every if mode.column_major_scales or not mode.tma_aligned_scales)
-    return [mode for mode in every if quant_forms or told_apart(mode)]
+    roundings = quant_roundings or GROUP_ROUNDINGS
+    every = itertools.starmap(Mode, itertools.product(DTYPES, GROUP_SIZES, LAYOUTS, switch, roundings))
+    return [mode for mode in every if quant_roundings or told_apart(mode)]
 
 
-DEEPSEEK = Mode(torch.bfloat16, 128, True, True, False, "custom_op")
+DEEPSEEK = Mode(torch.bfloat16, 128, "tma", False, "custom_op")
 
 
 def activations(
@@ -73,10 +75,9 @@ def activations(
 def run(x: torch.Tensor, mode: Mode, **launch: object) -> tuple[Guarded, Guarded]:
     rows, width = x.shape
     codes = Guarded(x.new_empty((rows, width), dtype=FP8_DTYPE))
-    layout = (mode.column_major_scales, mode.tma_aligned_scales)
-    scales = Guarded(empty_group_scales(x, rows, width // mode.group_size, *layout))
+    scales = Guarded(mode.scales.empty(x, rows, width))
     kernels.group_fp8_quant(
-        x, codes.tensor, scales.tensor, mode.group_size, mode.use_ue8m0, EPS, mode.quant_form, **launch
+        x, codes.tensor, scales.tensor, mode.group_size, mode.use_ue8m0, mode.quant_rounding, **launch
     )
     codes.check()
     scales.check()
@@ -84,8 +85,8 @@ def run(x: torch.Tensor, mode: Mode, **launch: object) -> tuple[Guarded, Guarded
 
 
 def check(x: torch.Tensor, mode: Mode, **launch: object) -> None:
-    *layout, quant_form = mode[1:]
-    check_guarded(*run(x, mode, **launch), *group_fp8_quant_reference(x, *layout, EPS, quant_form), quant_form)
+    quant_rounding = mode.quant_rounding
+    check_guarded(*run(x, mode, **launch), *group_fp8_quant_reference(x, mode.scales, quant_rounding), quant_rounding)
 
 
 # ---- the kernel ------------------------------------------------------------------------------------------------------
@@ -142,9 +143,9 @@ def test_one_signalling_nan(dtype: torch.dtype, at: int, device: torch.device) -
     check(x, DEEPSEEK._replace(dtype=dtype, group_size=64))
 
 
-@pytest.mark.parametrize("quant_form", GROUP_FORMS)
+@pytest.mark.parametrize("quant_rounding", GROUP_ROUNDINGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_all_bit_patterns(dtype: torch.dtype, quant_form: str, device: torch.device) -> None:
+def test_all_bit_patterns(dtype: torch.dtype, quant_rounding: str, device: torch.device) -> None:
     """In their order (a group is then of one exponent), every 512th (all exponents in a group), and shuffled."""
     values = all_values(dtype, device)
     # The interpreter's costs are by program. It also hands on fp16's signaling NaN, which hardware makes quiet and numpy's
@@ -154,7 +155,7 @@ def test_all_bit_patterns(dtype: torch.dtype, quant_form: str, device: torch.dev
     order = torch.randperm(65536, generator=torch.Generator().manual_seed(5)).to(device)
     x = torch.cat([values, values.view(128, 512).t().reshape(-1), values[order]]).view(48, -1)
     for use_ue8m0 in (False, True):
-        check(x, DEEPSEEK._replace(dtype=dtype, use_ue8m0=use_ue8m0, quant_form=quant_form), tile=tile)
+        check(x, DEEPSEEK._replace(dtype=dtype, use_ue8m0=use_ue8m0, quant_rounding=quant_rounding), tile=tile)
 
 
 def test_floors(device: torch.device) -> None:
@@ -173,7 +174,7 @@ def test_floors(device: torch.device) -> None:
 @pytest.mark.parametrize("rows", [0, 1, 5])
 def test_op_is_its_kernel(rows: int, device: torch.device) -> None:
     x = strided(activations(rows, 384, torch.bfloat16, device, seed=6))
-    outputs = group_fp8_quant(x, 128, column_major_scales=True, tma_aligned_scales=True)
+    outputs = group_fp8_quant(x, TMA)
     check_tma_outputs(outputs, run(x, DEEPSEEK))
 
 
@@ -184,7 +185,7 @@ def test_op_has_the_layout_asked_for(mode: Mode, device: torch.device) -> None:
     assert_same_outputs(group_fp8_quant(x, **mode.arguments()), (one_nan(codes.tensor), scales.tensor))
 
 
-ARGUMENTS = [(128, False, False, False, EPS, "custom_op"), (64, True, True, True, EPS, "native_floored")]
+ARGUMENTS = [(128, "row", False, "custom_op"), (64, "tma", True, "native_floored")]
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS, ids=["row-major", "tma-ue8m0-native"])
@@ -195,10 +196,10 @@ def test_opcheck(arguments: tuple, device: torch.device) -> None:
 
 @torch._dynamo.config.patch(error_on_recompile=True)
 def test_compiled_op_with_dynamic_tokens(device: torch.device) -> None:
-    compiled = torch.compile(lambda x: OP(x, 128, True, True, False, EPS, "custom_op"), fullgraph=True, dynamic=True)
+    compiled = torch.compile(lambda x: OP(x, 128, "tma", False, "custom_op"), fullgraph=True, dynamic=True)
     for rows in (5, 2, 33):
         x = activations(rows, 256, torch.bfloat16, device, seed=rows)
-        assert_same_outputs(compiled(x), group_fp8_quant(x, column_major_scales=True, tma_aligned_scales=True))
+        assert_same_outputs(compiled(x), group_fp8_quant(x, TMA))
 
 
 def test_op_is_deterministic_and_leaves_its_input(device: torch.device) -> None:
@@ -232,10 +233,13 @@ def test_bad_input_is_refused(bad: str, device: torch.device) -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"group_size": 32}, r"group_size=32 .*allowed: 64, 128"),
-        ({"group_size": 0}, r"group_size=0 .*allowed: 64, 128"),
-        ({"tma_aligned_scales": True}, r"tma_aligned_scales=True needs column_major_scales=True"),
-        ({"quant_form": "eager"}, r"quant_form='eager' .*allowed: custom_op, reciprocal, native, native_floored"),
+        ({"scales": GroupScales(32)}, r"group_size=32 .*allowed: 64, 128"),
+        ({"scales": GroupScales(0)}, r"group_size=0 .*allowed: 64, 128"),
+        ({"scales": GroupScales(layout="rows")}, r"scale_layout='rows' is not known; allowed: row, column, tma"),
+        (
+            {"quant_rounding": "eager"},
+            r"quant_rounding='eager' .*allowed: custom_op, reciprocal, native, native_floored",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -245,6 +249,6 @@ def test_bad_argument_is_refused(arguments: dict, message: str, device: torch.de
 
 
 def test_bad_arguments_are_refused_while_compiling(device: torch.device) -> None:
-    compiled = torch.compile(lambda x: OP(x, 96, False, False, False, EPS, "custom_op"), fullgraph=True)
+    compiled = torch.compile(lambda x: OP(x, 96, "row", False, "custom_op"), fullgraph=True)
     with pytest.raises(Exception, match=r"group_size=96 .*allowed: 64, 128"):
         compiled(X.to(device))

@@ -16,10 +16,10 @@ import torch
 
 from vllm_fusion_plugin.kernels import group_quant as kernels
 from vllm_fusion_plugin.ops.group_quant import group_fp8_quant
-from vllm_fusion_plugin.ops.quant import empty_group_scales, group_fp8_quant_reference
+from vllm_fusion_plugin.ops.quant import group_fp8_quant_reference
 
 from . import test_group_quant
-from .cases import DTYPES, EPS, all_values, from_bits, short, strided
+from .cases import DTYPES, TMA, all_values, from_bits, short, strided
 from .checks import (
     EDGE,
     ENDS,
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.gpu
 
 ELEMENTS = int(os.environ.get("VFP_EXHAUSTIVE_ELEMENTS", 2**30))
 CHUNK = (8192, 12288)
-MODES = modes(quant_forms=(OPAQUE,))
+MODES = modes(quant_roundings=(OPAQUE,))
 DEEPSEEK = installed(test_group_quant.DEEPSEEK)
 
 
@@ -105,7 +105,7 @@ def test_random(mode: Mode, stock: Callable, device: torch.device) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 7, 16, 17, 64, 127, 1000])
 def test_model_shapes(rows: int, width: int, stock: Callable, device: torch.device) -> None:
     x = activations(rows, width, torch.bfloat16, device, seed=rows)
-    for mode in (DEEPSEEK, DEEPSEEK._replace(group_size=64, tma_aligned_scales=False)):
+    for mode in (DEEPSEEK, DEEPSEEK._replace(group_size=64, scale_layout="column")):
         check(x, mode, stock, str(mode))
         check(strided(x), mode, stock, f"strided, {mode}")
 
@@ -116,7 +116,7 @@ def test_model_shapes(rows: int, width: int, stock: Callable, device: torch.devi
 @pytest.mark.parametrize(
     "mode",
     # a compilation by Inductor each; its layouts are views, and its arithmetic has no group size
-    [mode for mode in modes(quant_forms=(NATIVE,)) if not mode.column_major_scales and mode.group_size == 128],
+    [mode for mode in modes(quant_roundings=(NATIVE,)) if mode.scale_layout == "row" and mode.group_size == 128],
     ids=str,
 )
 def test_native(mode: Mode, device: torch.device) -> None:
@@ -148,7 +148,7 @@ def test_more_than_two_to_the_31_elements(stock: Callable, device: torch.device)
         x = torch.zeros(2**31 // width + EDGE, row_stride, dtype=torch.bfloat16, device=device)[:, :width]
         for end, seed in zip(ENDS, (11, 12), strict=True):
             x[end] = activations(EDGE, width, x.dtype, device, seed)
-        for mode in (DEEPSEEK, DEEPSEEK._replace(column_major_scales=False, tma_aligned_scales=False)):
+        for mode in (DEEPSEEK, DEEPSEEK._replace(scale_layout="row")):
             check_ends(group_fp8_quant(x, **mode.arguments()), [stock(x[end], mode) for end in ENDS])
         del x
 
@@ -175,24 +175,24 @@ def test_pdl_switch_changes_no_byte(monkeypatch: pytest.MonkeyPatch, device: tor
 # ---- compute-sanitizer -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", [DEEPSEEK, DEEPSEEK._replace(tma_aligned_scales=False, group_size=64)], ids=str)
+@pytest.mark.parametrize("mode", [DEEPSEEK, DEEPSEEK._replace(scale_layout="column", group_size=64)], ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 33])
 def test_sanitizer_op(rows: int, mode: Mode, device: torch.device) -> None:
     """The op's own allocations, unlike the guarded ones of the other tests: an access past their end is out of bounds."""
     x = strided(activations(rows, 3 * 128, mode.dtype, device, seed=36))
     codes, scales = group_fp8_quant(x, **mode.arguments())
-    *layout, quant_form = mode[1:]
-    expected_codes, expected_scales = group_fp8_quant_reference(x, *layout, EPS, quant_form)
+    quant_rounding = mode.quant_rounding
+    expected_codes, expected_scales = group_fp8_quant_reference(x, mode.scales, quant_rounding)
     assert_same_bytes(codes.cpu(), expected_codes.cpu(), "codes")
-    check_columns(scales, expected_scales, mode.tma_aligned_scales)
+    check_columns(scales, expected_scales, mode.scale_layout == "tma")
 
 
 def test_sanitizer_tiles(device: torch.device) -> None:
     """Tiles that rows and groups do not fill, each tile shape forced rather than chosen."""
     x = activations(5, 3 * 128, torch.bfloat16, device, seed=37)
-    expected = group_fp8_quant_reference(x, 128, True, True, False, EPS, "custom_op")
+    expected = group_fp8_quant_reference(x, TMA, "custom_op")
     for tile in (kernels.Tile(1, 4, 1), kernels.Tile(2, 2, 2), kernels.Tile(8, 1, 4), kernels.Tile(2, 8, 2)):
         codes = torch.empty_like(expected[0])
-        scales = empty_group_scales(x, 5, 3, True, True)
-        kernels.group_fp8_quant(x, codes, scales, 128, False, EPS, "custom_op", tile=tile)
+        scales = TMA.empty(x, 5, 3 * 128)
+        kernels.group_fp8_quant(x, codes, scales, 128, False, "custom_op", tile=tile)
         assert_same_outputs((codes, scales), expected, str(tile))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MLA's two norms in one kernel: q against the kernel that does q alone, kv against the pure-torch reference, byte for byte.
 
-On a GPU, or in Triton's interpreter. Inputs have squares whose sum is exact in any order, see test_rms_norm_quant.py.
+On a GPU, or in Triton's interpreter. Inputs have squares whose sum is exact in any order, see norm_checks.py.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from vllm_fusion_plugin.kernels import mla_dual_rms_norm_quant as kernels
-from vllm_fusion_plugin.kernels.rms_norm_quant import Tile
+from vllm_fusion_plugin.kernels.row_order import Tile
 from vllm_fusion_plugin.ops import quant
 from vllm_fusion_plugin.ops.mla_dual_rms_norm_quant import (
     mla_dual_rms_norm_group_fp8_quant,
     mla_dual_rms_norm_group_fp8_quant_reference,
 )
-from vllm_fusion_plugin.ops.rms_norm_quant import rms_norm_reference
+from vllm_fusion_plugin.ops.rms_norm_quant import NormInputs, rms_norm_reference
 
-from .cases import DTYPES, EPS, FORMS, random_input, special_values
+from .cases import DTYPES, ROUNDINGS, TMA, random_input, special_values
 from .checks import Guarded, as_bits, assert_same_bytes, assert_same_outputs, one_nan
-from .test_rms_norm_quant import BF16, DEEPSEEK, Layout, Norm, exact_input, layouts, run_group, zeros
+from .norm_checks import BF16, DEEPSEEK, Layout, Norm, exact_input, layouts, run_group, zeros
 
 Q_EPSILON, KV_EPSILON = 1e-6, 1e-5
 OP = torch.ops.vllm_fusion_plugin.mla_dual_rms_norm_group_fp8_quant.default
@@ -52,11 +52,11 @@ def run(
 ) -> tuple[Guarded, Guarded, Guarded]:
     rows, width = q.shape
     codes = Guarded(q.new_empty((rows, width), dtype=quant.FP8_DTYPE))
-    scales = Guarded(quant.empty_group_scales(q, rows, width // layout.group_size, *layout[1:3]))
+    scales = Guarded(layout.scales.empty(q, rows, width))
     normed = Guarded(kv.new_empty(kv.shape))
     kernels.mla_dual_rms_norm_group_fp8_quant(
         q, kv, q_weight, kv_weight, codes.tensor, scales.tensor, normed.tensor, Q_EPSILON, KV_EPSILON,
-        layout.group_size, layout.use_ue8m0, EPS, mode.norm_form, mode.quant_form, tile,
+        layout.group_size, layout.use_ue8m0, mode.norm_rounding, mode.quant_rounding, tile,
     )  # fmt: skip
     for out in (codes, scales, normed):
         out.check()
@@ -69,13 +69,13 @@ def check(q: torch.Tensor, kv: torch.Tensor, mode: Norm, layout: Layout = DEEPSE
     alone_codes, alone_scales, _ = run_group(q, None, q_weight, mode, layout, tile, Q_EPSILON)
     assert_same_bytes(codes.tensor, alone_codes.tensor, "q's codes")
     assert_same_bytes(scales.storage(), alone_scales.storage(), "q's scales and padding")
-    expected, _ = rms_norm_reference(kv, kv_weight, KV_EPSILON, norm_form=mode.norm_form)
+    expected, _ = rms_norm_reference(mode.inputs(kv, kv_weight, epsilon=KV_EPSILON)._replace(gemma_weight=False))
     assert_same_bytes(one_nan(normed.tensor), one_nan(expected), "kv")
 
 
 MODES = [
-    *itertools.starmap(Norm, itertools.product(DTYPES, ("same", "fp32"), (False,), ("native", "eager"), FORMS)),
-    *itertools.starmap(Norm, itertools.product(DTYPES, ("same",), (False,), ("custom_op",), FORMS)),
+    *itertools.starmap(Norm, itertools.product(DTYPES, ("same", "fp32"), (False,), ("native", "eager"), ROUNDINGS)),
+    *itertools.starmap(Norm, itertools.product(DTYPES, ("same",), (False,), ("custom_op",), ROUNDINGS)),
 ]
 
 
@@ -100,7 +100,7 @@ def test_tiles(tile: Tile, device: torch.device) -> None:
 @pytest.mark.parametrize("kv_width", [1, 200, 512, 576, 2048])
 @pytest.mark.parametrize("q_width", [128, 1536, 2176])
 def test_shapes(q_width: int, kv_width: int, device: torch.device) -> None:
-    mode = BF16._replace(residual=False, norm_form="custom_op")
+    mode = BF16._replace(residual=False, norm_rounding="custom_op")
     for rows in (0, 1, 3):
         check(*projection(rows, q_width, kv_width, mode, device, seed=rows), mode)
 
@@ -122,7 +122,7 @@ def test_random_kv(device: torch.device) -> None:
     kv = random_input(9, 256, mode.dtype, device, seed=4)
     q_weight, kv_weight = weights(q, kv, mode)
     actual = run(q, kv, q_weight, kv_weight, mode)[2].tensor
-    expected, _ = rms_norm_reference(kv, kv_weight, KV_EPSILON)
+    expected, _ = rms_norm_reference(NormInputs(kv, kv_weight, KV_EPSILON))
     steps = (as_bits(actual).int() - as_bits(expected).int()).abs()
     assert int(steps.max()) <= 1
     assert int(steps.count_nonzero()) <= steps.numel() // 500
@@ -133,16 +133,14 @@ def test_op_is_its_kernel(rows: int, device: torch.device) -> None:
     mode = BF16._replace(residual=False)
     q, kv = projection(rows, 1536, 512, mode, device, seed=5)
     q_weight, kv_weight = weights(q, kv, mode)
-    outputs = mla_dual_rms_norm_group_fp8_quant(
-        q, kv, q_weight, kv_weight, Q_EPSILON, KV_EPSILON, column_major_scales=True, tma_aligned_scales=True
-    )
+    outputs = mla_dual_rms_norm_group_fp8_quant(q, kv, q_weight, kv_weight, Q_EPSILON, KV_EPSILON, scales=TMA)
     assert_same_outputs(outputs, [guarded.tensor for guarded in run(q, kv, q_weight, kv_weight, mode)])
 
 
-@pytest.mark.parametrize("quant_form", FORMS)
-def test_opcheck(quant_form: str, device: torch.device) -> None:
+@pytest.mark.parametrize("quant_rounding", ROUNDINGS)
+def test_opcheck(quant_rounding: str, device: torch.device) -> None:
     q, kv = projection(5, 256, 512, BF16, device, seed=6)
-    arguments = (Q_EPSILON, KV_EPSILON, 128, True, True, False, EPS, "native", quant_form)
+    arguments = (Q_EPSILON, KV_EPSILON, 128, "tma", False, "native", quant_rounding)
     torch.library.opcheck(OP, (q, kv, *weights(q, kv, BF16), *arguments))
 
 
@@ -151,16 +149,14 @@ def test_compiled_op_with_dynamic_tokens(device: torch.device) -> None:
     @torch.compile(fullgraph=True, dynamic=True)
     def compiled(x: torch.Tensor, q_weight: torch.Tensor, kv_weight: torch.Tensor):
         q, kv, _ = x.split([256, 512, 64], dim=1)
-        arguments = (Q_EPSILON, KV_EPSILON, 128, True, True, False, EPS, "native", "custom_op")
+        arguments = (Q_EPSILON, KV_EPSILON, 128, "tma", False, "native", "custom_op")
         return OP(q, kv, q_weight, kv_weight, *arguments)
 
     for rows in (5, 2, 33):
         x = torch.cat([*projection(rows, 256, 512, BF16, device, seed=rows), zeros(device, rows, 64)], dim=1)
         q, kv, _ = x.split([256, 512, 64], dim=1)
         q_weight, kv_weight = weights(q, kv, BF16)
-        expected = mla_dual_rms_norm_group_fp8_quant(
-            q, kv, q_weight, kv_weight, Q_EPSILON, KV_EPSILON, column_major_scales=True, tma_aligned_scales=True
-        )
+        expected = mla_dual_rms_norm_group_fp8_quant(q, kv, q_weight, kv_weight, Q_EPSILON, KV_EPSILON, scales=TMA)
         assert_same_outputs(compiled(x, q_weight, kv_weight), expected)
 
 
@@ -174,13 +170,16 @@ BAD = {
     "q_weight": ({"q_weight": zeros(torch.device("cpu"), 512)}, r"q_weight has shape \(512,\); allowed: \(256,\)"),
     "kv_weight": ({"kv_weight": zeros(torch.device("cpu"), 256)}, r"kv_weight has shape \(256,\); allowed: \(512,\)"),
     "custom_op": (
-        {"kv_weight": torch.zeros(512), "norm_form": "custom_op"},
-        r"kv_weight has dtype torch\.float32; allowed with norm_form='custom_op': the input's, torch\.bfloat16",
+        {"kv_weight": torch.zeros(512), "norm_rounding": "custom_op"},
+        r"kv_weight has dtype torch\.float32; allowed with norm_rounding='custom_op': the input's, torch\.bfloat16",
     ),
-    "norm_form": ({"norm_form": "exact"}, r"norm_form='exact' .*allowed: native, eager, custom_op"),
-    "quant_form": ({"quant_form": "eager"}, r"quant_form='eager' .*allowed: custom_op, reciprocal, native"),
-    "group_size": ({"group_size": 32}, r"group_size=32 .*allowed: 64, 128"),
-    "tma": ({"tma_aligned_scales": True}, r"tma_aligned_scales=True needs column_major_scales=True"),
+    "norm_rounding": ({"norm_rounding": "exact"}, r"norm_rounding='exact' .*allowed: native, eager, custom_op"),
+    "quant_rounding": ({"quant_rounding": "eager"}, r"quant_rounding='eager' .*allowed: custom_op, reciprocal, native"),
+    "group_size": ({"scales": quant.GroupScales(32)}, r"group_size=32 .*allowed: 64, 128"),
+    "layout": (
+        {"scales": quant.GroupScales(layout="rows")},
+        r"scale_layout='rows' is not known; allowed: row, column, tma",
+    ),
 }
 
 

@@ -20,8 +20,8 @@ from vllm_fusion_plugin.ops.mla_dual_rms_norm_quant import (
 from .cases import DTYPES, short
 from .checks import EDGE, ENDS, Wait, assert_same_bytes, check_columns, check_cuda_graph, check_ends
 from .installed import OPAQUE
+from .norm_checks import BF16, DEEPSEEK, EPSILON, Layout, Norm, inputs
 from .test_mla_dual_rms_norm_quant import projection, weights
-from .test_rms_norm_quant import BF16, DEEPSEEK, EPSILON, Layout, Norm, inputs
 from .test_rms_norm_quant_gpu import ROWS, Ops, assert_nearly_same, compiled, ops, torch_norm
 
 pytestmark = pytest.mark.gpu
@@ -46,7 +46,15 @@ def fused(
     q: torch.Tensor, kv: torch.Tensor, q_weight: torch.Tensor, kv_weight: torch.Tensor, mode: Norm, layout: Layout
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return mla_dual_rms_norm_group_fp8_quant(
-        q, kv, q_weight, kv_weight, EPSILON, EPSILON, **layout._asdict(), norm_form=mode.norm_form, quant_form=OPAQUE
+        q,
+        kv,
+        q_weight,
+        kv_weight,
+        EPSILON,
+        EPSILON,
+        layout.scales,
+        norm_rounding=mode.norm_rounding,
+        quant_rounding=OPAQUE,
     )
 
 
@@ -98,7 +106,7 @@ def test_custom_op_norms_are_vllms(
     device: torch.device,
 ) -> None:
     """Sums that are exact in any order."""
-    mode = Norm(dtype, residual=False, norm_form="custom_op")
+    mode = Norm(dtype, residual=False, norm_rounding="custom_op")
     q, kv = projection(rows, q_width, kv_width, mode, device, seed=rows)
     q_weight, kv_weight = weights(q, kv, mode)
     for layout in (DEEPSEEK, Layout(64)):
@@ -161,13 +169,13 @@ def test_chain_in_a_cuda_graph(device: torch.device) -> None:
 @pytest.mark.parametrize("rows", [1, 5])
 def test_sanitizer_dual(rows: int, q_width: int, kv_width: int, device: torch.device) -> None:
     """The op's own allocations, unlike the guarded ones of the other tests: an access past their end is out of bounds."""
-    mode = BF16._replace(residual=False, norm_form="custom_op")
+    mode = BF16._replace(residual=False, norm_rounding="custom_op")
     q, kv = projection(rows, q_width, kv_width, mode, device, seed=7)
     both = weights(q, kv, mode)
     codes, scales, kv_normed = fused(q, kv, *both, mode, DEEPSEEK)
     expected = mla_dual_rms_norm_group_fp8_quant_reference(
-        q, kv, *both, EPSILON, EPSILON, **DEEPSEEK._asdict(), norm_form="custom_op", quant_form=OPAQUE
+        q, kv, *both, EPSILON, EPSILON, DEEPSEEK.scales, norm_rounding="custom_op", quant_rounding=OPAQUE
     )
-    check_columns(scales, expected[1], DEEPSEEK.tma_aligned_scales)
+    check_columns(scales, expected[1], DEEPSEEK.scale_layout == "tma")
     for one, other in zip((codes, scales, kv_normed), expected, strict=True):
         assert_same_bytes(one.cpu().contiguous(), other.cpu().contiguous(), "output")

@@ -21,9 +21,9 @@ from vllm_fusion_plugin.ops.mla_v_up_quant import (
     mla_v_up_group_fp8_quant_reference,
     scale_padding,
 )
-from vllm_fusion_plugin.ops.quant import FP8_DTYPE, empty_group_scales
+from vllm_fusion_plugin.ops.quant import FP8_DTYPE, GroupScales
 
-from .cases import DTYPES, EPS, GROUP_SIZES, scales_name, short
+from .cases import DTYPES, GROUP_SIZES, LAYOUTS, TMA, scales_name, short
 from .checks import POISON, Guarded, as_bits, assert_same_bytes, code_steps
 from .conftest import INTERPRETED
 
@@ -52,20 +52,21 @@ def _bf16_dot(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class Mode(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     group_size: int = 128
-    column_major_scales: bool = True
-    tma_aligned_scales: bool = True
+    scale_layout: str = "tma"
     use_ue8m0: bool = False
-    quant_form: str = "custom_op"
+    quant_rounding: str = "custom_op"
+
+    @property
+    def scales(self) -> GroupScales:
+        return GroupScales(self.group_size, self.scale_layout, self.use_ue8m0)
 
     def __str__(self) -> str:
-        return f"{short(self.dtype)}-{scales_name(self)}" + "-reciprocal" * (self.quant_form == "reciprocal")
+        return f"{short(self.dtype)}-{scales_name(self)}" + "-reciprocal" * (self.quant_rounding == "reciprocal")
 
 
-MODES = [
-    Mode(*mode)
-    for mode in itertools.product(DTYPES, GROUP_SIZES, *[(False, True)] * 3)
-    if mode[2] or not mode[3]  # TMA-aligned scales are column-major
-] + [Mode(dtype, quant_form="reciprocal") for dtype in DTYPES]
+MODES = [Mode(*mode) for mode in itertools.product(DTYPES, GROUP_SIZES, LAYOUTS, (False, True))] + [
+    Mode(dtype, quant_rounding="reciprocal") for dtype in DTYPES
+]
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
@@ -130,16 +131,13 @@ WEIGHT_LAYOUTS = ("contiguous", "output first", "input first", "unaligned", "eve
 
 def outputs(x: torch.Tensor, w: torch.Tensor, mode: Mode) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = x.shape[0], w.shape[0] * w.shape[2]
-    layout = (mode.column_major_scales, mode.tma_aligned_scales)
-    return x.new_empty((rows, columns), dtype=FP8_DTYPE), empty_group_scales(
-        x, rows, columns // mode.group_size, *layout
-    )
+    return x.new_empty((rows, columns), dtype=FP8_DTYPE), mode.scales.empty(x, rows, columns)
 
 
 def run(x: torch.Tensor, w: torch.Tensor, mode: Mode, tile: kernels.Tile | None) -> tuple[Guarded, Guarded]:
     likes = outputs(x, w, mode)
     codes, scales = map(Guarded, likes)
-    arguments = (scale_padding(likes[1]), mode.group_size, mode.use_ue8m0, EPS, mode.quant_form)
+    arguments = (scale_padding(likes[1]), mode.group_size, mode.use_ue8m0, mode.quant_rounding)
     kernels.mla_v_up_group_fp8_quant(x, w, codes.tensor, scales.tensor, *arguments, tile=tile)
     codes.check()
     scales.check()
@@ -151,7 +149,7 @@ def check(x: torch.Tensor, w: torch.Tensor, mode: Mode, tile: kernels.Tile | Non
     expected_codes, expected_scales = outputs(x, w, mode)
     storage = torch.empty(0, device=x.device).set_(expected_scales.untyped_storage())
     mla_v_up_group_fp8_quant_reference(
-        x, w, expected_codes, expected_scales, mode.group_size, mode.use_ue8m0, EPS, mode.quant_form
+        x, w, expected_codes, expected_scales, mode.group_size, mode.use_ue8m0, mode.quant_rounding
     )
     assert_same_bytes(codes.tensor, expected_codes, "codes")
     # Storage and not tensor: TMA-aligned scales have padding, which must be zero. The buffer was poisoned.
@@ -270,9 +268,7 @@ def test_stages_fit_the_device(
         (101376, kernels.Tile(256, 128, 64, 4, 8), 2),
     ):
         monkeypatch.setattr(kernels, "_gpu", lambda _, shared=shared: kernels._Device(132, shared, True))
-        kernels.mla_v_up_group_fp8_quant(
-            x, w, codes, scales, scale_padding(scales), 128, False, EPS, "custom_op", tile=tile
-        )
+        kernels.mla_v_up_group_fp8_quant(x, w, codes, scales, scale_padding(scales), 128, False, "custom_op", tile=tile)
         assert launched["STAGES"] == stages, (shared, tile)
 
 
@@ -295,7 +291,6 @@ def test_vllms_layouts_go_the_fast_way(
             scale_padding(scales),
             128,
             False,
-            EPS,
             "custom_op",
             kernels.Tile(16, 128, 64, 3, 4),
             pdl=True,
@@ -352,7 +347,7 @@ def test_padding_ends_with_the_storage() -> None:
     """What is zeroed of TMA-aligned scales: all columns' padding in our allocation, all but the last one's in vLLM's, which
     ends there; nothing in other layouts."""
     x = torch.empty(0)
-    assert scale_padding(empty_group_scales(x, 5, 3, True, True)) == (8, 3)
+    assert scale_padding(TMA.empty(x, 5, 3 * 128)) == (8, 3)
     assert scale_padding(torch.empty_strided((5, 3), (1, 8))) == (8, 2)
     assert scale_padding(torch.empty_strided((5, 1), (1, 8))) == (8, 0)
     assert scale_padding(torch.empty_strided((8, 3), (1, 8))) == (8, 0)
@@ -372,12 +367,10 @@ def test_padding_of_an_allocation_like_vllms(op, device: torch.device) -> None:
     assert bool((storage[16:] != 7.0).all())
 
 
-@pytest.mark.parametrize(
-    "arguments", [(128, False, EPS, "custom_op"), (64, True, EPS, "reciprocal")], ids=["128", "64-ue8m0"]
-)
+@pytest.mark.parametrize("arguments", [(128, False, "custom_op"), (64, True, "reciprocal")], ids=["128", "64-ue8m0"])
 def test_opcheck(arguments: tuple, device: torch.device) -> None:
     x, w = exact_inputs(5, 2, 32, 128, torch.bfloat16, device, seed=9)
-    codes, scales = (t.zero_() for t in outputs(x, w, Mode(group_size=arguments[0], tma_aligned_scales=False)))
+    codes, scales = (t.zero_() for t in outputs(x, w, Mode(group_size=arguments[0], scale_layout="column")))
     # Not test_schema: it compares what was written by arithmetic that torch has not for FP8. The tests here do that.
     tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(OP.default, (x, w, codes, scales, *arguments), test_utils=tests)
@@ -392,13 +385,13 @@ def test_compiled_with_dynamic_tokens(device: torch.device) -> None:
         codes = torch.zeros(x.shape[0], 256, dtype=FP8_DTYPE, device=x.device)
         scales = torch.zeros(x.shape[0], 2, device=x.device)
         before = scales + 1.0
-        OP(x, w, codes, scales, 128, False, EPS, "custom_op")
+        OP(x, w, codes, scales, 128, False, "custom_op")
         return before, codes, scales
 
     for tokens in (5, 2, 33):
         x, w = exact_inputs(tokens, 2, 64, 128, torch.bfloat16, device, seed=tokens)
         before, codes, scales = compiled(x, w)
-        expected_codes, expected_scales = outputs(x, w, Mode(column_major_scales=False, tma_aligned_scales=False))
+        expected_codes, expected_scales = outputs(x, w, Mode(scale_layout="row"))
         mla_v_up_group_fp8_quant(x, w, expected_codes, expected_scales)
         assert bool((before == 1.0).all())
         assert_same_bytes(codes, expected_codes, "codes")
@@ -481,7 +474,7 @@ def test_bad_arguments_are_refused_while_compiling(device: torch.device) -> None
 
     @torch.compile(fullgraph=True)
     def compiled(attn_out, w_uv, codes, scales, group_size):
-        OP(attn_out, w_uv, codes, scales, 96, False, EPS, "custom_op")
+        OP(attn_out, w_uv, codes, scales, 96, False, "custom_op")
 
     with pytest.raises(Exception, match=r"group_size=96 .*allowed: 64, 128"):
         compiled(**good)

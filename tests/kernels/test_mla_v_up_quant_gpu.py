@@ -23,7 +23,7 @@ from vllm_fusion_plugin.ops.mla_v_up_quant import (
 )
 from vllm_fusion_plugin.ops.quant import FP8_DTYPE
 
-from .cases import DTYPES, EPS, GROUP_SIZES, short
+from .cases import DTYPES, GROUP_SIZES, short
 from .checks import (
     EDGE,
     ENDS,
@@ -90,7 +90,7 @@ def fused(
     x: torch.Tensor, w: torch.Tensor, mode: Mode, tile: kernels.Tile | None = None, pdl: bool | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     codes, scales = outputs(x, w, mode)
-    arguments = (scale_padding(scales), mode.group_size, mode.use_ue8m0, EPS, mode.quant_form)
+    arguments = (scale_padding(scales), mode.group_size, mode.use_ue8m0, mode.quant_rounding)
     kernels.mla_v_up_group_fp8_quant(x, w, codes, scales, *arguments, tile=tile, pdl=pdl)
     return codes, scales
 
@@ -118,7 +118,7 @@ def test_exact_shapes(heads: int, weights: str, unfused: Unfused, device: torch.
     """Models' shapes, whole and sharded: every tile that is chosen for them, in several ways of not filling it."""
     for tokens in (1, 2, 16, 17, 33, 64, 100, 128, 129, 256, 300, 512, 1000, 2048, 2051):
         x, w = exact_inputs(tokens, heads, L, V, torch.bfloat16, device, seed=tokens)
-        for mode in (Mode(), Mode(group_size=64, tma_aligned_scales=False)):
+        for mode in (Mode(), Mode(group_size=64, scale_layout="column")):
             check(x, laid_out_weights(w, weights), mode, unfused)
 
 
@@ -272,7 +272,7 @@ def test_more_than_two_to_the_31_elements(tma: bool, unfused: Unfused, device: t
     for end, seed in zip(ENDS, (51, 52), strict=True):
         x[end], w = exact_inputs(EDGE, heads, L, V, x.dtype, device, seed=seed)
     tile = kernels.group_tile(tokens, heads, V, 128)._replace(tma=tma)
-    for mode in (Mode(), Mode(column_major_scales=False, tma_aligned_scales=False)):
+    for mode in (Mode(), Mode(scale_layout="row")):
         check_ends(fused(x, w, installed(mode), tile), [unfused(x[end], w, mode) for end in ENDS])
 
 
@@ -335,7 +335,7 @@ def test_compiles_once_for_all_numbers_of_tokens(device: torch.device) -> None:
     before = None
     for tokens in (17, 18, 24, 31, 32):
         x = torch.zeros(tokens, 128, L, dtype=torch.bfloat16, device=device)
-        fused(x, w, Mode(column_major_scales=True, tma_aligned_scales=False))
+        fused(x, w, Mode(scale_layout="column"))
         before = before or compiled()
         assert compiled() == before, f"{tokens} tokens"
 
@@ -343,7 +343,7 @@ def test_compiles_once_for_all_numbers_of_tokens(device: torch.device) -> None:
 # ---- compute-sanitizer -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", [Mode(), Mode(group_size=64, tma_aligned_scales=False)], ids=str)
+@pytest.mark.parametrize("mode", [Mode(), Mode(group_size=64, scale_layout="column")], ids=str)
 @pytest.mark.parametrize("tokens", [1, 5, 33])
 def test_sanitizer_op(tokens: int, mode: Mode, device: torch.device) -> None:
     """Plain allocations, unlike the guarded ones of the other tests: an access past their end is out of bounds."""
@@ -354,7 +354,7 @@ def test_sanitizer_op(tokens: int, mode: Mode, device: torch.device) -> None:
     expected_codes, expected_scales = outputs(x, w, mode)
     mla_v_up_group_fp8_quant_reference(x, w, expected_codes, expected_scales, mode.group_size)
     assert_same_bytes(codes.cpu(), expected_codes.cpu(), "codes")
-    check_columns(scales, expected_scales, mode.tma_aligned_scales)
+    check_columns(scales, expected_scales, mode.scale_layout == "tma")
 
 
 def test_sanitizer_scales_as_vllm_allocates_them(device: torch.device) -> None:

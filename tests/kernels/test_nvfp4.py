@@ -23,7 +23,7 @@ from vllm_fusion_plugin.ops.silu_mul_quant import (
     silu_mul_reference,
 )
 
-from .cases import DTYPES, FORMS, all_values, random_input, short, strided
+from .cases import DTYPES, ROUNDINGS, all_values, random_input, short, strided
 from .checks import Guarded, assert_same_bytes
 from .test_numerics import _silu_kernel, run
 
@@ -45,10 +45,10 @@ def rank(packed: torch.Tensor) -> torch.Tensor:
     return torch.where(codes >= 8, -(codes & 7), codes)
 
 
-def activation(x: torch.Tensor, act_form: str) -> torch.Tensor:
+def activation(x: torch.Tensor, act_rounding: str) -> torch.Tensor:
     """As in test_silu_mul_quant.py: the native form's SiLU divides as Inductor does, which torch has no operation for."""
-    if act_form != "native":
-        return silu_mul_reference(x, act_form)
+    if act_rounding != "native":
+        return silu_mul_reference(x, act_rounding)
     table = run(_silu_kernel, all_values(x.dtype, x.device), EXACT=False)
     gate, up = x.chunk(2, dim=-1)
     return (table[gate.contiguous().view(torch.int16).int() & 0xFFFF] * up.float()).to(x.dtype)
@@ -108,21 +108,23 @@ def test_reference_is_vllms_emulation(dtype: torch.dtype, global_scale: float) -
 
 
 def run_kernel(
-    x: torch.Tensor, global_scale: torch.Tensor, act_form: str, tile: kernels.Tile | None = None
+    x: torch.Tensor, global_scale: torch.Tensor, act_rounding: str, tile: kernels.Tile | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, width = x.shape[0], x.shape[1] // 2
     codes = Guarded(x.new_empty((rows, width // 2), dtype=torch.uint8))
     scales = Guarded(empty_block_scales(x, rows, width))
-    kernels.silu_mul_nvfp4_quant(x, global_scale, codes.tensor, scales.tensor, act_form, tile)
+    kernels.silu_mul_nvfp4_quant(x, global_scale, codes.tensor, scales.tensor, act_rounding, tile)
     codes.check()
     scales.check()
     return codes.tensor, scales.tensor
 
 
-def check(x: torch.Tensor, global_scale: float, act_form: str = "custom_op", tile: kernels.Tile | None = None) -> None:
+def check(
+    x: torch.Tensor, global_scale: float, act_rounding: str = "custom_op", tile: kernels.Tile | None = None
+) -> None:
     scale = torch.tensor([global_scale], device=x.device)
-    codes, scales = run_kernel(x, scale, act_form, tile)
-    expected_codes, expected_scales = nvfp4_quant_reference(activation(x, act_form), scale)
+    codes, scales = run_kernel(x, scale, act_rounding, tile)
+    expected_codes, expected_scales = nvfp4_quant_reference(activation(x, act_rounding), scale)
     assert_same_bytes(scales, expected_scales, "scales and padding")
     if not x.is_cuda:  # the interpreter's reciprocals are exact
         assert_same_bytes(codes, expected_codes, "codes")
@@ -133,13 +135,13 @@ def check(x: torch.Tensor, global_scale: float, act_form: str = "custom_op", til
     assert int(steps.count_nonzero()) <= steps.numel() / 100
 
 
-@pytest.mark.parametrize("act_form", FORMS)
+@pytest.mark.parametrize("act_rounding", ROUNDINGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_modes(dtype: torch.dtype, act_form: str, device: torch.device) -> None:
+def test_modes(dtype: torch.dtype, act_rounding: str, device: torch.device) -> None:
     tile = kernels.Tile(64, 8, 4)  # few programs: the interpreter's cost
     for global_scale in GLOBAL_SCALES:
-        check(random_input(3, 80, dtype, device, seed=2), global_scale, act_form, tile)
-        check(random_input(3, 80, dtype, device, seed=3, kind="special"), global_scale, act_form, tile)
+        check(random_input(3, 80, dtype, device, seed=2), global_scale, act_rounding, tile)
+        check(random_input(3, 80, dtype, device, seed=3, kind="special"), global_scale, act_rounding, tile)
 
 
 # blocks: padded to 4, more than a tile of 16; rows: padded to 128, more than one tile
@@ -188,9 +190,9 @@ def test_padding_is_zero_whatever_the_global_scale(device: torch.device) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("act_form", FORMS)
+@pytest.mark.parametrize("act_rounding", ROUNDINGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_is_vllms_kernel_on_blackwell(dtype: torch.dtype, act_form: str, device: torch.device) -> None:
+def test_is_vllms_kernel_on_blackwell(dtype: torch.dtype, act_rounding: str, device: torch.device) -> None:
     if torch.cuda.get_device_capability() < (10, 0):
         pytest.skip("vLLM's scaled_fp4_quant needs compute capability 10.0")
     from vllm import _custom_ops as ops
@@ -198,8 +200,8 @@ def test_is_vllms_kernel_on_blackwell(dtype: torch.dtype, act_form: str, device:
     x = random_input(300, 4096, dtype, device, seed=5)
     for value in GLOBAL_SCALES:
         scale = torch.tensor([value], device=device)
-        expected_codes, expected_scales = ops.scaled_fp4_quant(activation(x, act_form), scale)
-        codes, scales = silu_mul_nvfp4_quant(x, scale, act_form=act_form)
+        expected_codes, expected_scales = ops.scaled_fp4_quant(activation(x, act_rounding), scale)
+        codes, scales = silu_mul_nvfp4_quant(x, scale, act_rounding=act_rounding)
         assert_same_bytes(codes, expected_codes, "codes")
         assert_same_bytes(scales.view(torch.float8_e4m3fn), expected_scales, "scales")
 
@@ -236,7 +238,7 @@ X = torch.zeros(2, 64, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
-    "x, global_scale, act_form, message",
+    "x, global_scale, act_rounding, message",
     [
         (X.float(), torch.ones(1), "native", r"x has dtype torch\.float32; allowed: torch\.bfloat16, torch\.float16"),
         (X[0], torch.ones(1), "native", r"x has 1 dimensions, shape \(64,\); allowed: 2"),
@@ -244,15 +246,15 @@ X = torch.zeros(2, 64, dtype=torch.bfloat16)
         (X, torch.ones(2), "native", r"global_scale is torch\.float32 of shape \(2,\); allowed: one float32 value"),
         (X, torch.ones(1).half(), "native", r"global_scale is torch\.float16 of shape \(1,\); allowed: one float32"),
         (X, torch.ones(1, device="meta"), "native", r"global_scale is on meta; allowed: x's device"),
-        (X, torch.ones(1), "fast", r"act_form='fast' .*allowed: custom_op, eager, native"),
+        (X, torch.ones(1), "fast", r"act_rounding='fast' .*allowed: custom_op, eager, native"),
     ],
     ids=["dtype", "1-D", "width", "two scales", "scale dtype", "scale device", "form"],
 )
 def test_bad_argument_is_refused(
-    x: torch.Tensor, global_scale: torch.Tensor, act_form: str, message: str, device: torch.device
+    x: torch.Tensor, global_scale: torch.Tensor, act_rounding: str, message: str, device: torch.device
 ) -> None:
     x = x.to(device)
     global_scale = global_scale if global_scale.is_meta else global_scale.to(device)
     for call in (silu_mul_nvfp4_quant, silu_mul_nvfp4_quant_reference):
         with pytest.raises(ValueError, match=message):
-            call(x, global_scale, act_form=act_form)
+            call(x, global_scale, act_rounding=act_rounding)

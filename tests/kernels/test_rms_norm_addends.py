@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from vllm_fusion_plugin.kernels import rms_norm_quant as kernels
+from vllm_fusion_plugin.kernels.row_order import row_tile
 from vllm_fusion_plugin.ops import rms_norm_quant as ops
-from vllm_fusion_plugin.ops.quant import empty_group_scales
+from vllm_fusion_plugin.ops.quant import GroupScales
+from vllm_fusion_plugin.ops.rms_norm_quant import NormInputs
 
 from .checks import assert_inductors_rows, assert_same_bytes
 
@@ -30,45 +32,26 @@ def random(seed: int, width: int, device: torch.device, dtype: torch.dtype = tor
 
 def launch(kind: str, x: torch.Tensor, residual: torch.Tensor | None, **more) -> list[torch.Tensor]:
     """Codes, scales if there are any, normed, residual_out."""
-    weight = random(9, x.shape[1], x.device)[0]
-    codes, normed, total = (torch.empty_like(x, dtype=d) for d in (torch.float8_e4m3fn, x.dtype, x.dtype))
-    keep = {"normed": normed, "residual_out": None if residual is None else total}
+    given = {name: more.pop(name) for name in ("tile",) if name in more}
+    norm = NormInputs(x, random(9, x.shape[1], x.device)[0], EPSILON, residual, keep_norm=True, **more)
+    codes, extras = norm.empty_codes(), norm.empty_extras()
     if kind == "group":
-        scales = empty_group_scales(x, ROWS, x.shape[1] // GROUP, False, False)
-        kernels.rms_norm_group_fp8_quant(
-            x,
-            weight,
-            residual,
-            codes,
-            scales,
-            EPSILON,
-            False,
-            GROUP,
-            False,
-            1e-10,
-            "native",
-            "custom_op",
-            **keep,
-            **more,
-        )
+        scales = GroupScales(GROUP).empty(x, *x.shape)
+        kernels.rms_norm_group_fp8_quant(norm, codes, scales, *extras, GROUP, False, "custom_op", **given)
     elif kind == "token":
         scales = x.new_empty((ROWS, 1), dtype=torch.float32)
-        kernels.rms_norm_token_fp8_quant(
-            x, weight, residual, None, codes, scales, EPSILON, False, "native", "custom_op", **keep, **more
-        )
+        kernels.rms_norm_token_fp8_quant(norm, None, codes, scales, *extras, "custom_op", **given)
     else:
         scales = x.new_full((1,), 0.01, dtype=torch.float32)
-        kernels.rms_norm_static_fp8_quant(
-            x, weight, residual, scales, codes, EPSILON, False, "native", "custom_op", **keep, **more
-        )
-    return [codes, scales, normed, *([] if residual is None else [total])]
+        kernels.rms_norm_static_fp8_quant(norm, scales, codes, *extras, "custom_op", **given)
+    return [codes, scales, *(extra for extra in extras if extra is not None)]
 
 
 @pytest.mark.parametrize("kind", ["group", "token", "static"])
 @pytest.mark.parametrize("width", [256, 1536, 4096])  # a warp, a chunk with columns to spare, several chunks
 def test_exact_sums_have_the_bytes_of_their_sum(kind: str, width: int, device: torch.device) -> None:
     x, addend, residual, more = (integers(seed, width, device) for seed in range(4))
-    tile = kernels.row_tile(width, False, True)
+    tile = row_tile(width, False, True)
     together = launch(kind, x + 2.5 * addend, residual + more, tile=tile)
     apart = launch(kind, x, residual, x_addend=addend, x_addend_scale=2.5, residual_addend=more)
     for name, got, want in zip(("codes", "scales", "normed", "sum"), apart, together, strict=True):
@@ -99,8 +82,8 @@ def test_sums_are_rounded_once(given: str, dtype: torch.dtype, device: torch.dev
 def test_sum_is_not_stored_unless_wanted(device: torch.device) -> None:
     x, residual = (random(seed, 256, device) for seed in (0, 1))
     weight = random(9, 256, device)[0]
-    with_sum = ops.rms_norm_group_fp8_quant(x, weight, residual=residual)
-    without = ops.rms_norm_group_fp8_quant(x, weight, residual=residual, keep_sum=False)
+    with_sum = ops.rms_norm_group_fp8_quant(NormInputs(x, weight, residual=residual))
+    without = ops.rms_norm_group_fp8_quant(NormInputs(x, weight, residual=residual, keep_sum=False))
     assert len(with_sum) == 3 and len(without) == 2
     for got, want in zip(without, with_sum[:2], strict=True):
         assert_same_bytes(got, want, "output")
@@ -113,17 +96,19 @@ def test_an_fp32_sum_stands_for_its_addends(width: int, sum_columns: int, device
     x, residual, x2, x3 = (random(seed, width, device) for seed in range(4))
     weight = random(9, width, device)[0]
     more = {"keep_norm": True, "sum_columns": sum_columns}
-    *_, total = ops.rms_norm_group_fp8_quant(x, weight, residual=residual, fp32_sum=True)
+    *_, total = ops.rms_norm_group_fp8_quant(NormInputs(x, weight, residual=residual, fp32_sum=True))
     assert_same_bytes(total, x.float() + residual.float(), "sum")
 
-    want = ops.rms_norm_group_fp8_quant(x2, weight, residual=x, residual_addend=residual, **more)
-    got = ops.rms_norm_group_fp8_quant(x2, weight, residual=total, **more)
+    want = ops.rms_norm_group_fp8_quant(NormInputs(x2, weight, residual=x, residual_addend=residual, **more))
+    got = ops.rms_norm_group_fp8_quant(NormInputs(x2, weight, residual=total, **more))
     for name, one, other in zip(("codes", "scales", "normed", "sum"), got, want, strict=True):
         assert_same_bytes(one, other, name)
 
-    *_, sum_of_three = ops.rms_norm_group_fp8_quant(x2, weight, residual=total, fp32_sum=True)
-    want = ops.rms_norm_group_fp8_quant(x3, weight, residual=sum_of_three, fp32_sum=True, **more)
-    got = ops.rms_norm_group_fp8_quant(x3, weight, residual=x2, residual_addend=total, fp32_sum=True, **more)
+    *_, sum_of_three = ops.rms_norm_group_fp8_quant(NormInputs(x2, weight, residual=total, fp32_sum=True))
+    want = ops.rms_norm_group_fp8_quant(NormInputs(x3, weight, residual=sum_of_three, fp32_sum=True, **more))
+    got = ops.rms_norm_group_fp8_quant(
+        NormInputs(x3, weight, residual=x2, residual_addend=total, fp32_sum=True, **more)
+    )
     for name, one, other in zip(("codes", "scales", "normed", "sum"), got, want, strict=True):
         assert_same_bytes(one, other, name)
     assert got[-1].dtype == torch.float32
@@ -133,53 +118,40 @@ def test_an_fp32_sum_stands_for_its_addends(width: int, sum_columns: int, device
 def test_op_is_its_reference_with_addends(kind: str, device: torch.device) -> None:
     x, addend, residual, more = (integers(seed, 256, device) for seed in range(4))
     weight = random(9, 256, device)[0]
-    rest = {
-        "group": (GROUP, False, False, False, 1e-10),
-        "token": (None,),
-        "static": (torch.full((1,), 0.01, device=device),),
-    }[kind]
-    arguments = (
-        x,
-        weight,
-        EPSILON,
-        residual,
-        False,
-        True,
-        *rest,
-        "native",
-        "custom_op",
-        addend,
-        0.5,
-        more.float(),
-        True,
-        1024,
-        True,
-    )
+    rest = {"group": (GROUP, "row", False), "token": (None,), "static": (torch.full((1,), 0.01, device=device),)}[kind]
+    norm = NormInputs(
+        x, weight, EPSILON, residual, keep_norm=True, x_addend=addend, x_addend_scale=0.5, residual_addend=more.float(),
+        sum_columns=1024, fp32_sum=True,
+    )  # fmt: skip
     op = getattr(torch.ops.vllm_fusion_plugin, f"rms_norm_{kind}_fp8_quant").default
-    got = op(*arguments)
-    want = getattr(ops, f"rms_norm_{kind}_fp8_quant_reference")(*arguments)
+    got = op(*norm, *rest, "custom_op")
+    reference = getattr(ops, f"rms_norm_{kind}_fp8_quant_reference")
+    want = reference(norm, GroupScales(*rest) if kind == "group" else rest[0])
     assert len(got) == len(want)
     for a, b in zip(got, want, strict=True):
         assert_same_bytes(a, b, "output")
-    torch.library.opcheck(op, arguments)
+    torch.library.opcheck(op, (*norm, *rest, "custom_op"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"x_addend": "x", "norm_form": "eager"}, "x_addend is given with norm_form='eager'"),
+        ({"x_addend": "x", "norm_rounding": "eager"}, "x_addend is given with norm_rounding='eager'"),
         (
-            {"residual": "x", "residual_addend": "x", "norm_form": "custom_op"},
-            "residual_addend is given with norm_form=",
+            {"residual": "x", "residual_addend": "x", "norm_rounding": "custom_op"},
+            "residual_addend is given with norm_rounding=",
         ),
         ({"residual_addend": "x"}, "residual_addend is given without a residual"),
         ({"x_addend_scale": 2.5}, "x_addend_scale=2.5 without x_addend"),
         ({"sum_columns": 512}, "sum_columns=512; allowed: 0, 1024, 2048"),
-        ({"fp32_sum": True, "residual": "x", "norm_form": "custom_op"}, "fp32_sum=True with norm_form='custom_op'"),
+        (
+            {"fp32_sum": True, "residual": "x", "norm_rounding": "custom_op"},
+            "fp32_sum=True with norm_rounding='custom_op'",
+        ),
         ({"fp32_sum": True}, "fp32_sum=True without a sum to return"),
         ({"fp32_sum": True, "residual": "x", "keep_sum": False}, "fp32_sum=True without a sum to return"),
         (
-            {"residual": "fp32", "norm_form": "eager"},
+            {"residual": "fp32", "norm_rounding": "eager"},
             "residual has dtype torch.float32; allowed: x's dtype, torch.bfloat16$",
         ),
         ({"x_addend": "fp32"}, "x_addend has dtype torch.float32; allowed: x's dtype, torch.bfloat16$"),
@@ -198,7 +170,7 @@ def test_bad_addends_are_refused(arguments: dict, message: str, device: torch.de
     }
     given = {name: tensors.get(value, value) for name, value in arguments.items()}
     with pytest.raises(ValueError, match=message):
-        ops.rms_norm_group_fp8_quant(tensors["x"], random(9, 256, device)[0], **given)
+        ops.rms_norm_group_fp8_quant(NormInputs(tensors["x"], random(9, 256, device)[0], **given))
 
 
 # ---- Inductor's bytes ------------------------------------------------------------------------------------------------
@@ -251,9 +223,11 @@ def test_sums_are_inductors(width: int, experts: bool, device: torch.device) -> 
         expected = torch.compile(two_norms, fullgraph=True)(x, residual, weight, x2, expert if experts else None)
     added = {"x_addend": expert, "x_addend_scale": 2.5} if experts else {}
     options = {"keep_norm": True, "sum_columns": 2048}
-    first = ops.rms_norm_group_fp8_quant(x, weight, EPSILON, residual=residual, keep_sum=False, **options)
+    first = ops.rms_norm_group_fp8_quant(NormInputs(x, weight, EPSILON, residual=residual, keep_sum=False, **options))
     options |= {"sum_columns": 1024} if experts else {}  # four tensors to load, twice
-    second = ops.rms_norm_group_fp8_quant(x2, weight, EPSILON, residual=x, residual_addend=residual, **added, **options)
+    second = ops.rms_norm_group_fp8_quant(
+        NormInputs(x2, weight, EPSILON, residual=x, residual_addend=residual, **added, **options)
+    )
     for name, one, other in zip(("y", "y2"), (first[2], second[2]), expected[:2], strict=True):
         assert_inductors_rows(one, other, name)
     assert_same_bytes(second[3], expected[2], "sum")
@@ -291,6 +265,8 @@ def test_sums_of_a_whole_model_are_inductors(width: int, device: torch.device) -
     for i, (one, want, sum_columns) in enumerate(zip((x, *more), expected, (2048, 2048, 1024, 2048), strict=True)):
         last = i == len(more)
         options = {"keep_norm": True, "sum_columns": sum_columns, "fp32_sum": not last}
-        _, _, got, residual = ops.rms_norm_group_fp8_quant(one, weight, EPSILON, residual=residual, **options)
+        _, _, got, residual = ops.rms_norm_group_fp8_quant(
+            NormInputs(one, weight, EPSILON, residual=residual, **options)
+        )
         assert_inductors_rows(got, want, f"norm {i}")
     assert_same_bytes(residual, total, "sum")

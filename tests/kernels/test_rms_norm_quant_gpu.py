@@ -20,8 +20,10 @@ import pytest
 import torch
 
 from vllm_fusion_plugin.kernels import rms_norm_quant as kernels
-from vllm_fusion_plugin.ops.quant import FP8_DTYPE, empty_group_scales
+from vllm_fusion_plugin.kernels.row_order import Tile
+from vllm_fusion_plugin.ops.quant import FP8_DTYPE, GroupScales
 from vllm_fusion_plugin.ops.rms_norm_quant import (
+    NormInputs,
     rms_norm_group_fp8_quant,
     rms_norm_group_fp8_quant_reference,
     rms_norm_static_fp8_quant,
@@ -29,7 +31,7 @@ from vllm_fusion_plugin.ops.rms_norm_quant import (
     rms_norm_token_fp8_quant_reference,
 )
 
-from .cases import DTYPES, EPS, all_values, short, strided
+from .cases import DTYPES, all_values, short, strided
 from .checks import (
     EDGE,
     ENDS,
@@ -49,7 +51,7 @@ from .checks import (
     vllms_group_quant,
 )
 from .installed import installed
-from .test_rms_norm_quant import BF16, DEEPSEEK, EPSILON, Layout, Norm, exact_input, inputs, layouts
+from .norm_checks import BF16, DEEPSEEK, EPSILON, Layout, Norm, exact_input, inputs, layouts
 
 pytestmark = pytest.mark.gpu
 
@@ -137,18 +139,13 @@ def run_norm(
     weight: torch.Tensor | None,
     residual: torch.Tensor | None,
     mode: Norm,
-    tile: kernels.Tile | None = None,
+    tile: Tile | None = None,
 ) -> list[torch.Tensor]:
     """normed, and residual_out if there is a residual, of the group kernel."""
-    rows, width = x.shape
-    codes = x.new_empty((rows, width), dtype=FP8_DTYPE)
-    scales = empty_group_scales(x, rows, width // 128, False, False)
-    extras = [torch.empty_like(codes, dtype=x.dtype) for _ in range(1 + (residual is not None))]
-    kernels.rms_norm_group_fp8_quant(
-        x, weight, residual, codes, scales, EPSILON, group_size=128, use_ue8m0=False, eps=EPS, **mode.forms(),
-        **dict(zip(("normed", "residual_out"), extras, strict=False)), tile=tile,
-    )  # fmt: skip
-    return extras
+    norm = mode.inputs(x, weight, residual, keep_norm=True)
+    codes, scales, extras = norm.empty_codes(), GroupScales().empty(x, *x.shape), norm.empty_extras()
+    kernels.rms_norm_group_fp8_quant(norm, codes, scales, *extras, 128, False, mode.quant_rounding, tile=tile)
+    return [extra for extra in extras if extra is not None]
 
 
 def assert_nearly_same(
@@ -181,7 +178,7 @@ def test_native_norm_is_inductors(
     x, residual = inputs(ROWS, width, mode, device, seed=width)
     weight = mode.make_weight(width, device)
     expected = compiled(torch_norm_of_rows, x, residual, fused_weight(mode, weight), deterministic=width > 2048)
-    tile = kernels.Tile(1, 2048, 16) if width > 2048 else None
+    tile = Tile(1, 2048, 16) if width > 2048 else None
     actual = run_norm(x, weight, residual, mode, tile)
     assert_inductors_rows(actual[0], expected[0], "normed")
     if residual is not None:
@@ -249,24 +246,24 @@ def test_fewer_warps_add_in_the_same_order(width: int, device: torch.device) -> 
     weight = mode.make_weight(width, device)
     whole = 1 << (width - 1).bit_length()
     warps = 8 if whole == 2048 else 16 if whole <= 8192 else 32
-    expected, _ = run_norm(x, weight, residual, mode, kernels.Tile(1, whole, warps))
+    expected, _ = run_norm(x, weight, residual, mode, Tile(1, whole, warps))
     for rows, fold in ((1, 1), (1, 2), (2, 2), (1, 4)):
-        tile = kernels.Tile(rows, whole, warps // fold, warps)
+        tile = Tile(rows, whole, warps // fold, warps)
         assert_same_bytes(run_norm(x, weight, residual, mode, tile)[0], expected, f"{tile}")
 
 
 @pytest.mark.parametrize("width", [384, *WIDTHS])
 def test_rows_have_the_same_bytes_in_every_batch(width: int, device: torch.device) -> None:
-    for mode in (BF16, BF16._replace(quant_form="native"), BF16._replace(norm_form="custom_op")):
+    for mode in (BF16, BF16._replace(quant_rounding="native"), BF16._replace(norm_rounding="custom_op")):
         x, residual = inputs(1200, width, mode, device, seed=width)
         weight, scale = mode.make_weight(width, device), torch.tensor([0.0123], device=device)
 
         def outputs(rows: slice, x=x, residual=residual, weight=weight, scale=scale, mode=mode) -> list[torch.Tensor]:
-            options = {"residual": residual[rows], "keep_norm": mode.keep_norm, **mode.forms()}
+            norm = mode.inputs(x[rows], weight, residual[rows], keep_norm=mode.keep_norm)
             return [
-                *rms_norm_group_fp8_quant(x[rows], weight, EPSILON, **options),
-                *rms_norm_token_fp8_quant(x[rows], weight, EPSILON, **options),
-                *rms_norm_static_fp8_quant(x[rows], weight, scale, EPSILON, **options),
+                *rms_norm_group_fp8_quant(norm, quant_rounding=mode.quant_rounding),
+                *rms_norm_token_fp8_quant(norm, quant_rounding=mode.quant_rounding),
+                *rms_norm_static_fp8_quant(norm, scale, quant_rounding=mode.quant_rounding),
             ]
 
         every = outputs(slice(None))
@@ -289,19 +286,19 @@ def check_quantisers(
     epsilon: float = EPSILON,
 ) -> torch.Tensor:
     """Codes and scales are what vLLM's ops make of normed, which is returned."""
-    options = {"residual": residual, "keep_norm": True, **mode.forms()}
+    norm, rounding = mode.inputs(x, weight, residual, epsilon, keep_norm=True), mode.quant_rounding
     for layout in some_layouts:
-        group_options = options | {"quant_form": installed(mode).quant_form}
-        codes, scales, normed, *_ = rms_norm_group_fp8_quant(x, weight, epsilon, **group_options, **layout._asdict())
+        quant_rounding = installed(mode).quant_rounding
+        codes, scales, normed, *_ = rms_norm_group_fp8_quant(norm, layout.scales, quant_rounding=quant_rounding)
         assert_same_outputs((codes, scales), ops.group(normed, layout), str(layout))
     for bound in (None, 0.8, 1e-9):
         scale_ub = None if bound is None else torch.tensor([bound], device=x.device)
-        codes, scales, normed, *_ = rms_norm_token_fp8_quant(x, weight, epsilon, scale_ub=scale_ub, **options)
+        codes, scales, normed, *_ = rms_norm_token_fp8_quant(norm, scale_ub, quant_rounding=rounding)
         expected_codes, expected_scales = ops.token(normed, scale_ub)
         assert_same_bytes(codes, expected_codes, f"token, scale_ub {bound}: codes")
         assert_same_bytes(scales, expected_scales, f"token, scale_ub {bound}: scales")
     static_scale = torch.tensor([scale], device=x.device)
-    codes, normed, *_ = rms_norm_static_fp8_quant(x, weight, static_scale, epsilon, **options)
+    codes, normed, *_ = rms_norm_static_fp8_quant(norm, static_scale, quant_rounding=rounding)
     assert_same_bytes(codes, ops.static(normed, static_scale), f"static, scale {scale}: codes")
     return normed
 
@@ -334,10 +331,10 @@ def chunks(
         yield inputs(4096, width, mode, device, 1000 * seed + number, "special" if number % 4 == 3 else "normal")
 
 
-@pytest.mark.parametrize("norm_form", ["native", "eager", "custom_op"])
+@pytest.mark.parametrize("norm_rounding", ["native", "eager", "custom_op"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_quantisers_random(dtype: torch.dtype, norm_form: str, ops: Ops, device: torch.device) -> None:
-    mode = Norm(dtype, "same", True, norm_form)
+def test_quantisers_random(dtype: torch.dtype, norm_rounding: str, ops: Ops, device: torch.device) -> None:
+    mode = Norm(dtype, "same", True, norm_rounding)
     weight = mode.make_weight(7168, device)
     for number, (x, residual) in enumerate(chunks(mode, 7168, device, seed=22)):
         some = [layouts()[number % len(layouts())], DEEPSEEK]
@@ -384,7 +381,7 @@ def test_group_native_quant_is_inductors(
     from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 
     quantise = native_quantiser(static=False, group_shape=GroupShape(1, 128), use_ue8m0=use_ue8m0)
-    mode = BF16._replace(residual=residual_given, quant_form="native")
+    mode = BF16._replace(residual=residual_given, quant_rounding="native")
     x, residual = inputs(ROWS, width, mode, device, seed=23)
     weight = mode.make_weight(width, device)
 
@@ -393,7 +390,8 @@ def test_group_native_quant_is_inductors(
         return *quantise(y), *([] if total is None else [total])
 
     expected = compiled(native, x, residual, weight)
-    actual = rms_norm_group_fp8_quant(x, weight, EPSILON, residual=residual, use_ue8m0=use_ue8m0, **mode.forms())
+    norm = mode.inputs(x, weight, residual)
+    actual = rms_norm_group_fp8_quant(norm, GroupScales(ue8m0=use_ue8m0), quant_rounding=mode.quant_rounding)
     assert_inductors_scales(actual[1], expected[1].contiguous(), "scales")
     assert_native_codes(actual[0], expected[0], exact=width <= 8192 or not SUMS_ARE_SELDOM_OFF)
     for one, other in zip(actual[2:], expected[2:], strict=True):
@@ -409,7 +407,7 @@ def test_token_and_static_native_quant(width: int, static: bool, residual_given:
 
     shape = GroupShape.PER_TENSOR if static else GroupShape.PER_TOKEN
     quantise = native_quantiser(static=static, group_shape=shape)
-    mode = BF16._replace(residual=residual_given, quant_form="native")
+    mode = BF16._replace(residual=residual_given, quant_rounding="native")
     x, residual = inputs(ROWS, width, mode, device, seed=24)
     weight, scale = mode.make_weight(width, device), torch.tensor([0.0123], device=device)
 
@@ -419,12 +417,12 @@ def test_token_and_static_native_quant(width: int, static: bool, residual_given:
         return codes, scales, *([] if total is None else [total])
 
     expected = compiled(native, x, residual, weight, scale)
-    options = {"residual": residual, **mode.forms()}
+    norm, rounding = mode.inputs(x, weight, residual), mode.quant_rounding
     if static:
-        codes, *totals = rms_norm_static_fp8_quant(x, weight, scale, EPSILON, **options)
+        codes, *totals = rms_norm_static_fp8_quant(norm, scale, quant_rounding=rounding)
         exact = width <= 2048
     else:
-        codes, scales, *totals = rms_norm_token_fp8_quant(x, weight, EPSILON, **options)
+        codes, scales, *totals = rms_norm_token_fp8_quant(norm, quant_rounding=rounding)
         exact = width <= 1024 or (residual_given and width in (4096, 5120, 8192))
         # a sum, its root and two products: 1.3 ulps apart measured, 2 allowed
         exact = exact and (width <= 1024 or not SUMS_ARE_SELDOM_OFF)
@@ -437,6 +435,11 @@ def test_token_and_static_native_quant(width: int, static: bool, residual_given:
 # ---- sizes, streams and graphs ---------------------------------------------------------------------------------------
 
 
+def kept(x: torch.Tensor, weight: torch.Tensor | None, residual: torch.Tensor) -> NormInputs:
+    """All that a norm can return."""
+    return NormInputs(x, weight, EPSILON, residual, keep_norm=True)
+
+
 def test_more_than_two_to_the_31_elements(device: torch.device) -> None:
     """22 GB. Rows do not depend on the batch: both ends are compared with themselves alone."""
     width = 7168
@@ -446,9 +449,9 @@ def test_more_than_two_to_the_31_elements(device: torch.device) -> None:
         x[end], residual[end] = inputs(EDGE, width, BF16, device, seed=seed)
     weight, scale = BF16.make_weight(width, device), torch.tensor([0.0123], device=device)
     for call in (
-        lambda x, r: rms_norm_group_fp8_quant(x, weight, residual=r, keep_norm=True, **DEEPSEEK._asdict()),
-        lambda x, r: rms_norm_token_fp8_quant(x, weight, residual=r, keep_norm=True),
-        lambda x, r: rms_norm_static_fp8_quant(x, weight, scale, residual=r, keep_norm=True),
+        lambda x, r: rms_norm_group_fp8_quant(kept(x, weight, r), DEEPSEEK.scales),
+        lambda x, r: rms_norm_token_fp8_quant(kept(x, weight, r)),
+        lambda x, r: rms_norm_static_fp8_quant(kept(x, weight, r), scale),
     ):
         check_ends(call(x, residual), [call(x[end], residual[end]) for end in ENDS], either_zero=True)
 
@@ -469,11 +472,11 @@ def test_chain_in_a_cuda_graph(device: torch.device) -> None:
         for _ in range(2):
             weight = current[0] * 2  # the kernel just before the norm
             wait()
-            *group, current, total = rms_norm_group_fp8_quant(current, weight, residual=total, keep_norm=True)
+            *group, current, total = rms_norm_group_fp8_quant(kept(current, weight, total))
             wait()
-            *token, current, total = rms_norm_token_fp8_quant(current, weight, residual=total, keep_norm=True)
+            *token, current, total = rms_norm_token_fp8_quant(kept(current, weight, total))
             wait()
-            *static, current, total = rms_norm_static_fp8_quant(current, weight, scale, residual=total, keep_norm=True)
+            *static, current, total = rms_norm_static_fp8_quant(kept(current, weight, total), scale)
             wait()
             outputs += [*group, *token, *static, current, total]
         return outputs
@@ -490,9 +493,9 @@ def test_pdl_switch_changes_no_byte(monkeypatch: pytest.MonkeyPatch, device: tor
 
     def outputs() -> list[torch.Tensor]:
         return [
-            *rms_norm_group_fp8_quant(x, weight, residual=residual, keep_norm=True),
-            *rms_norm_token_fp8_quant(x, weight, residual=residual),
-            *rms_norm_static_fp8_quant(x, weight, scale, residual=residual),
+            *rms_norm_group_fp8_quant(kept(x, weight, residual)),
+            *rms_norm_token_fp8_quant(NormInputs(x, weight, residual=residual)),
+            *rms_norm_static_fp8_quant(NormInputs(x, weight, residual=residual), scale),
         ]
 
     check_pdl_switch(outputs, device, monkeypatch)
@@ -508,14 +511,11 @@ def test_sanitizer_group(rows: int, width: int, device: torch.device) -> None:
     x, residual = exact_input(rows, width, BF16, device, seed=50)
     weight = BF16.make_weight(width, device)
     for layout in (DEEPSEEK, Layout(64)):
-        outputs = rms_norm_group_fp8_quant(
-            strided(x), weight, residual=strided(residual), keep_norm=True, norm_form="custom_op", **layout._asdict()
-        )
-        expected = rms_norm_group_fp8_quant_reference(
-            x, weight, EPSILON, residual, keep_norm=True, norm_form="custom_op", **layout._asdict()
-        )
-        if layout.column_major_scales:
-            check_columns(outputs[1], expected[1], layout.tma_aligned_scales)
+        norm = kept(x, weight, residual)._replace(norm_rounding="custom_op")
+        outputs = rms_norm_group_fp8_quant(norm._replace(x=strided(x), residual=strided(residual)), layout.scales)
+        expected = rms_norm_group_fp8_quant_reference(norm, layout.scales)
+        if layout.scale_layout != "row":
+            check_columns(outputs[1], expected[1], layout.scale_layout == "tma")
         assert_same_bytes(outputs.pop(1).cpu().contiguous(), expected.pop(1).cpu().contiguous(), "scales")
         for one, other in zip(outputs, expected, strict=True):
             assert_same_bytes(one.cpu(), other.cpu(), "output")
@@ -523,14 +523,15 @@ def test_sanitizer_group(rows: int, width: int, device: torch.device) -> None:
 
 @pytest.mark.parametrize("width", [200, 1100, 2500])
 def test_sanitizer_token_and_static(width: int, device: torch.device) -> None:
-    mode = BF16._replace(norm_form="custom_op")
+    mode = BF16._replace(norm_rounding="custom_op")
     x, residual = exact_input(5, width, mode, device, seed=51)
     weight, scale = mode.make_weight(width, device), torch.tensor([0.0123], device=device)
-    outputs = rms_norm_token_fp8_quant(strided(x), weight, residual=residual, norm_form="custom_op")
-    expected = rms_norm_token_fp8_quant_reference(x, weight, EPSILON, residual, norm_form="custom_op")
+    norm = NormInputs(x, weight, EPSILON, residual, norm_rounding="custom_op")
+    outputs = rms_norm_token_fp8_quant(norm._replace(x=strided(x)))
+    expected = rms_norm_token_fp8_quant_reference(norm)
     for one, other in zip(outputs, expected, strict=True):
         assert_same_bytes(one.cpu(), other.cpu(), "output")
-    rms_norm_static_fp8_quant(strided(x), weight, scale, residual=residual)[0].cpu()
+    rms_norm_static_fp8_quant(NormInputs(strided(x), weight, residual=residual), scale)[0].cpu()
 
 
 def test_sanitizer_tiles(device: torch.device) -> None:
@@ -538,6 +539,6 @@ def test_sanitizer_tiles(device: torch.device) -> None:
     x, residual = exact_input(5, 640, BF16, device, seed=52)
     weight = BF16.make_weight(640, device)
     expected = run_norm(x, weight, residual, BF16)
-    for tile in (kernels.Tile(2, 128, 1), kernels.Tile(4, 512, 2), kernels.Tile(8, 1024, 16)):
+    for tile in (Tile(2, 128, 1), Tile(4, 512, 2), Tile(8, 1024, 16)):
         for one, other in zip(run_norm(x, weight, residual, BF16, tile), expected, strict=True):
             assert_same_bytes(one.cpu(), other.cpu(), f"{tile}")

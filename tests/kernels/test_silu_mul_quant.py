@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from vllm_fusion_plugin.kernels import silu_mul_quant as kernels
-from vllm_fusion_plugin.kernels.forms import is_native
-from vllm_fusion_plugin.ops.quant import group_fp8_quant_reference, static_fp8_quant_reference
+from vllm_fusion_plugin.kernels.rounding import is_native
+from vllm_fusion_plugin.ops.quant import GroupScales, group_fp8_quant_reference, static_fp8_quant_reference
 from vllm_fusion_plugin.ops.silu_mul_quant import (
     silu_mul_group_fp8_quant,
     silu_mul_group_fp8_quant_reference,
@@ -22,7 +22,7 @@ from vllm_fusion_plugin.ops.silu_mul_quant import (
 
 from .cases import (
     DTYPES,
-    EPS,
+    TMA,
     GroupMode,
     StaticMode,
     all_values,
@@ -48,14 +48,14 @@ from .checks import (
 )
 from .test_numerics import _silu_kernel, run
 
-DEEPSEEK = GroupMode(torch.bfloat16, 128, True, True, False, "custom_op", "custom_op")
+DEEPSEEK = GroupMode(torch.bfloat16, 128, "tma", False, "custom_op", "custom_op")
 OPS = torch.ops.vllm_fusion_plugin
 
 
 # ---- what is expected ------------------------------------------------------------------------------------------------
 
 
-def activation(x: torch.Tensor, act_form: str, quant_form: str) -> torch.Tensor:
+def activation(x: torch.Tensor, act_rounding: str, quant_rounding: str) -> torch.Tensor:
     """silu(gate) * up with the bits that the kernel should have.
 
     custom_op rounds silu(gate) to x's dtype, where the kernel and IEEE division agree for every gate. native keeps fp32,
@@ -63,19 +63,19 @@ def activation(x: torch.Tensor, act_form: str, quant_form: str) -> torch.Tensor:
     enough to change y's rounding to x's dtype, but not never. So silu(gate) comes from the kernel's own function there,
     by the gate's bit pattern; test_numerics.py compares that function with Inductor's division for every gate.
     """
-    if act_form != "native":
-        return silu_mul_reference(x, act_form)
+    if act_rounding != "native":
+        return silu_mul_reference(x, act_rounding)
     table = run(_silu_kernel, all_values(x.dtype, x.device), EXACT=False)
     gate, up = x.chunk(2, dim=-1)
     y = table[gate.contiguous().view(torch.int16).int() & 0xFFFF] * up.float()
-    return y if is_native(quant_form) else y.to(x.dtype)
+    return y if is_native(quant_rounding) else y.to(x.dtype)
 
 
 def run_group(x: torch.Tensor, mode: GroupMode) -> tuple[Guarded, Guarded]:
     codes = guarded_codes(x)
-    scales = guarded_scales(x, mode.group_size, mode.column_major_scales, mode.tma_aligned_scales)
+    scales = guarded_scales(x, mode.scales)
     kernels.silu_mul_group_fp8_quant(
-        x, codes.tensor, scales.tensor, mode.group_size, mode.use_ue8m0, EPS, mode.act_form, mode.quant_form
+        x, codes.tensor, scales.tensor, mode.group_size, mode.use_ue8m0, mode.act_rounding, mode.quant_rounding
     )
     codes.check()
     scales.check()
@@ -83,20 +83,22 @@ def run_group(x: torch.Tensor, mode: GroupMode) -> tuple[Guarded, Guarded]:
 
 
 def check_group(x: torch.Tensor, mode: GroupMode) -> None:
-    *layout, act_form, quant_form = mode[1:]
-    y = activation(x, act_form, quant_form)
-    check_guarded(*run_group(x, mode), *group_fp8_quant_reference(y, *layout, EPS, quant_form), quant_form)
+    act_rounding, quant_rounding = mode.act_rounding, mode.quant_rounding
+    y = activation(x, act_rounding, quant_rounding)
+    check_guarded(*run_group(x, mode), *group_fp8_quant_reference(y, mode.scales, quant_rounding), quant_rounding)
 
 
 def run_static(x: torch.Tensor, scale: torch.Tensor, mode: StaticMode) -> torch.Tensor:
     codes = guarded_codes(x)
-    kernels.silu_mul_static_fp8_quant(x, scale, codes.tensor, mode.act_form, mode.quant_form)
+    kernels.silu_mul_static_fp8_quant(x, scale, codes.tensor, mode.act_rounding, mode.quant_rounding)
     codes.check()
     return codes.tensor
 
 
 def check_static(x: torch.Tensor, scale: torch.Tensor, mode: StaticMode) -> None:
-    expected = static_fp8_quant_reference(activation(x, mode.act_form, mode.quant_form), scale, mode.quant_form)
+    expected = static_fp8_quant_reference(
+        activation(x, mode.act_rounding, mode.quant_rounding), scale, mode.quant_rounding
+    )
     assert_same_bytes(run_static(x, scale, mode), one_nan(expected), "codes")
 
 
@@ -126,15 +128,15 @@ def test_group_strided_rows(rows: int, dtype: torch.dtype, device: torch.device)
     check_group(x, DEEPSEEK._replace(dtype=dtype))
 
 
-@pytest.mark.parametrize("quant_form", ["custom_op", "native"])
+@pytest.mark.parametrize("quant_rounding", ["custom_op", "native"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_group_all_bit_patterns(dtype: torch.dtype, quant_form: str, device: torch.device) -> None:
+def test_group_all_bit_patterns(dtype: torch.dtype, quant_rounding: str, device: torch.device) -> None:
     """Every gate once: in the order of the bit patterns (a group is then of one exponent), and shuffled."""
     gates = all_values(dtype, device)
     order = torch.randperm(65536, generator=torch.Generator().manual_seed(4)).to(device)
     x = torch.cat([torch.cat([gates, gates[order]]).view(32, -1), gates[order.flip(0)].repeat(2).view(32, -1)], dim=1)
-    for act_form in ("custom_op", "native"):
-        check_group(x, DEEPSEEK._replace(dtype=dtype, act_form=act_form, quant_form=quant_form))
+    for act_rounding in ("custom_op", "native"):
+        check_group(x, DEEPSEEK._replace(dtype=dtype, act_rounding=act_rounding, quant_rounding=quant_rounding))
 
 
 def test_group_floors(device: torch.device) -> None:
@@ -148,14 +150,14 @@ def test_group_floors(device: torch.device) -> None:
 
 
 # the layout moves scales about and no more: test_group_modes has them all
-@pytest.mark.parametrize("mode", [mode for mode in group_modes() if not mode.column_major_scales], ids=str)
+@pytest.mark.parametrize("mode", [mode for mode in group_modes() if mode.scale_layout == "row"], ids=str)
 def test_group_against_op_reference(mode: GroupMode, device: torch.device) -> None:
     """The op's own reference, whose SiLU divides exactly in both forms: equal bytes, or one code apart where the kernel's
     division is Inductor's (see `activation`), which the seeds here never make more than 1 code in 500."""
     x = random_input(5, 3 * mode.group_size, mode.dtype, device, seed=5)
     codes, scales = run_group(x, mode)
     expected_codes, expected_scales = silu_mul_group_fp8_quant_reference(x, **mode.arguments())
-    if mode.act_form == "custom_op":
+    if mode.act_rounding == "custom_op":
         assert_same_bytes(codes.tensor, expected_codes, "codes")
         assert_same_bytes(scales.tensor, expected_scales, "scales")
         return
@@ -165,16 +167,16 @@ def test_group_against_op_reference(mode: GroupMode, device: torch.device) -> No
     torch.testing.assert_close(scales.tensor, expected_scales, rtol=torch.finfo(mode.dtype).eps, atol=0)
 
 
-@pytest.mark.parametrize("quant_form", ["custom_op", "native"])
+@pytest.mark.parametrize("quant_rounding", ["custom_op", "native"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_eager_keeps_the_sign_of_a_zero_up(dtype: torch.dtype, quant_form: str, device: torch.device) -> None:
+def test_eager_keeps_the_sign_of_a_zero_up(dtype: torch.dtype, quant_rounding: str, device: torch.device) -> None:
     """All that distinguishes it from custom_op, whose + 0.0 turns -0 into +0."""
-    eager = DEEPSEEK._replace(dtype=dtype, act_form="eager", quant_form=quant_form)
+    eager = DEEPSEEK._replace(dtype=dtype, act_rounding="eager", quant_rounding=quant_rounding)
     x = random_input(5, 256, dtype, device, seed=8)
     x[:, 256::3] = -0.0
     check_group(x, eager)
-    check_group(x, eager._replace(act_form="custom_op"))
-    kept, lost = (run_group(x, eager._replace(act_form=form))[0].tensor for form in ("eager", "custom_op"))
+    check_group(x, eager._replace(act_rounding="custom_op"))
+    kept, lost = (run_group(x, eager._replace(act_rounding=form))[0].tensor for form in ("eager", "custom_op"))
     differ = as_bits(kept) != as_bits(lost)
     assert bool(differ.any())
     assert bool((as_bits(kept)[differ] & 0x7F == 0).all())
@@ -204,7 +206,7 @@ def test_static_shapes(rows: int, width: int, device: torch.device) -> None:
 @pytest.mark.parametrize("rows", [0, 1, 5])
 def test_group_op_is_its_kernel(rows: int, device: torch.device) -> None:
     x = random_input(rows, 384, torch.bfloat16, device, seed=7)
-    outputs = silu_mul_group_fp8_quant(x, 128, column_major_scales=True, tma_aligned_scales=True)
+    outputs = silu_mul_group_fp8_quant(x, TMA)
     check_tma_outputs(outputs, run_group(x, DEEPSEEK))
 
 
@@ -215,8 +217,8 @@ def test_static_op_is_its_kernel(device: torch.device) -> None:
 
 
 GROUP_ARGUMENTS = [
-    (128, False, False, False, EPS, "custom_op", "custom_op"),
-    (64, True, True, True, EPS, "native", "native"),
+    (128, "row", False, "custom_op", "custom_op"),
+    (64, "tma", True, "native", "native"),
 ]
 
 
@@ -236,13 +238,13 @@ def test_static_opcheck(device: torch.device) -> None:
 def test_compiled_ops_with_dynamic_tokens(device: torch.device) -> None:
     @torch.compile(fullgraph=True, dynamic=True)
     def compiled(x: torch.Tensor, scale: torch.Tensor):
-        group = OPS.silu_mul_group_fp8_quant(x, 128, True, True, False, EPS, "custom_op", "custom_op")
+        group = OPS.silu_mul_group_fp8_quant(x, 128, "tma", False, "custom_op", "custom_op")
         return *group, OPS.silu_mul_static_fp8_quant(x, scale, "custom_op", "custom_op")
 
     scale = torch.tensor([0.03], device=device)
     for rows in (5, 2, 33):
         x = random_input(rows, 256, torch.bfloat16, device, seed=rows)
-        group = silu_mul_group_fp8_quant(x, 128, column_major_scales=True, tma_aligned_scales=True)
+        group = silu_mul_group_fp8_quant(x, TMA)
         assert_same_outputs(compiled(x, scale), (*group, silu_mul_static_fp8_quant(x, scale)))
 
 
@@ -284,11 +286,11 @@ def test_bad_input_is_refused(bad: str, device: torch.device) -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"group_size": 32}, r"group_size=32 .*allowed: 64, 128"),
-        ({"group_size": 0}, r"group_size=0 .*allowed: 64, 128"),
-        ({"tma_aligned_scales": True}, r"tma_aligned_scales=True needs column_major_scales=True"),
-        ({"act_form": "exact"}, r"act_form='exact' .*allowed: custom_op, eager, native"),
-        ({"quant_form": ""}, r"quant_form='' .*allowed: custom_op, reciprocal, native"),
+        ({"scales": GroupScales(32)}, r"group_size=32 .*allowed: 64, 128"),
+        ({"scales": GroupScales(0)}, r"group_size=0 .*allowed: 64, 128"),
+        ({"scales": GroupScales(layout="rows")}, r"scale_layout='rows' is not known; allowed: row, column, tma"),
+        ({"act_rounding": "exact"}, r"act_rounding='exact' .*allowed: custom_op, eager, native"),
+        ({"quant_rounding": ""}, r"quant_rounding='' .*allowed: custom_op, reciprocal, native"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -301,8 +303,8 @@ def test_bad_group_argument_is_refused(arguments: dict, message: str, device: to
 def test_width_that_no_group_divides_is_refused(device: torch.device) -> None:
     x = torch.zeros(2, 2 * 192, dtype=torch.bfloat16, device=device)
     with pytest.raises(ValueError, match=r"output width 192 is not a multiple of group_size=128"):
-        silu_mul_group_fp8_quant(x, 128)
-    assert silu_mul_group_fp8_quant(x, 64)[1].shape == (2, 3)
+        silu_mul_group_fp8_quant(x, GroupScales(128))
+    assert silu_mul_group_fp8_quant(x, GroupScales(64))[1].shape == (2, 3)
 
 
 @pytest.mark.parametrize(
@@ -324,14 +326,14 @@ def test_bad_scale_is_refused(scale: torch.Tensor, message: str, device: torch.d
 
 def test_bad_static_forms_are_refused(device: torch.device) -> None:
     scale = torch.ones(1, device=device)
-    for name, allowed in (("act_form", "custom_op, eager, native"), ("quant_form", "custom_op, native")):
+    for name, allowed in (("act_rounding", "custom_op, eager, native"), ("quant_rounding", "custom_op, native")):
         with pytest.raises(ValueError, match=rf"{name}='inductor' .*allowed: {allowed}"):
             silu_mul_static_fp8_quant(X.to(device), scale, **{name: "inductor"})
 
 
 def test_bad_arguments_are_refused_while_compiling(device: torch.device) -> None:
     compiled = torch.compile(
-        lambda x: OPS.silu_mul_group_fp8_quant(x, 96, False, False, False, EPS, "custom_op", "custom_op"),
+        lambda x: OPS.silu_mul_group_fp8_quant(x, 96, "row", False, "custom_op", "custom_op"),
         fullgraph=True,
     )
     with pytest.raises(Exception, match=r"group_size=96 .*allowed: 64, 128"):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_fusion_plugin.kernels import silu_mul_quant as kernels
-from vllm_fusion_plugin.ops.quant import FP8_DTYPE, empty_group_scales
+from vllm_fusion_plugin.ops.quant import FP8_DTYPE
 from vllm_fusion_plugin.ops.silu_mul_quant import (
     silu_mul_group_fp8_quant,
     silu_mul_group_fp8_quant_reference,
@@ -26,7 +26,7 @@ from vllm_fusion_plugin.ops.silu_mul_quant import (
 
 from .cases import (
     DTYPES,
-    EPS,
+    TMA,
     GroupMode,
     StaticMode,
     all_values,
@@ -60,16 +60,16 @@ CHUNK = (8192, 12288)  # rows and output width, so that one chunk is 1e8 element
 UPS = 200
 STATIC_SCALES = (1.0, 0.0123, 3e-5, 700.0)
 
-DEEPSEEK = GroupMode(torch.bfloat16, 128, True, True, False, "custom_op", OPAQUE)
-GROUP_MODES = group_modes(quant_forms=(OPAQUE,))
-STATIC_MODES = static_modes(quant_forms=("custom_op",))
+DEEPSEEK = GroupMode(torch.bfloat16, 128, "tma", False, "custom_op", OPAQUE)
+GROUP_MODES = group_modes(quant_roundings=(OPAQUE,))
+STATIC_MODES = static_modes(quant_roundings=("custom_op",))
 
 
 # ---- what vLLM computes ----------------------------------------------------------------------------------------------
 
 
 class Unfused:
-    """vLLM's pair of ops. With act_form="native" the first of them is Inductor's kernel, which stores in x's dtype."""
+    """vLLM's pair of ops. With act_rounding="native" the first of them is Inductor's kernel, which stores in x's dtype."""
 
     def __init__(self) -> None:
         import vllm._custom_ops  # noqa: F401  (loads the extension that defines torch.ops._C)
@@ -77,18 +77,18 @@ class Unfused:
         self.ops = torch.ops._C
         self.native = torch.compile(forward_native, dynamic=True)
 
-    def activation(self, x: torch.Tensor, act_form: str) -> torch.Tensor:
-        if act_form == "native":
+    def activation(self, x: torch.Tensor, act_rounding: str) -> torch.Tensor:
+        if act_rounding == "native":
             return self.native(x)
         y = x.new_empty((x.shape[0], x.shape[1] // 2))
         self.ops.silu_and_mul(y, x)
         return y
 
     def group(self, x: torch.Tensor, mode: GroupMode) -> tuple[torch.Tensor, torch.Tensor]:
-        return vllms_group_quant(self.activation(x, mode.act_form), mode)
+        return vllms_group_quant(self.activation(x, mode.act_rounding), mode)
 
     def static(self, x: torch.Tensor, scale: torch.Tensor, mode: StaticMode) -> torch.Tensor:
-        y = self.activation(x, mode.act_form)
+        y = self.activation(x, mode.act_rounding)
         codes = torch.empty_like(y, dtype=FP8_DTYPE)
         self.ops.static_scaled_fp8_quant(codes, y, scale)
         return codes
@@ -158,7 +158,9 @@ def test_static_all_gates(dtype: torch.dtype, unfused: Unfused, device: torch.de
         for mode in STATIC_MODES:
             for scale in STATIC_SCALES if mode.dtype == dtype else ():
                 scales = torch.tensor([scale], device=device)
-                codes = silu_mul_static_fp8_quant(x, scales, act_form=mode.act_form, quant_form=mode.quant_form)
+                codes = silu_mul_static_fp8_quant(
+                    x, scales, act_rounding=mode.act_rounding, quant_rounding=mode.quant_rounding
+                )
                 assert_same_bytes(codes, unfused.static(x, scales, mode), f"{what}, {mode}, scale {scale}")
 
 
@@ -185,7 +187,7 @@ def test_group_random(mode: GroupMode, unfused: Unfused, device: torch.device) -
 def test_static_random(mode: StaticMode, unfused: Unfused, device: torch.device) -> None:
     for number, x in chunks(mode.dtype, device, seed=100 + STATIC_MODES.index(mode)):
         scale = torch.tensor([STATIC_SCALES[number % len(STATIC_SCALES)]], device=device)
-        codes = silu_mul_static_fp8_quant(x, scale, act_form=mode.act_form, quant_form=mode.quant_form)
+        codes = silu_mul_static_fp8_quant(x, scale, act_rounding=mode.act_rounding, quant_rounding=mode.quant_rounding)
         assert_same_bytes(codes, unfused.static(x, scale, mode), f"chunk {number}")
 
 
@@ -195,7 +197,7 @@ def test_static_random(mode: StaticMode, unfused: Unfused, device: torch.device)
 def test_group_model_shapes(rows: int, width: int, unfused: Unfused, device: torch.device) -> None:
     x = random_input(rows, width, torch.bfloat16, device, seed=rows)
     # two modes, since every pair of a mode and a tile is one more kernel to compile
-    for mode in (DEEPSEEK, DEEPSEEK._replace(group_size=64, tma_aligned_scales=False, act_form="native")):
+    for mode in (DEEPSEEK, DEEPSEEK._replace(group_size=64, scale_layout="column", act_rounding="native")):
         check_group(x, mode, unfused, str(mode))
     # vLLM's silu_and_mul wants contiguous rows: the strided ones must give what the contiguous ones do
     outputs = silu_mul_group_fp8_quant(strided(x), **DEEPSEEK.arguments())
@@ -207,7 +209,7 @@ def test_group_model_shapes(rows: int, width: int, unfused: Unfused, device: tor
 
 def inductors(quantise: Callable, mode: GroupMode | StaticMode, unfused: Unfused) -> Callable:
     """vLLM's native quantiser as Inductor compiles it, after the SiLU·mul of the mode (in the same kernel if native)."""
-    if mode.act_form == "native":
+    if mode.act_rounding == "native":
         return torch.compile(lambda x, *scale: quantise(forward_native(x), *scale))
     compiled = torch.compile(quantise)
     return lambda x, *scale: compiled(unfused.activation(x, "custom_op"), *scale)
@@ -224,7 +226,7 @@ def assert_one_step_at_most(codes: torch.Tensor, expected: torch.Tensor) -> None
 @pytest.mark.parametrize(
     "mode",
     # a compilation by Inductor each; its quantiser's layouts are views, and its arithmetic has no group size
-    [mode for mode in group_modes(quant_forms=(NATIVE,)) if not mode.column_major_scales and mode.group_size == 128],
+    [mode for mode in group_modes(quant_roundings=(NATIVE,)) if mode.scale_layout == "row" and mode.group_size == 128],
     ids=str,
 )
 def test_group_native_quant(mode: GroupMode, unfused: Unfused, device: torch.device) -> None:
@@ -238,7 +240,7 @@ def test_group_native_quant(mode: GroupMode, unfused: Unfused, device: torch.dev
     assert_one_step_at_most(codes, expected_codes)
 
 
-@pytest.mark.parametrize("mode", static_modes(quant_forms=("native",)), ids=str)
+@pytest.mark.parametrize("mode", static_modes(quant_roundings=("native",)), ids=str)
 def test_static_native_quant(mode: StaticMode, unfused: Unfused, device: torch.device) -> None:
     from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 
@@ -247,7 +249,7 @@ def test_static_native_quant(mode: StaticMode, unfused: Unfused, device: torch.d
     expected = inductors(quantise, mode, unfused)
     for scale in STATIC_SCALES:
         scales = torch.tensor([scale], device=device)
-        codes = silu_mul_static_fp8_quant(x, scales, act_form=mode.act_form, quant_form=mode.quant_form)
+        codes = silu_mul_static_fp8_quant(x, scales, act_rounding=mode.act_rounding, quant_rounding=mode.quant_rounding)
         assert_one_step_at_most(codes, expected(x, scales)[0])
 
 
@@ -265,7 +267,7 @@ def zeros_but_for_ends(device: torch.device, seeds: tuple[int, int]) -> torch.Te
 
 def test_group_more_than_two_to_the_31_elements(unfused: Unfused, device: torch.device) -> None:
     x = zeros_but_for_ends(device, seeds=(16, 17))
-    for mode in (DEEPSEEK, DEEPSEEK._replace(column_major_scales=False, tma_aligned_scales=False)):
+    for mode in (DEEPSEEK, DEEPSEEK._replace(scale_layout="row")):
         check_ends(silu_mul_group_fp8_quant(x, **mode.arguments()), [unfused.group(x[end], mode) for end in ENDS])
 
 
@@ -293,7 +295,7 @@ def test_pdl_switch_changes_no_byte(monkeypatch: pytest.MonkeyPatch, device: tor
 # ---- compute-sanitizer -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", [DEEPSEEK, DEEPSEEK._replace(tma_aligned_scales=False, group_size=64)], ids=str)
+@pytest.mark.parametrize("mode", [DEEPSEEK, DEEPSEEK._replace(scale_layout="column", group_size=64)], ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 33])
 def test_sanitizer_group(rows: int, mode: GroupMode, device: torch.device) -> None:
     """The op's own allocations, unlike the guarded ones of the other tests: an access past their end is out of bounds."""
@@ -301,7 +303,7 @@ def test_sanitizer_group(rows: int, mode: GroupMode, device: torch.device) -> No
     codes, scales = silu_mul_group_fp8_quant(x, **mode.arguments())
     expected_codes, expected_scales = silu_mul_group_fp8_quant_reference(x, **mode.arguments())
     assert_same_bytes(codes.cpu(), expected_codes.cpu(), "codes")
-    check_columns(scales, expected_scales, mode.tma_aligned_scales)
+    check_columns(scales, expected_scales, mode.scale_layout == "tma")
 
 
 @pytest.mark.parametrize("rows, width", [(1, 512), (3, 700), (17, 2048)])
@@ -318,8 +320,8 @@ def test_sanitizer_tiles(device: torch.device) -> None:
     expected = silu_mul_group_fp8_quant_reference(x, **DEEPSEEK.arguments())
     for tile in (kernels.Tile(1, 4, 1), kernels.Tile(2, 2, 2), kernels.Tile(8, 1, 4)):
         codes = torch.empty_like(expected[0])
-        scales = empty_group_scales(x, 5, 3, True, True)
+        scales = TMA.empty(x, 5, 3 * 128)
         kernels.silu_mul_group_fp8_quant(
-            x, codes, scales, 128, False, EPS, DEEPSEEK.act_form, DEEPSEEK.quant_form, tile=tile
+            x, codes, scales, 128, False, DEEPSEEK.act_rounding, DEEPSEEK.quant_rounding, tile=tile
         )
         assert_same_outputs((codes, scales), expected, str(tile))

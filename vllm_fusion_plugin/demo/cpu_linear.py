@@ -2,7 +2,7 @@
 """Matmul of FP8 values with block scales, in plain torch: what CPU runs where a GPU has its block-scaled GEMM.
 
 Dequantised and multiplied in fp32. An op of its own, because it then is as opaque to Inductor as a GPU's GEMM: codes and
-scales stay values of the graph, and the quantiser that made them stays a form that our patterns know.
+scales stay values of the graph, and the quantiser that made them stays one that our patterns know.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from . import numerics, quant
-from .forms import is_native
 from .launch import choose, launch, row_stride, rows_with_padding
 from .pdl import pdl_options, wait_for_producer
+from .rounding import is_native
 from .tiles import MAX_GRID_1, cdiv, next_power_of_2, tile_grid
 
 
@@ -86,7 +86,7 @@ def _group_kernel(
     GATE_FIRST: tl.constexpr,
     SIGMOID: tl.constexpr,
     KEEP_FP32: tl.constexpr,
-    FORM: tl.constexpr,
+    ROUNDING: tl.constexpr,
     SCALES_FROM_ALL: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -129,13 +129,13 @@ def _group_kernel(
     GROUPS: tl.constexpr = TILE_HEADS * BLOCK_GROUPS
     # The parts of a thread side by side: where in a group a number is does not matter to the quantiser.
     y = tl.reshape(tl.permute(y, (1, 2, 0, 3)), (TILE_ROWS, GROUPS, GROUP_SIZE))
-    if numerics.HAS_PTX and x.dtype == tl.bfloat16 and (FORM == "custom_op" or FORM == "reciprocal"):
-        scale, codes = quant.group_of_bf16(y, eps, FORM, UE8M0)
+    if numerics.HAS_PTX and x.dtype == tl.bfloat16 and (ROUNDING == "custom_op" or ROUNDING == "reciprocal"):
+        scale, codes = quant.group_of_bf16(y, eps, ROUNDING, UE8M0)
     else:
         if not KEEP_FP32:
             y = numerics.rounded(y, x.dtype)
-        scale = quant.group_scale(y, eps, FORM, UE8M0)
-        codes = quant.group_codes(y, scale, FORM, UE8M0)
+        scale = quant.group_scale(y, eps, ROUNDING, UE8M0)
+        codes = quant.group_codes(y, scale, ROUNDING, UE8M0)
     codes = tl.permute(tl.reshape(codes, (TILE_ROWS, TILE_HEADS, PARTS, PART)), (2, 0, 1, 3))
     codes_ptrs = codes_ptr + row64 * (heads * HEAD_DIM) + head64 * HEAD_DIM
     codes_ptrs += in_rows * (heads * HEAD_DIM) + (in_heads * HEAD_DIM + column)
@@ -211,9 +211,8 @@ def gated_rms_norm_group_fp8_quant(
     activation: str,
     group_size: int,
     use_ue8m0: bool,
-    eps: float,
-    norm_form: str,
-    quant_form: str,
+    norm_rounding: str,
+    quant_rounding: str,
     tile: Tile | None = None,
     pdl: bool | None = None,
 ) -> None:
@@ -243,7 +242,7 @@ def gated_rms_norm_group_fp8_quant(
         scales.stride(0),
         scales.stride(1),
         epsilon,
-        eps,
+        quant.EPS,
         HEAD_DIM=head_dim,
         BLOCK=block,
         GROUP_SIZE=group_size,
@@ -256,8 +255,8 @@ def gated_rms_norm_group_fp8_quant(
         UE8M0=use_ue8m0,
         GATE_FIRST=not norm_before_gate,
         SIGMOID=activation == "sigmoid",
-        KEEP_FP32=norm_form == "native" and is_native(quant_form),
-        FORM=quant_form,
+        KEEP_FP32=norm_rounding == "native" and is_native(quant_rounding),
+        ROUNDING=quant_rounding,
         SCALES_FROM_ALL=tile.scales_from_all,
         num_warps=max(min(tile.heads * block // (WARP * parts), MAX_WARPS), 1),
         enable_fp_fusion=True,  # squares are added by fma, as in Inductor's kernels; Triton's default will not last

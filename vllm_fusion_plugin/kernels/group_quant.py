@@ -35,7 +35,7 @@ def _kernel(
     EVEN_GROUPS: tl.constexpr,
     PADDED: tl.constexpr,
     UE8M0: tl.constexpr,
-    FORM: tl.constexpr,
+    ROUNDING: tl.constexpr,
     SCALES_FROM_ALL: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -50,9 +50,9 @@ def _kernel(
         mask = mask & (column < width)[None, :, :]
     y = tl.load(x_ptr + row64[:, None, None] * x_stride + column[None, :, :], mask=mask, other=0.0).to(tl.float32)
 
-    scale = quant.group_scale(y, eps, FORM, UE8M0)
+    scale = quant.group_scale(y, eps, ROUNDING, UE8M0)
     codes_ptrs = codes_ptr + row64[:, None, None] * width + column[None, :, :]
-    tl.store(codes_ptrs, quant.group_codes(y, scale, FORM, UE8M0), mask=mask)
+    tl.store(codes_ptrs, quant.group_codes(y, scale, ROUNDING, UE8M0), mask=mask)
     group_mask = group * GROUP_SIZE < width
     scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
     quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, SCALES_FROM_ALL)
@@ -89,8 +89,7 @@ def group_fp8_quant(
     scales: torch.Tensor,
     group_size: int,
     use_ue8m0: bool,
-    eps: float,
-    quant_form: str,
+    quant_rounding: str,
     tile: Tile | None = None,
     pdl: bool | None = None,
 ) -> None:
@@ -114,7 +113,7 @@ def group_fp8_quant(
         row_stride(x),
         scales.stride(0),
         scales.stride(1),
-        eps,
+        quant.EPS,
         GROUP_SIZE=group_size,
         TILE_ROWS=tile.rows,
         TILE_GROUPS=tile.groups,
@@ -122,7 +121,7 @@ def group_fp8_quant(
         EVEN_GROUPS=groups % tile.groups == 0,
         PADDED=scales.stride(0) == 1,
         UE8M0=use_ue8m0,
-        FORM=quant_form,
+        ROUNDING=quant_rounding,
         SCALES_FROM_ALL=tile.scales_from_all,
         num_warps=tile.num_warps,
         **pdl_options(x.device, pdl),

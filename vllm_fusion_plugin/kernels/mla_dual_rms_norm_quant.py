@@ -9,22 +9,22 @@ import torch
 import triton
 import triton.language as tl
 
-from . import numerics
-from .forms import is_native
+from . import numerics, quant
 from .launch import choose, launch, row_stride, rows_with_padding
 from .pdl import wait_for_producer
-from .rms_norm_quant import (
-    LARGE,
-    Tile,
-    forms,
+from .rms_norm_quant import QuantConstants, quantise_groups
+from .rounding import is_native
+from .row_norm import (
+    begin,
     inverse_rms,
+    load_rows,
     load_weight,
-    norm_and_quantise_groups,
+    load_weights,
+    norm_constants,
     prefetch_weight,
-    row_tile,
-    start,
     times_weight,
 )
+from .row_order import LARGE, Tile, row_tile
 from .tiles import cdiv, next_power_of_2
 
 
@@ -65,47 +65,37 @@ def _dual_kernel(
     q_epsilon,
     kv_epsilon,
     eps,
-    Q_WIDTH: tl.constexpr,
-    KV_WIDTH: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SUM_WARPS: tl.constexpr,
-    FOLD: tl.constexpr,
+    NORM: tl.constexpr,  # q's
+    KV_NORM: tl.constexpr,
     KV_BLOCK: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    PADDED: tl.constexpr,
-    UE8M0: tl.constexpr,
-    CUSTOM_OP: tl.constexpr,
-    Q_ROUND_SCALED: tl.constexpr,
-    KV_ROUND_SCALED: tl.constexpr,
-    KEEP_FP32: tl.constexpr,
-    FORM: tl.constexpr,
-    EARLY: tl.constexpr,
+    TILE: tl.constexpr,
+    QUANT: tl.constexpr,
     PDL: tl.constexpr,
     PREFETCH: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    first_row = tl.program_id(0) * TILE_ROWS
-    prefetch_weight(q_weight_ptr, Q_WIDTH, PREFETCH, WARPS)
-    prefetch_weight(kv_weight_ptr, KV_WIDTH, PREFETCH, WARPS)
+    prefetch_weight(q_weight_ptr, NORM.width, PREFETCH, WARPS)
+    prefetch_weight(kv_weight_ptr, KV_NORM.width, PREFETCH, WARPS)
     wait_for_producer(PDL)
     # kv is loaded before q and computed with after it, so that both are on their way at once
-    row = first_row + tl.arange(0, TILE_ROWS)
+    row = tl.program_id(0) * TILE.rows + tl.arange(0, TILE.rows)
     row64 = row.to(tl.int64)[:, None]
     column = tl.arange(0, KV_BLOCK)[None, :]
-    mask = (row < rows)[:, None] & (column < KV_WIDTH)
+    mask = (row < rows)[:, None] & (column < KV_NORM.width)
     kv = tl.load(kv_ptr + row64 * kv_stride + column, mask=mask, other=0.0)
-    weight = load_weight(kv_weight_ptr, column, KV_WIDTH, KV_WIDTH == KV_BLOCK)
-    norm_and_quantise_groups(
-        q_ptr, None, q_weight_ptr, codes_ptr, scales_ptr, None, None, first_row, rows, padded_rows, q_stride, 0,
-        scale_row_stride, scale_group_stride, q_epsilon, eps, Q_WIDTH, GROUP_SIZE, TILE_ROWS, CHUNK, SUM_WARPS, FOLD,
-        ALIGNED, PADDED, UE8M0, False, CUSTOM_OP, Q_ROUND_SCALED, KEEP_FP32, FORM, EARLY,
+    weight = load_weight(kv_weight_ptr, column, KV_NORM.width, KV_NORM.width == KV_BLOCK)
+
+    weights = load_weights(q_weight_ptr, NORM.width, TILE)
+    chunks, total = load_rows(q_ptr, None, None, row, rows, q_stride, 0, None, None, 0, 0, NORM, TILE)
+    inverse = inverse_rms(total, q_epsilon, NORM.width, NORM.custom_op)
+    quantise_groups(
+        chunks, weights, inverse, q_weight_ptr, codes_ptr, scales_ptr, None, row, rows, padded_rows,
+        scale_row_stride, scale_group_stride, eps, kv.dtype, NORM, TILE, QUANT,
     )  # fmt: skip
     s = numerics.widen(kv)
-    inverse = inverse_rms(kv_sums(s * s, FOLD), kv_epsilon, KV_WIDTH, CUSTOM_OP)
-    y = times_weight(s * inverse[:, None], weight, kv.dtype, False, KV_ROUND_SCALED, False)
-    tl.store(kv_normed_ptr + row64 * KV_WIDTH + column, y.to(kv.dtype), mask=mask)
+    inverse = inverse_rms(kv_sums(s * s, TILE.fold), kv_epsilon, KV_NORM.width, NORM.custom_op)
+    y = times_weight(s * inverse[:, None], weight, kv.dtype, KV_NORM)
+    tl.store(kv_normed_ptr + row64 * KV_NORM.width + column, y.to(kv.dtype), mask=mask)
 
 
 def dual_tile(width: int, kv_width: int, native_quant: bool) -> Tile:
@@ -132,9 +122,8 @@ def mla_dual_rms_norm_group_fp8_quant(
     kv_epsilon: float,
     group_size: int,
     use_ue8m0: bool,
-    eps: float,
-    norm_form: str,
-    quant_form: str,
+    norm_rounding: str,
+    quant_rounding: str,
     tile: Tile | None = None,
     pdl: bool | None = None,
 ) -> None:
@@ -146,8 +135,9 @@ def mla_dual_rms_norm_group_fp8_quant(
     rows, width = q.shape
     if rows == 0:
         return
-    tile = tile or choose(tile_of, rows, width, kv.shape[1], is_native(quant_form))
-    q_forms = forms(q, q_weight, False, norm_form, quant_form)
+    native = is_native(quant_rounding)
+    tile = tile or choose(tile_of, rows, width, kv.shape[1], native)
+    padded = q_scales.stride(0) == 1
     launch(
         _dual_kernel,
         (cdiv(rows, tile.rows),),
@@ -167,19 +157,12 @@ def mla_dual_rms_norm_group_fp8_quant(
         q_scales.stride(1),
         q_epsilon,
         kv_epsilon,
-        eps,
-        Q_WIDTH=width,
-        KV_WIDTH=kv.shape[1],
-        GROUP_SIZE=group_size,
-        **tile.constants(),
+        quant.EPS,
+        NORM=norm_constants(width, q_weight, norm_rounding, keep_fp32=norm_rounding == "native" and native),
+        KV_NORM=norm_constants(kv.shape[1], kv_weight, norm_rounding, keep_fp32=False),
         KV_BLOCK=next_power_of_2(kv.shape[1]),
-        ALIGNED=math.gcd(width, 8),
-        PADDED=q_scales.stride(0) == 1,
-        UE8M0=use_ue8m0,
-        CUSTOM_OP=q_forms["CUSTOM_OP"],
-        Q_ROUND_SCALED=q_forms["ROUND_SCALED"],
-        KV_ROUND_SCALED=forms(kv, kv_weight, False, norm_form, quant_form)["ROUND_SCALED"],
-        KEEP_FP32=q_forms["KEEP_FP32"],
-        FORM=quant_form,
-        **start(q, [q_weight, kv_weight], tile.num_warps, pdl),
+        TILE=tile.constants(),
+        QUANT=QuantConstants("group", quant_rounding, math.gcd(width, 8), group_size, padded, use_ue8m0),
+        WARPS=tile.num_warps,
+        **begin(q, [q_weight, kv_weight], tile.num_warps, pdl),
     )

@@ -65,7 +65,7 @@ def _tile(
     TMA: tl.constexpr,
     W_ROWS: tl.constexpr,
     UE8M0: tl.constexpr,
-    FORM: tl.constexpr,
+    ROUNDING: tl.constexpr,
 ):
     """The codes and scales of TOKENS tokens from `first_token` on, in the `unit`th COLUMNS columns."""
     head = unit // (V // COLUMNS)
@@ -104,8 +104,8 @@ def _tile(
 
     y = rounded(acc, x_ptr.dtype.element_ty)
     y = tl.reshape(y, (TOKENS, COLUMNS // GROUP_SIZE, GROUP_SIZE))
-    scale = quant.group_scale(y, eps, FORM, UE8M0)
-    code = tl.reshape(quant.group_codes(y, scale, FORM, UE8M0), (TOKENS, COLUMNS))
+    scale = quant.group_scale(y, eps, ROUNDING, UE8M0)
+    code = tl.reshape(quant.group_codes(y, scale, ROUNDING, UE8M0), (TOKENS, COLUMNS))
     first_out = head * V + first_column
     row = first_token + token
     codes_ptrs = codes_ptr + row.to(tl.int64)[:, None] * codes_stride + first_out + column[None, :]
@@ -154,7 +154,7 @@ def _group_kernel(
     PERSISTENT: tl.constexpr,
     W_ROWS: tl.constexpr,
     UE8M0: tl.constexpr,
-    FORM: tl.constexpr,
+    ROUNDING: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_producer(PDL)
@@ -168,7 +168,7 @@ def _group_kernel(
                 x_ptr, w_ptr, x_desc, w_desc, codes_ptr, scales_ptr, tokens, padded_tokens, padded_groups,
                 x_token_stride, x_head_stride, x_stride, w_head_stride, w_row_stride, w_column_stride,
                 codes_stride, scale_token_stride, scale_group_stride, eps,
-                L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, W_ROWS, UE8M0, FORM,
+                L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, W_ROWS, UE8M0, ROUNDING,
             )  # fmt: skip
     else:
         _tile(
@@ -176,7 +176,7 @@ def _group_kernel(
             x_ptr, w_ptr, x_desc, w_desc, codes_ptr, scales_ptr, tokens, padded_tokens, padded_groups,
             x_token_stride, x_head_stride, x_stride, w_head_stride, w_row_stride, w_column_stride,
             codes_stride, scale_token_stride, scale_group_stride, eps,
-            L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, W_ROWS, UE8M0, FORM,
+            L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, W_ROWS, UE8M0, ROUNDING,
         )  # fmt: skip
 
 
@@ -250,8 +250,7 @@ def mla_v_up_group_fp8_quant(
     padding: tuple[int, int],
     group_size: int,
     use_ue8m0: bool,
-    eps: float,
-    quant_form: str,
+    quant_rounding: str,
     tile: Tile | None = None,
     pdl: bool | None = None,
 ) -> None:
@@ -302,7 +301,7 @@ def mla_v_up_group_fp8_quant(
         *strides,
         codes.stride(0),
         *scales.stride(),
-        eps,
+        quant.EPS,
         L=depth,
         V=width,
         GROUP_SIZE=group_size,
@@ -315,7 +314,7 @@ def mla_v_up_group_fp8_quant(
         PERSISTENT=tile.persistent,
         W_ROWS=w_rows,
         UE8M0=use_ue8m0,
-        FORM=quant_form,
+        ROUNDING=quant_rounding,
         num_warps=tile.num_warps,
         **pdl_options(attn_out.device, pdl),
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """FP8 quantisers for the end of a kernel: scales and codes of values that are in registers.
 
-FORM is a group quantiser's `quant_form`; NATIVE says that a token or static quantiser's is `native`. The forms are described
-in ops/quant.py. Values y are fp32, already rounded as the form of whatever computed them asks for.
+ROUNDING is a group quantiser's `quant_rounding`; NATIVE says that a token or static quantiser's is `native`. What they are
+is in ops/quant.py. Values y are fp32, already rounded as by whatever computed them.
 """
 
 from __future__ import annotations
@@ -12,21 +12,23 @@ import triton.language as tl
 
 from . import numerics
 
+# Floor of a group's maximum in vLLM's op: the `eps` that its layers call it with.
+EPS = 1e-10
 FP8_MIN_SCALE = tl.constexpr(1.0 / (448.0 * 512.0))
 UE8M0_MIN_SCALE = tl.constexpr(1e-10)
 
 
 @triton.jit
-def group_scale(y, eps, FORM: tl.constexpr, UE8M0: tl.constexpr):
+def group_scale(y, eps, ROUNDING: tl.constexpr, UE8M0: tl.constexpr):
     """Scale [rows, groups] of each group of y [rows, groups, group_size]."""
     top = tl.max(tl.abs(y), axis=2)  # ignores NaN, as fmaxf does
-    if FORM == "native" or FORM == "native_floored":
+    if ROUNDING == "native" or ROUNDING == "native_floored":
         scale = numerics.times_reciprocal_of_448(top)
-        if FORM == "native_floored":
+        if ROUNDING == "native_floored":
             scale = tl.maximum(scale, FP8_MIN_SCALE)
         if UE8M0:
             scale = numerics.exp2_ceil_log2(scale)
-        if FORM == "native":
+        if ROUNDING == "native":
             scale = tl.maximum(scale, FP8_MIN_SCALE)
         has_nan = tl.max((y != y).to(tl.int32), axis=2) > 0
         return tl.where(has_nan, float("nan"), scale)
@@ -43,13 +45,13 @@ def scale_of_maximum(top, eps, UE8M0: tl.constexpr):
 
 
 @triton.jit
-def _quotients(y, scale, FORM: tl.constexpr, UE8M0: tl.constexpr):
+def _quotients(y, scale, ROUNDING: tl.constexpr, UE8M0: tl.constexpr):
     """What becomes e4m3 codes of y [rows, groups, numbers of a group]."""
-    if FORM == "native" or FORM == "native_floored":
+    if ROUNDING == "native" or ROUNDING == "native_floored":
         return y / scale[:, :, None]  # div.full.f32, as in Inductor's kernel
     if UE8M0:
         quotients = y * numerics.reciprocal(scale)[:, :, None]  # a power of two: exact
-    elif FORM == "reciprocal":
+    elif ROUNDING == "reciprocal":
         quotients = y * numerics.rounded_reciprocal(scale)[:, :, None]
     else:
         quotients = numerics.divide(y, scale[:, :, None])
@@ -57,9 +59,9 @@ def _quotients(y, scale, FORM: tl.constexpr, UE8M0: tl.constexpr):
 
 
 @triton.jit
-def group_codes(y, scale, FORM: tl.constexpr, UE8M0: tl.constexpr):
+def group_codes(y, scale, ROUNDING: tl.constexpr, UE8M0: tl.constexpr):
     """e4m3 codes of y [rows, groups, group_size] with scale [rows, groups]."""
-    return _quotients(y, scale, FORM, UE8M0).to(tl.float8e4nv)
+    return _quotients(y, scale, ROUNDING, UE8M0).to(tl.float8e4nv)
 
 
 @triton.jit
@@ -71,7 +73,7 @@ def _larger_pair(a, b):
 
 
 @triton.jit
-def group_of_bf16(y, eps, FORM: tl.constexpr, UE8M0: tl.constexpr):
+def group_of_bf16(y, eps, ROUNDING: tl.constexpr, UE8M0: tl.constexpr):
     """Scale and codes, not native, of fp32 y [rows, groups, group_size] rounded to bf16, two at a time. Needs PTX."""
     even, odd = tl.split(tl.reshape(y, (y.shape[0], y.shape[1], y.shape[2] // 2, 2)))
     pairs, even, odd = numerics.rounded_pairs(even, odd)
@@ -79,7 +81,7 @@ def group_of_bf16(y, eps, FORM: tl.constexpr, UE8M0: tl.constexpr):
     low, high = (top << 16).to(tl.float32, bitcast=True), (top & -65536).to(tl.float32, bitcast=True)
     scale = scale_of_maximum(tl.maximum(tl.abs(low), tl.abs(high)), eps, UE8M0)
     # Joined only now: Triton would move the numbers, and not the scale, to where the other one is.
-    codes = tl.join(_quotients(even, scale, FORM, UE8M0), _quotients(odd, scale, FORM, UE8M0))
+    codes = tl.join(_quotients(even, scale, ROUNDING, UE8M0), _quotients(odd, scale, ROUNDING, UE8M0))
     return scale, tl.reshape(codes, y.shape).to(tl.float8e4nv)
 
 

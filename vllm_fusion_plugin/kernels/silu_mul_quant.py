@@ -8,16 +8,16 @@ import triton
 import triton.language as tl
 
 from . import numerics, nvfp4, quant
-from .forms import is_native
 from .launch import choose, launch, row_stride, rows_with_padding
 from .pdl import pdl_options, wait_for_producer
+from .rounding import is_native
 from .tiles import GroupTile as Tile
 from .tiles import cdiv, next_power_of_2, tile_grid
 
 
 @triton.jit
 def _silu_mul(gate, up, TWICE: tl.constexpr, ADD_ZERO: tl.constexpr, EXACT: tl.constexpr, KEEP_FP32: tl.constexpr):
-    """silu(gate) * up in fp32, after the roundings that the form asks for."""
+    """silu(gate) * up in fp32, after the roundings that are asked for."""
     dtype = gate.dtype
     silu = numerics.silu(numerics.widen(gate), EXACT)
     if TWICE:
@@ -56,7 +56,7 @@ def _group_kernel(
     ADD_ZERO: tl.constexpr,
     EXACT: tl.constexpr,
     KEEP_FP32: tl.constexpr,
-    FORM: tl.constexpr,
+    ROUNDING: tl.constexpr,
     SCALES_FROM_ALL: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -74,9 +74,9 @@ def _group_kernel(
     up = tl.load(x_ptrs + width, mask=mask, other=0.0)
 
     y = _silu_mul(gate, up, TWICE, ADD_ZERO, EXACT, KEEP_FP32)
-    scale = quant.group_scale(y, eps, FORM, UE8M0)
+    scale = quant.group_scale(y, eps, ROUNDING, UE8M0)
     codes_ptrs = codes_ptr + row64[:, None, None] * width + column[None, :, :]
-    tl.store(codes_ptrs, quant.group_codes(y, scale, FORM, UE8M0), mask=mask)
+    tl.store(codes_ptrs, quant.group_codes(y, scale, ROUNDING, UE8M0), mask=mask)
     group_mask = group * GROUP_SIZE < width
     scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
     quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, SCALES_FROM_ALL)
@@ -151,13 +151,13 @@ def static_block(rows: int, width: int) -> int:
     return 2048 if width % 2048 == 0 and rows > 16 else 512
 
 
-def _forms(x: torch.Tensor, act_form: str, quant_form: str) -> dict[str, bool]:
-    twice = act_form != "native"
+def _act_constants(x: torch.Tensor, act_rounding: str, quant_rounding: str) -> dict[str, bool]:
+    twice = act_rounding != "native"
     return {
         "TWICE": twice,
-        "ADD_ZERO": act_form == "custom_op",
+        "ADD_ZERO": act_rounding == "custom_op",
         "EXACT": twice and x.dtype == torch.float16,
-        "KEEP_FP32": not twice and is_native(quant_form),
+        "KEEP_FP32": not twice and is_native(quant_rounding),
     }
 
 
@@ -167,9 +167,8 @@ def silu_mul_group_fp8_quant(
     scales: torch.Tensor,
     group_size: int,
     use_ue8m0: bool,
-    eps: float,
-    act_form: str,
-    quant_form: str,
+    act_rounding: str,
+    quant_rounding: str,
     tile: Tile | None = None,
     pdl: bool | None = None,
 ) -> None:
@@ -193,7 +192,7 @@ def silu_mul_group_fp8_quant(
         row_stride(x),
         scales.stride(0),
         scales.stride(1),
-        eps,
+        quant.EPS,
         GROUP_SIZE=group_size,
         TILE_ROWS=tile.rows,
         TILE_GROUPS=tile.groups,
@@ -202,15 +201,15 @@ def silu_mul_group_fp8_quant(
         PADDED=scales.stride(0) == 1,
         UE8M0=use_ue8m0,
         SCALES_FROM_ALL=tile.scales_from_all,
-        FORM=quant_form,
-        **_forms(x, act_form, quant_form),
+        ROUNDING=quant_rounding,
+        **_act_constants(x, act_rounding, quant_rounding),
         num_warps=tile.num_warps,
         **pdl_options(x.device, pdl),
     )
 
 
 def silu_mul_static_fp8_quant(
-    x: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, act_form: str, quant_form: str
+    x: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, act_rounding: str, quant_rounding: str
 ) -> None:
     """Write codes [M, K] of x [M, 2 * K]; arguments as the op checked them."""
     rows, width = codes.shape
@@ -228,8 +227,8 @@ def silu_mul_static_fp8_quant(
         row_stride(x),
         BLOCK=block,
         EVEN=width % block == 0,
-        NATIVE=is_native(quant_form),
-        **_forms(x, act_form, quant_form),
+        NATIVE=is_native(quant_rounding),
+        **_act_constants(x, act_rounding, quant_rounding),
         num_warps=2 if block == 2048 else 1,
         **pdl_options(x.device, None),
     )
@@ -283,7 +282,7 @@ def silu_mul_nvfp4_quant(
     global_scale: torch.Tensor,
     codes: torch.Tensor,
     scales: torch.Tensor,
-    act_form: str,
+    act_rounding: str,
     tile: Tile | None = None,
 ) -> None:
     """Write packed codes [M, K / 2] and swizzled scales of x [M, 2 * K]; arguments as the op checked them.
@@ -296,7 +295,7 @@ def silu_mul_nvfp4_quant(
     padded_rows, quads = scales.shape
     # 1024 elements; untuned, for want of the GPUs that have FP4 GEMMs
     tile = tile or Tile(4, min(16, 4 * next_power_of_2(quads)), 2)
-    forms = _forms(x, act_form, "custom_op")
+    act = _act_constants(x, act_rounding, "custom_op")
     launch(
         _nvfp4_kernel,
         (padded_rows // tile.rows, cdiv(4 * quads, tile.groups)),
@@ -311,9 +310,9 @@ def silu_mul_nvfp4_quant(
         row_stride(x),
         TILE_ROWS=tile.rows,
         TILE_BLOCKS=tile.groups,
-        TWICE=forms["TWICE"],
-        ADD_ZERO=forms["ADD_ZERO"],
-        EXACT=forms["EXACT"],
+        TWICE=act["TWICE"],
+        ADD_ZERO=act["ADD_ZERO"],
+        EXACT=act["EXACT"],
         num_warps=tile.num_warps,
         **pdl_options(x.device, None),
     )

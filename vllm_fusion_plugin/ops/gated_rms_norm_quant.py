@@ -5,10 +5,10 @@
     y = s / sqrt(mean(s ** 2) + epsilon) * weight,            s = x * gate(z)   otherwise
 
 gate is SiLU or sigmoid, the mean is over a head. vLLM's `RMSNormGated.forward_static` computes all of it in fp32 and rounds
-once, to x's dtype; then heads are put side by side and quantised. `norm_form` says what the quantiser gets:
+once, to x's dtype; then heads are put side by side and quantised. `norm_rounding` says what the quantiser gets:
 
 `native`
-    What Inductor compiles (vLLM's default): y rounded to x's dtype before an opaque quantiser (`quant_form="custom_op"`),
+    What Inductor compiles (vLLM's default): y rounded to x's dtype before an opaque quantiser (`custom_op`, `reciprocal`),
     unrounded before a native quantiser, which Inductor puts into the same kernel.
 `eager`
     y rounded to x's dtype in any case: eager torch, and Inductor with `emulate_precision_casts`.
@@ -30,18 +30,18 @@ import torch
 
 from .quant import (
     FP8_DTYPE,
-    GROUP_FORMS,
+    GROUP_ROUNDINGS,
     INPUT_DTYPES,
-    check_form,
-    check_group_layout,
-    empty_group_scales,
+    SCALES,
+    GroupScales,
+    check_choice,
     group_fp8_quant_reference,
     is_native,
 )
 from .registry import register
 
 ACTIVATIONS = ("silu", "sigmoid")
-NORM_FORMS = ("native", "eager")
+NORM_ROUNDINGS = ("native", "eager")
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # A head is read at once: 1024 threads, 16 bytes each.
 MAX_HEAD_DIM = 8192
@@ -75,11 +75,9 @@ def _check(
     weight: torch.Tensor,
     num_heads: int,
     activation: str,
-    group_size: int,
-    column_major: bool,
-    tma_aligned: bool,
-    norm_form: str,
-    quant_form: str,
+    how: GroupScales,
+    norm_rounding: str,
+    quant_rounding: str,
 ) -> tuple[int, int]:
     """Tokens and output width; ValueError on what no kernel takes."""
     if x.dtype not in INPUT_DTYPES:
@@ -113,14 +111,15 @@ def _check(
         )
     if weight.device != x.device:
         raise ValueError(f"weight is on {weight.device}; allowed: x's device, {x.device}")
-    check_form("activation", activation, ACTIVATIONS)
-    check_group_layout(num_heads * head_dim, group_size, column_major, tma_aligned)
+    check_choice("activation", activation, ACTIVATIONS)
+    how.check(num_heads * head_dim)
+    group_size = how.group_size
     if head_dim % group_size or not 0 < head_dim <= MAX_HEAD_DIM:
         raise ValueError(
             f"x has heads of {head_dim}; allowed: multiples of group_size={group_size} from {group_size} to {MAX_HEAD_DIM}"
         )
-    check_form("norm_form", norm_form, NORM_FORMS)
-    check_form("quant_form", quant_form, GROUP_FORMS)
+    check_choice("norm_rounding", norm_rounding, NORM_ROUNDINGS)
+    check_choice("quant_rounding", quant_rounding, GROUP_ROUNDINGS)
     return x.shape[0] if x.dim() == 3 else x.shape[0] // num_heads, num_heads * head_dim
 
 
@@ -130,81 +129,51 @@ def gated_rms_norm_group_fp8_quant_reference(
     weight: torch.Tensor,
     epsilon: float,
     num_heads: int,
+    scales: GroupScales = GroupScales(),
+    *,
     norm_before_gate: bool = True,
     activation: str = "silu",
-    group_size: int = 128,
-    column_major_scales: bool = False,
-    tma_aligned_scales: bool = False,
-    use_ue8m0: bool = False,
-    eps: float = 1e-10,
-    norm_form: str = "native",
-    quant_form: str = "custom_op",
+    norm_rounding: str = "native",
+    quant_rounding: str = "custom_op",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`gated_rms_norm_group_fp8_quant` in plain torch, on any device."""
-    rows, width = _check(
-        x, z, weight, num_heads, activation, group_size, column_major_scales, tma_aligned_scales, norm_form, quant_form
-    )
-    rounded = norm_form != "native" or not is_native(quant_form)
+    shape = _check(x, z, weight, num_heads, activation, scales, norm_rounding, quant_rounding)
+    rounded = norm_rounding != "native" or not is_native(quant_rounding)
     y = gated_rms_norm_reference(x, z, weight, epsilon, norm_before_gate, activation, rounded=rounded)
-    return group_fp8_quant_reference(
-        y.reshape(rows, width), group_size, column_major_scales, tma_aligned_scales, use_ue8m0, eps, quant_form
-    )
+    return group_fp8_quant_reference(y.reshape(shape), scales, quant_rounding)
 
 
-def _fake(
-    x,
-    z,
-    weight,
-    epsilon,
-    num_heads,
-    norm_before_gate,
-    activation,
-    group_size,
-    column_major_scales,
-    tma_aligned_scales,
-    use_ue8m0,
-    eps,
-    norm_form,
-    quant_form,
-):
-    rows, width = _check(
-        x, z, weight, num_heads, activation, group_size, column_major_scales, tma_aligned_scales, norm_form, quant_form
-    )
-    scales = empty_group_scales(x, rows, width // group_size, column_major_scales, tma_aligned_scales)
-    return x.new_empty((rows, width), dtype=FP8_DTYPE), scales
+def _fake(x, z, weight, epsilon, num_heads, norm_before_gate, activation, *more):
+    *scales, norm_rounding, quant_rounding = more
+    how = GroupScales(*scales)
+    rows, width = _check(x, z, weight, num_heads, activation, how, norm_rounding, quant_rounding)
+    return x.new_empty((rows, width), dtype=FP8_DTYPE), how.empty(x, rows, width)
 
 
-def _cuda(x, z, weight, epsilon, num_heads, norm_before_gate, activation, group_size, *rest):
+def _cuda(x, z, weight, epsilon, num_heads, norm_before_gate, activation, *more):
     from ..kernels.gated_rms_norm_quant import gated_rms_norm_group_fp8_quant as launch
 
-    codes, scales = _fake(x, z, weight, epsilon, num_heads, norm_before_gate, activation, group_size, *rest)
-    _, _, use_ue8m0, eps, norm_form, quant_form = rest
-    launch(
-        x,
-        z,
-        weight,
-        codes,
-        scales,
-        epsilon,
-        num_heads,
-        norm_before_gate,
-        activation,
-        group_size,
-        use_ue8m0,
-        eps,
-        norm_form,
-        quant_form,
-    )
+    codes, scales = _fake(x, z, weight, epsilon, num_heads, norm_before_gate, activation, *more)
+    group_size, _, use_ue8m0, *roundings = more
+    gate = (norm_before_gate, activation)
+    launch(x, z, weight, codes, scales, epsilon, num_heads, *gate, group_size, use_ue8m0, *roundings)
     return codes, scales
+
+
+def _cpu(x, z, weight, epsilon, num_heads, norm_before_gate, activation, *more):
+    *scales, norm_rounding, quant_rounding = more
+    return gated_rms_norm_group_fp8_quant_reference(
+        x, z, weight, epsilon, num_heads, GroupScales(*scales), norm_before_gate=norm_before_gate,
+        activation=activation, norm_rounding=norm_rounding, quant_rounding=quant_rounding,
+    )  # fmt: skip
 
 
 _OP = register(
     "gated_rms_norm_group_fp8_quant(Tensor x, Tensor z, Tensor weight, float epsilon, int num_heads, "
-    "bool norm_before_gate, str activation, int group_size, bool column_major_scales, bool tma_aligned_scales, "
-    "bool use_ue8m0, float eps, str norm_form, str quant_form) -> (Tensor, Tensor)",
+    f"bool norm_before_gate, str activation, {SCALES}, str norm_rounding, str quant_rounding) -> (Tensor, Tensor)",
     fake=_fake,
     cuda=_cuda,
-    cpu=gated_rms_norm_group_fp8_quant_reference,
+    cpu=_cpu,
     per_row=("x", "z"),
     rows_by="num_heads",
 )
@@ -216,18 +185,14 @@ def gated_rms_norm_group_fp8_quant(
     weight: torch.Tensor,
     epsilon: float,
     num_heads: int,
+    scales: GroupScales = GroupScales(),
     *,
     norm_before_gate: bool = True,
     activation: str = "silu",
-    group_size: int = 128,
-    column_major_scales: bool = False,
-    tma_aligned_scales: bool = False,
-    use_ue8m0: bool = False,
-    eps: float = 1e-10,
-    norm_form: str = "native",
-    quant_form: str = "custom_op",
+    norm_rounding: str = "native",
+    quant_rounding: str = "custom_op",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMSNorm of each head of x, gated by z, quantised to FP8 in groups of `group_size`, in one kernel.
+    """RMSNorm of each head of x, gated by z, quantised to FP8 in groups, in one kernel.
 
     Args:
         x: [N * num_heads, D] or [N, num_heads, D], bf16 or fp16, N tokens of num_heads heads; tokens and heads may be
@@ -236,14 +201,11 @@ def gated_rms_norm_group_fp8_quant(
         weight: [D] bf16, fp16 or fp32, contiguous, on x's device.
         epsilon: added to the mean of the squares.
         num_heads: heads of a token.
+        scales: size of the groups, 64 or 128, which divides D, at most 8192; layout of the scales; whether they are powers
+            of two.
         norm_before_gate: norm(x) * gate(z) instead of norm(x * gate(z)).
         activation: gate is "silu" or "sigmoid".
-        group_size: 64 or 128; divides D, which is at most 8192.
-        column_major_scales: scales with strides (1, N) instead of (num_heads * D / group_size, 1).
-        tma_aligned_scales: with column_major_scales, strides (1, N rounded up to 4); the padding is zero.
-        use_ue8m0: round each scale up to a power of two.
-        eps: floor of a group's maximum (quant_form custom_op and reciprocal).
-        norm_form, quant_form: which of vLLM's roundings to reproduce; see the module's docstring and ops/quant.py.
+        norm_rounding, quant_rounding: which of vLLM's roundings to reproduce; see the module's docstring and ops/quant.py.
 
     Returns:
         codes [N, num_heads * D] float8_e4m3fn, contiguous, the heads of a token side by side, and
@@ -255,19 +217,5 @@ def gated_rms_norm_group_fp8_quant(
     Mirrors vLLM's `RMSNormGated.forward_static` (one group a head), a reshape, and `per_token_group_fp8_quant`: the output
     of Qwen3-Next's gated delta net.
     """
-    return _OP(
-        x,
-        z,
-        weight,
-        epsilon,
-        num_heads,
-        norm_before_gate,
-        activation,
-        group_size,
-        column_major_scales,
-        tma_aligned_scales,
-        use_ue8m0,
-        eps,
-        norm_form,
-        quant_form,
-    )
+    gate = (norm_before_gate, activation)
+    return _OP(x, z, weight, epsilon, num_heads, *gate, *scales, norm_rounding, quant_rounding)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The FP8 group quantiser by itself, for activations whose producer cannot quantise them.
 
-Exact on NVIDIA GPUs: codes and scales are the bytes of vLLM's `per_token_group_fp8_quant` (`quant_form="custom_op"` or
-`reciprocal`, by version) or of Inductor's kernel for `QuantFP8.forward_native` (`native` or `native_floored`). The forms are
-in ops/quant.py.
+Exact on NVIDIA GPUs: codes and scales are the bytes of vLLM's `per_token_group_fp8_quant` (`quant_rounding="custom_op"` or
+`reciprocal`, by version) or of Inductor's kernel for `QuantFP8.forward_native` (`native` or `native_floored`). What the
+roundings are is in ops/quant.py.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import torch
 
 from .quant import (
     FP8_DTYPE,
-    GROUP_FORMS,
+    GROUP_ROUNDINGS,
     INPUT_DTYPES,
-    check_form,
-    check_group_layout,
-    empty_group_scales,
+    SCALES,
+    GroupScales,
+    check_choice,
     group_fp8_quant_reference,
 )
 from .registry import register
 
 
-def _check(x: torch.Tensor, group_size: int, column_major: bool, tma_aligned: bool, quant_form: str) -> tuple[int, int]:
+def _check(x: torch.Tensor, how: GroupScales, quant_rounding: str) -> tuple[int, int]:
     """Rows and width of x [M, K]; ValueError on what no kernel takes."""
     if x.dtype not in INPUT_DTYPES:
         raise ValueError(f"x has dtype {x.dtype}; allowed: {', '.join(map(str, INPUT_DTYPES))}")
@@ -33,33 +33,33 @@ def _check(x: torch.Tensor, group_size: int, column_major: bool, tma_aligned: bo
         raise ValueError("x has 0 columns; allowed: a multiple of group_size above 0")
     if x.stride(1) != 1:
         raise ValueError(f"x has stride {x.stride(1)} along its columns; allowed: 1 (rows themselves may be strided)")
-    check_group_layout(width, group_size, column_major, tma_aligned)
-    check_form("quant_form", quant_form, GROUP_FORMS)
+    how.check(width)
+    check_choice("quant_rounding", quant_rounding, GROUP_ROUNDINGS)
     return rows, width
 
 
-def _fake(x, group_size, column_major_scales, tma_aligned_scales, use_ue8m0, eps, quant_form):
-    rows, width = _check(x, group_size, column_major_scales, tma_aligned_scales, quant_form)
-    scales = empty_group_scales(x, rows, width // group_size, column_major_scales, tma_aligned_scales)
-    return x.new_empty((rows, width), dtype=FP8_DTYPE), scales
+def _fake(x, group_size, scale_layout, use_ue8m0, quant_rounding):
+    how = GroupScales(group_size, scale_layout, use_ue8m0)
+    rows, width = _check(x, how, quant_rounding)
+    return x.new_empty((rows, width), dtype=FP8_DTYPE), how.empty(x, rows, width)
 
 
-def _cuda(x, group_size, column_major_scales, tma_aligned_scales, use_ue8m0, eps, quant_form):
+def _cuda(x, group_size, scale_layout, use_ue8m0, quant_rounding):
     from ..kernels.group_quant import group_fp8_quant as launch
 
-    codes, scales = _fake(x, group_size, column_major_scales, tma_aligned_scales, use_ue8m0, eps, quant_form)
-    launch(x, codes, scales, group_size, use_ue8m0, eps, quant_form)
+    codes, scales = _fake(x, group_size, scale_layout, use_ue8m0, quant_rounding)
+    launch(x, codes, scales, group_size, use_ue8m0, quant_rounding)
     return codes, scales
 
 
-def _cpu(x, group_size, column_major_scales, tma_aligned_scales, use_ue8m0, eps, quant_form):
-    _check(x, group_size, column_major_scales, tma_aligned_scales, quant_form)
-    return group_fp8_quant_reference(x, group_size, column_major_scales, tma_aligned_scales, use_ue8m0, eps, quant_form)
+def _cpu(x, group_size, scale_layout, use_ue8m0, quant_rounding):
+    how = GroupScales(group_size, scale_layout, use_ue8m0)
+    _check(x, how, quant_rounding)
+    return group_fp8_quant_reference(x, how, quant_rounding)
 
 
 _OP = register(
-    "group_fp8_quant(Tensor x, int group_size, bool column_major_scales, bool tma_aligned_scales, bool use_ue8m0, "
-    "float eps, str quant_form) -> (Tensor, Tensor)",
+    f"group_fp8_quant(Tensor x, {SCALES}, str quant_rounding) -> (Tensor, Tensor)",
     fake=_fake,
     cuda=_cuda,
     cpu=_cpu,
@@ -67,25 +67,14 @@ _OP = register(
 
 
 def group_fp8_quant(
-    x: torch.Tensor,
-    group_size: int = 128,
-    *,
-    column_major_scales: bool = False,
-    tma_aligned_scales: bool = False,
-    use_ue8m0: bool = False,
-    eps: float = 1e-10,
-    quant_form: str = "custom_op",
+    x: torch.Tensor, scales: GroupScales = GroupScales(), *, quant_rounding: str = "custom_op"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, quantised to FP8 in groups of `group_size` along each row.
+    """x, quantised to FP8 in groups along each row, in one kernel.
 
     Args:
         x: [M, K] bf16 or fp16; rows may be strided, columns not. M may be 0.
-        group_size: 64 or 128; divides K.
-        column_major_scales: scales with strides (1, M) instead of (K / group_size, 1).
-        tma_aligned_scales: with column_major_scales, strides (1, M rounded up to 4); the padding is zero.
-        use_ue8m0: round each scale up to a power of two.
-        eps: floor of a group's maximum (quant_form custom_op and reciprocal).
-        quant_form: which of vLLM's quantisers to reproduce; see ops/quant.py.
+        scales: size of the groups, 64 or 128, which divides K; layout of the scales; whether they are powers of two.
+        quant_rounding: which of vLLM's quantisers to reproduce; see ops/quant.py.
 
     Returns:
         codes [M, K] float8_e4m3fn, contiguous, and scales [M, K / group_size] fp32 in the layout asked for.
@@ -93,6 +82,6 @@ def group_fp8_quant(
     Raises:
         ValueError: an argument is not one of the above; the message names it, its value and what is allowed.
 
-    Mirrors vLLM's `per_token_group_fp8_quant`, which takes contiguous rows only.
+    Mirrors vLLM's `per_token_group_fp8_quant`.
     """
-    return _OP(x, group_size, column_major_scales, tma_aligned_scales, use_ue8m0, eps, quant_form)
+    return _OP(x, *scales, quant_rounding)

@@ -3,7 +3,7 @@
 
 Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) attends to latent vectors of L numbers, and each
 head has a matrix that brings its result up to V values: y[m, n] = attn_out[m, n] @ w_uv[n], accumulated in fp32 and rounded
-to attn_out's dtype, as a GEMM stores it. Then groups of y are quantised, as by vLLM's CUDA op in one of its forms.
+to attn_out's dtype, as a GEMM stores it. Then groups of y are quantised, as by vLLM's CUDA op with one of its roundings.
 
 The op writes into the caller's buffers, since it is called where those are given: inside vLLM's attention op.
 
@@ -18,8 +18,16 @@ from __future__ import annotations
 
 import torch
 
-from ..kernels.forms import OPAQUE
-from .quant import FP8_DTYPE, GROUP_SIZES, INPUT_DTYPES, check_form, group_fp8_quant_reference, padded_rows
+from ..kernels.rounding import OPAQUE
+from .quant import (
+    FP8_DTYPE,
+    GROUP_SIZES,
+    INPUT_DTYPES,
+    GroupScales,
+    check_choice,
+    group_fp8_quant_reference,
+    padded_rows,
+)
 from .registry import register
 
 # Rows of weights start at multiples of 32 bytes; tensor cores take 16 numbers of the contraction at a time.
@@ -32,10 +40,10 @@ def _check(
     codes: torch.Tensor,
     scales: torch.Tensor,
     group_size: int,
-    quant_form: str,
+    quant_rounding: str,
 ) -> None:
     """ValueError on what no kernel takes."""
-    check_form("quant_form", quant_form, OPAQUE)
+    check_choice("quant_rounding", quant_rounding, OPAQUE)
     if attn_out.dtype not in INPUT_DTYPES:
         raise ValueError(f"attn_out has dtype {attn_out.dtype}; allowed: {', '.join(map(str, INPUT_DTYPES))}")
     if w_uv.dtype != attn_out.dtype:
@@ -97,16 +105,16 @@ def mla_v_up_group_fp8_quant_reference(
     scales: torch.Tensor,
     group_size: int = 128,
     use_ue8m0: bool = False,
-    eps: float = 1e-10,
-    quant_form: str = "custom_op",
+    quant_rounding: str = "custom_op",
 ) -> None:
     """`mla_v_up_group_fp8_quant` in plain torch, on any device."""
-    _check(attn_out, w_uv, codes, scales, group_size, quant_form)
+    _check(attn_out, w_uv, codes, scales, group_size, quant_rounding)
     if len(attn_out) == 0:
         return
     y = torch.bmm(attn_out.transpose(0, 1).float(), w_uv.float()).transpose(0, 1)
     y = y.reshape(codes.shape).to(attn_out.dtype)
-    new_codes, new_scales = group_fp8_quant_reference(y, group_size, False, False, use_ue8m0, eps, quant_form)
+    how = GroupScales(group_size, ue8m0=use_ue8m0)
+    new_codes, new_scales = group_fp8_quant_reference(y, how, quant_rounding)
     codes.copy_(new_codes)
     scales.copy_(new_scales)
     rows, columns = scale_padding(scales)
@@ -115,20 +123,20 @@ def mla_v_up_group_fp8_quant_reference(
         scales.as_strided((rows - len(scales), columns), (1, rows), start).zero_()
 
 
-def _fake(attn_out, w_uv, codes, scales, group_size, use_ue8m0, eps, quant_form):
-    _check(attn_out, w_uv, codes, scales, group_size, quant_form)
+def _fake(attn_out, w_uv, codes, scales, group_size, use_ue8m0, quant_rounding):
+    _check(attn_out, w_uv, codes, scales, group_size, quant_rounding)
 
 
-def _cuda(attn_out, w_uv, codes, scales, group_size, use_ue8m0, eps, quant_form):
+def _cuda(attn_out, w_uv, codes, scales, group_size, use_ue8m0, quant_rounding):
     from ..kernels.mla_v_up_quant import mla_v_up_group_fp8_quant as launch
 
-    _check(attn_out, w_uv, codes, scales, group_size, quant_form)
-    launch(attn_out, w_uv, codes, scales, scale_padding(scales), group_size, use_ue8m0, eps, quant_form)
+    _check(attn_out, w_uv, codes, scales, group_size, quant_rounding)
+    launch(attn_out, w_uv, codes, scales, scale_padding(scales), group_size, use_ue8m0, quant_rounding)
 
 
 _OP = register(
     "mla_v_up_group_fp8_quant(Tensor attn_out, Tensor w_uv, Tensor(a!) codes, Tensor(b!) scales, int group_size, "
-    "bool use_ue8m0, float eps, str quant_form) -> ()",
+    "bool use_ue8m0, str quant_rounding) -> ()",
     fake=_fake,
     cuda=_cuda,
     cpu=mla_v_up_group_fp8_quant_reference,
@@ -144,8 +152,7 @@ def mla_v_up_group_fp8_quant(
     group_size: int = 128,
     *,
     use_ue8m0: bool = False,
-    eps: float = 1e-10,
-    quant_form: str = "custom_op",
+    quant_rounding: str = "custom_op",
 ) -> None:
     """attn_out @ w_uv for each head, quantised to FP8 in groups of `group_size` along each row, in one kernel.
 
@@ -160,8 +167,7 @@ def mla_v_up_group_fp8_quant(
             rows behind these afterwards.
         group_size: 64 or 128.
         use_ue8m0: round each scale up to a power of two.
-        eps: floor of a group's maximum.
-        quant_form: which of vLLM's quantisers to reproduce, custom_op or reciprocal; see ops/quant.py.
+        quant_rounding: which of vLLM's quantisers to reproduce, custom_op or reciprocal; see ops/quant.py.
 
     Raises:
         ValueError: an argument is not one of the above; the message names it, its value and what is allowed.
@@ -169,4 +175,4 @@ def mla_v_up_group_fp8_quant(
     Mirrors vLLM's `MLAAttention._v_up_proj` into a buffer, then `per_token_group_fp8_quant`; see the module's docstring for
     how closely.
     """
-    _OP(attn_out, w_uv, codes, scales, group_size, use_ue8m0, eps, quant_form)
+    _OP(attn_out, w_uv, codes, scales, group_size, use_ue8m0, quant_rounding)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quantisers that every fused op ends in: scale layouts, their checks, and pure-torch references.
 
-FP8 here is float8_e4m3fn (±448, no infinities). vLLM has several forms of each quantiser, which round differently;
-`quant_form` says which one a fused op stands in for. Which of them the installed vLLM has is found out by roundings.py.
+FP8 here is float8_e4m3fn (±448, no infinities). vLLM has several variants of each quantiser, which round differently;
+`quant_rounding` says which one a fused op stands in for. Which of them the installed vLLM has is found out by roundings.py.
 
 `custom_op`
     vLLM's CUDA op (`per_token_group_fp8_quant`, `dynamic_per_token_scaled_fp8_quant`, `static_scaled_fp8_quant`). A group's
@@ -19,9 +19,11 @@ FP8 here is float8_e4m3fn (±448, no infinities). vLLM has several forms of each
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from ..kernels.forms import NATIVE, OPAQUE, is_native
+from ..kernels.rounding import NATIVE, OPAQUE, is_native
 
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -32,42 +34,56 @@ UE8M0_MIN_SCALE = 1e-10
 # TMA reads 16-byte lines: a column of fp32 scales starts at multiples of 4 rows.
 TMA_ALIGNMENT = 4
 
-FORMS = ("custom_op", "native")
-GROUP_FORMS = OPAQUE + NATIVE
+ROUNDINGS = ("custom_op", "native")
+GROUP_ROUNDINGS = OPAQUE + NATIVE
 GROUP_SIZES = (64, 128)
 INPUT_DTYPES = (torch.bfloat16, torch.float16)
+LAYOUTS = ("row", "column", "tma")
+# GroupScales in a schema.
+SCALES = "int group_size, str scale_layout, bool use_ue8m0"
+# Floor of a group's maximum in vLLM's op: the `eps` that its layers call it with.
+EPS = 1e-10
 
 
-def check_form(name: str, value: str, allowed: tuple[str, ...] = FORMS) -> None:
+def check_choice(name: str, value: str, allowed: tuple[str, ...] = ROUNDINGS) -> None:
     if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not a form of the op; allowed: {', '.join(allowed)}")
+        raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(allowed)}")
 
 
-def check_group_layout(width: int, group_size: int, column_major_scales: bool, tma_aligned_scales: bool) -> None:
-    """Raises ValueError on a group size or scale layout that no supported GEMM reads."""
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size={group_size} is not supported; allowed: {', '.join(map(str, GROUP_SIZES))}")
-    if width % group_size:
-        raise ValueError(f"output width {width} is not a multiple of group_size={group_size}")
-    if tma_aligned_scales and not column_major_scales:
-        raise ValueError("tma_aligned_scales=True needs column_major_scales=True: TMA-aligned scales are column-major")
+class GroupScales(NamedTuple):
+    """How a group quantiser makes and lays out its scales. The ops' schemas have the fields one after another (SCALES).
 
-
-def empty_group_scales(
-    x: torch.Tensor, rows: int, groups: int, column_major_scales: bool, tma_aligned_scales: bool
-) -> torch.Tensor:
-    """Uninitialised fp32 scales [rows, groups] on x's device.
-
-    Row-major: strides (groups, 1). Column-major: (1, rows). TMA-aligned: (1, rows rounded up to 4); the padding between
-    columns belongs to the storage, not to the tensor, and whoever fills the scales writes zeros there (see
-    `scale_padding_rows`): TMA loads it, and uninitialised memory would make runs differ.
+    layout of scales [rows, groups]:
+        "row": strides (groups, 1).
+        "column": strides (1, rows).
+        "tma": strides (1, rows rounded up to 4). The padding between columns belongs to the storage, not to the tensor,
+            and whoever fills the scales writes zeros there (`zero_scale_padding`): TMA loads it, and uninitialised memory
+            would make runs differ.
     """
-    if not column_major_scales:
-        return x.new_empty((rows, groups), dtype=torch.float32)
-    stride = padded_rows(rows) if tma_aligned_scales else rows
-    storage = x.new_empty((groups, stride), dtype=torch.float32)
-    # as_strided, not slicing: with one group or row, a slice's strides need not say where the next one would start
-    return storage.as_strided((rows, groups), (1, stride))
+
+    group_size: int = 128
+    layout: str = "row"
+    ue8m0: bool = False
+    """Each scale is rounded up to a power of two."""
+
+    def check(self, width: int) -> None:
+        """Raises ValueError on what no supported GEMM reads, in rows of `width`."""
+        if self.group_size not in GROUP_SIZES:
+            allowed = ", ".join(map(str, GROUP_SIZES))
+            raise ValueError(f"group_size={self.group_size} is not supported; allowed: {allowed}")
+        if width % self.group_size:
+            raise ValueError(f"output width {width} is not a multiple of group_size={self.group_size}")
+        check_choice("scale_layout", self.layout, LAYOUTS)
+
+    def empty(self, x: torch.Tensor, rows: int, width: int) -> torch.Tensor:
+        """Uninitialised fp32 scales [rows, width / group_size] on x's device."""
+        groups = width // self.group_size
+        if self.layout == "row":
+            return x.new_empty((rows, groups), dtype=torch.float32)
+        stride = padded_rows(rows) if self.layout == "tma" else rows
+        storage = x.new_empty((groups, stride), dtype=torch.float32)
+        # as_strided, not slicing: with one group or row, a slice's strides need not say where the next one would start
+        return storage.as_strided((rows, groups), (1, stride))
 
 
 def padded_rows(rows: int) -> int:
@@ -94,58 +110,52 @@ def _ignoring_nan_max(x: torch.Tensor) -> torch.Tensor:
 
 
 def group_fp8_quant_reference(
-    y: torch.Tensor,
-    group_size: int,
-    column_major_scales: bool,
-    tma_aligned_scales: bool,
-    use_ue8m0: bool,
-    eps: float,
-    quant_form: str,
+    y: torch.Tensor, how: GroupScales, quant_rounding: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y [M, K] of any float dtype -> codes [M, K] float8_e4m3fn and scales [M, K / group_size] fp32, in plain torch.
 
     Mirrors vLLM's `per_token_group_fp8_quant` (custom_op, reciprocal) and `QuantFP8._quantize_group_native` (native,
-    native_floored). `eps` is the former's floor of a group's maximum; the latter has FP8_MIN_SCALE instead.
+    native_floored). The former's floor is that of a group's maximum, EPS; the latter's that of its scale, FP8_MIN_SCALE.
     """
     rows, width = y.shape
-    groups = y.float().view(rows, width // group_size, group_size)
-    if is_native(quant_form):
+    groups = y.float().view(rows, width // how.group_size, how.group_size)
+    if is_native(quant_rounding):
         scale = groups.abs().amax(dim=-1, keepdim=True) / FP8_MAX  # on CUDA, as in Inductor, times the reciprocal
-        if quant_form == "native_floored":
+        if quant_rounding == "native_floored":
             scale = scale.clamp(min=FP8_MIN_SCALE)
-        if use_ue8m0:
+        if how.ue8m0:
             scale = ue8m0(scale)
-        if quant_form == "native":
+        if quant_rounding == "native":
             scale = scale.clamp(min=FP8_MIN_SCALE)
         codes = groups / scale
     else:
         # A tensor as divisor: on CUDA, torch multiplies by the reciprocal of a Python number instead of dividing.
-        scale = _ignoring_nan_max(groups.abs()).clamp(min=eps) / groups.new_full((), FP8_MAX)
-        if use_ue8m0:
+        scale = _ignoring_nan_max(groups.abs()).clamp(min=EPS) / groups.new_full((), FP8_MAX)
+        if how.ue8m0:
             scale = ue8m0(scale.clamp(min=UE8M0_MIN_SCALE))
-        codes = groups * scale.reciprocal() if quant_form == "reciprocal" else groups / scale
+        codes = groups * scale.reciprocal() if quant_rounding == "reciprocal" else groups / scale
         codes = codes.nan_to_num(nan=-FP8_MAX, posinf=FP8_MAX, neginf=-FP8_MAX)
     codes = codes.clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE).view(rows, width)
-    scales = empty_group_scales(y, rows, width // group_size, column_major_scales, tma_aligned_scales)
+    scales = how.empty(y, rows, width)
     scales.copy_(scale.squeeze(-1))
     zero_scale_padding(scales)
     return codes, scales
 
 
-def static_fp8_quant_reference(y: torch.Tensor, scale: torch.Tensor, quant_form: str) -> torch.Tensor:
+def static_fp8_quant_reference(y: torch.Tensor, scale: torch.Tensor, quant_rounding: str) -> torch.Tensor:
     """y [..., K] and one fp32 scale -> codes float8_e4m3fn, in plain torch.
 
     Mirrors vLLM's `static_scaled_fp8_quant` (custom_op) and `QuantFP8.forward_native` (native): both multiply by the
     reciprocal, rounded once.
     """
     q = y.float() * scale.float().reshape(()).reciprocal()
-    if quant_form == "custom_op":
+    if quant_rounding == "custom_op":
         q = q.nan_to_num(nan=FP8_MAX, posinf=FP8_MAX, neginf=-FP8_MAX)
     return q.clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
 
 
 def token_fp8_quant_reference(
-    y: torch.Tensor, scale_ub: torch.Tensor | None, quant_form: str
+    y: torch.Tensor, scale_ub: torch.Tensor | None, quant_rounding: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y [M, K] of any float dtype -> codes [M, K] float8_e4m3fn and scales [M, 1] fp32, in plain torch.
 
@@ -155,7 +165,7 @@ def token_fp8_quant_reference(
     """
     q = y.float()
     magnitude = q.abs()
-    if quant_form == "custom_op":
+    if quant_rounding == "custom_op":
         top = _ignoring_nan_max(magnitude)
         if scale_ub is not None:
             top = torch.fmin(top, scale_ub.reshape(()))

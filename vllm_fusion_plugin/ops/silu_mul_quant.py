@@ -2,7 +2,7 @@
 """SiLU·mul, then quantise: what runs between the two GEMMs of a gated MLP.
 
 y = silu(gate) * up, where gate and up are the halves of x along its last dimension. vLLM has more than one SiLU·mul and they
-round differently; `act_form` says which one a fused op stands in for:
+round differently; `act_rounding` says which one a fused op stands in for:
 
 `custom_op`
     vLLM's CUDA op `silu_and_mul`: silu(gate) is rounded to x's dtype, and so is the product. The op adds 0.0 to up (its
@@ -12,7 +12,7 @@ round differently; `act_form` says which one a fused op stands in for:
     had a `beta` (0.20).
 `native`
     `SiluAndMul.forward_native` as Inductor compiles it (vLLM's default): fp32 up to the product, which is rounded to x's
-    dtype where Inductor stores it, that is before an opaque quantiser (`quant_form="custom_op"`), and not at all before
+    dtype where Inductor stores it, that is before an opaque quantiser (`quant_rounding="custom_op"`), and not at all before
     a native quantiser, which Inductor puts into the same loop.
 
 Exact on NVIDIA GPUs: codes and scales are the bytes that vLLM's own ops write, for all gates times a grid of ups and over
@@ -27,11 +27,11 @@ import torch
 from .nvfp4 import check_global_scale, check_width, empty_block_scales, nvfp4_quant_reference
 from .quant import (
     FP8_DTYPE,
-    GROUP_FORMS,
+    GROUP_ROUNDINGS,
     INPUT_DTYPES,
-    check_form,
-    check_group_layout,
-    empty_group_scales,
+    SCALES,
+    GroupScales,
+    check_choice,
     group_fp8_quant_reference,
     is_native,
     static_fp8_quant_reference,
@@ -53,23 +53,23 @@ def _check_input(x: torch.Tensor) -> tuple[int, int]:
     return rows, both // 2
 
 
-ACT_FORMS = ("custom_op", "eager", "native")
+ACT_ROUNDINGS = ("custom_op", "eager", "native")
 
 
-def silu_mul_reference(x: torch.Tensor, act_form: str = "custom_op", *, rounded: bool = True) -> torch.Tensor:
+def silu_mul_reference(x: torch.Tensor, act_rounding: str = "custom_op", *, rounded: bool = True) -> torch.Tensor:
     """silu(gate) * up of x [..., 2 * width] in plain torch: in x's dtype, or in fp32 if `rounded` is False."""
     gate, up = x.float().chunk(2, dim=-1)
     silu = gate / (1.0 + torch.exp(-gate))
-    if act_form != "native":
+    if act_rounding != "native":
         silu = silu.to(x.dtype).float()
-    if act_form == "custom_op":
+    if act_rounding == "custom_op":
         up = up + 0.0
     y = silu * up
     return y.to(x.dtype) if rounded else y
 
 
-def _activation(x: torch.Tensor, act_form: str, quant_form: str) -> torch.Tensor:
-    return silu_mul_reference(x, act_form, rounded=act_form != "native" or not is_native(quant_form))
+def _activation(x: torch.Tensor, act_rounding: str, quant_rounding: str) -> torch.Tensor:
+    return silu_mul_reference(x, act_rounding, rounded=act_rounding != "native" or not is_native(quant_rounding))
 
 
 # ---- group FP8 -------------------------------------------------------------------------------------------------------
@@ -77,76 +77,64 @@ def _activation(x: torch.Tensor, act_form: str, quant_form: str) -> torch.Tensor
 
 def silu_mul_group_fp8_quant_reference(
     x: torch.Tensor,
-    group_size: int = 128,
-    column_major_scales: bool = False,
-    tma_aligned_scales: bool = False,
-    use_ue8m0: bool = False,
-    eps: float = 1e-10,
-    act_form: str = "custom_op",
-    quant_form: str = "custom_op",
+    scales: GroupScales = GroupScales(),
+    *,
+    act_rounding: str = "custom_op",
+    quant_rounding: str = "custom_op",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`silu_mul_group_fp8_quant` in plain torch, on any device."""
-    _check_group(x, group_size, column_major_scales, tma_aligned_scales, act_form, quant_form)
-    y = _activation(x, act_form, quant_form)
-    return group_fp8_quant_reference(y, group_size, column_major_scales, tma_aligned_scales, use_ue8m0, eps, quant_form)
+    _check_group(x, scales, act_rounding, quant_rounding)
+    return group_fp8_quant_reference(_activation(x, act_rounding, quant_rounding), scales, quant_rounding)
 
 
-def _check_group(
-    x: torch.Tensor, group_size: int, column_major: bool, tma_aligned: bool, act_form: str, quant_form: str
-) -> tuple[int, int]:
+def _check_group(x: torch.Tensor, how: GroupScales, act_rounding: str, quant_rounding: str) -> tuple[int, int]:
     rows, width = _check_input(x)
-    check_group_layout(width, group_size, column_major, tma_aligned)
-    check_form("act_form", act_form, ACT_FORMS)
-    check_form("quant_form", quant_form, GROUP_FORMS)
+    how.check(width)
+    check_choice("act_rounding", act_rounding, ACT_ROUNDINGS)
+    check_choice("quant_rounding", quant_rounding, GROUP_ROUNDINGS)
     return rows, width
 
 
-def _group_fake(x, group_size, column_major_scales, tma_aligned_scales, use_ue8m0, eps, act_form, quant_form):
-    rows, width = _check_group(x, group_size, column_major_scales, tma_aligned_scales, act_form, quant_form)
-    scales = empty_group_scales(x, rows, width // group_size, column_major_scales, tma_aligned_scales)
-    return x.new_empty((rows, width), dtype=FP8_DTYPE), scales
+def _group_fake(x, group_size, scale_layout, use_ue8m0, act_rounding, quant_rounding):
+    how = GroupScales(group_size, scale_layout, use_ue8m0)
+    rows, width = _check_group(x, how, act_rounding, quant_rounding)
+    return x.new_empty((rows, width), dtype=FP8_DTYPE), how.empty(x, rows, width)
 
 
-def _group_cuda(x, group_size, column_major_scales, tma_aligned_scales, use_ue8m0, eps, act_form, quant_form):
+def _group_cuda(x, group_size, scale_layout, use_ue8m0, act_rounding, quant_rounding):
     from ..kernels.silu_mul_quant import silu_mul_group_fp8_quant as launch
 
-    codes, scales = _group_fake(
-        x, group_size, column_major_scales, tma_aligned_scales, use_ue8m0, eps, act_form, quant_form
-    )
-    launch(x, codes, scales, group_size, use_ue8m0, eps, act_form, quant_form)
+    codes, scales = _group_fake(x, group_size, scale_layout, use_ue8m0, act_rounding, quant_rounding)
+    launch(x, codes, scales, group_size, use_ue8m0, act_rounding, quant_rounding)
     return codes, scales
 
 
+def _group_cpu(x, group_size, scale_layout, use_ue8m0, act_rounding, quant_rounding):
+    how = GroupScales(group_size, scale_layout, use_ue8m0)
+    return silu_mul_group_fp8_quant_reference(x, how, act_rounding=act_rounding, quant_rounding=quant_rounding)
+
+
 _GROUP = register(
-    "silu_mul_group_fp8_quant(Tensor x, int group_size, bool column_major_scales, bool tma_aligned_scales, "
-    "bool use_ue8m0, float eps, str act_form, str quant_form) -> (Tensor, Tensor)",
+    f"silu_mul_group_fp8_quant(Tensor x, {SCALES}, str act_rounding, str quant_rounding) -> (Tensor, Tensor)",
     fake=_group_fake,
     cuda=_group_cuda,
-    cpu=silu_mul_group_fp8_quant_reference,
+    cpu=_group_cpu,
 )
 
 
 def silu_mul_group_fp8_quant(
     x: torch.Tensor,
-    group_size: int = 128,
+    scales: GroupScales = GroupScales(),
     *,
-    column_major_scales: bool = False,
-    tma_aligned_scales: bool = False,
-    use_ue8m0: bool = False,
-    eps: float = 1e-10,
-    act_form: str = "custom_op",
-    quant_form: str = "custom_op",
+    act_rounding: str = "custom_op",
+    quant_rounding: str = "custom_op",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """silu(gate) * up, quantised to FP8 in groups of `group_size` along each row, in one kernel.
+    """silu(gate) * up, quantised to FP8 in groups along each row, in one kernel.
 
     Args:
         x: [M, 2 * K] bf16 or fp16, gate then up; rows may be strided, columns not. M may be 0.
-        group_size: 64 or 128; divides K.
-        column_major_scales: scales with strides (1, M) instead of (K / group_size, 1).
-        tma_aligned_scales: with column_major_scales, strides (1, M rounded up to 4); the padding is zero.
-        use_ue8m0: round each scale up to a power of two.
-        eps: floor of a group's maximum (quant_form custom_op and reciprocal).
-        act_form, quant_form: which of vLLM's roundings to reproduce; see the module's docstring.
+        scales: size of the groups, 64 or 128, which divides K; layout of the scales; whether they are powers of two.
+        act_rounding, quant_rounding: which of vLLM's roundings to reproduce; see the module's docstring.
 
     Returns:
         codes [M, K] float8_e4m3fn, contiguous, and scales [M, K / group_size] fp32 in the layout asked for.
@@ -157,46 +145,46 @@ def silu_mul_group_fp8_quant(
     Mirrors vLLM's `silu_and_mul` followed by `per_token_group_fp8_quant` (DeepSeek-V3's 1 × 128 activation quantiser,
     arXiv:2412.19437, section 3.3).
     """
-    return _GROUP(x, group_size, column_major_scales, tma_aligned_scales, use_ue8m0, eps, act_form, quant_form)
+    return _GROUP(x, *scales, act_rounding, quant_rounding)
 
 
 # ---- static FP8 ------------------------------------------------------------------------------------------------------
 
 
 def silu_mul_static_fp8_quant_reference(
-    x: torch.Tensor, scale: torch.Tensor, act_form: str = "custom_op", quant_form: str = "custom_op"
+    x: torch.Tensor, scale: torch.Tensor, act_rounding: str = "custom_op", quant_rounding: str = "custom_op"
 ) -> torch.Tensor:
     """`silu_mul_static_fp8_quant` in plain torch, on any device."""
-    _check_static(x, scale, act_form, quant_form)
-    return static_fp8_quant_reference(_activation(x, act_form, quant_form), scale, quant_form)
+    _check_static(x, scale, act_rounding, quant_rounding)
+    return static_fp8_quant_reference(_activation(x, act_rounding, quant_rounding), scale, quant_rounding)
 
 
-def _check_static(x: torch.Tensor, scale: torch.Tensor, act_form: str, quant_form: str) -> tuple[int, int]:
+def _check_static(x: torch.Tensor, scale: torch.Tensor, act_rounding: str, quant_rounding: str) -> tuple[int, int]:
     rows, width = _check_input(x)
     if scale.numel() != 1 or scale.dtype != torch.float32:
         raise ValueError(f"scale is {scale.dtype} of shape {tuple(scale.shape)}; allowed: one float32 value")
     if scale.device != x.device:
         raise ValueError(f"scale is on {scale.device}; allowed: x's device, {x.device}")
-    check_form("act_form", act_form, ACT_FORMS)
-    check_form("quant_form", quant_form)
+    check_choice("act_rounding", act_rounding, ACT_ROUNDINGS)
+    check_choice("quant_rounding", quant_rounding)
     return rows, width
 
 
-def _static_fake(x, scale, act_form, quant_form):
-    rows, width = _check_static(x, scale, act_form, quant_form)
+def _static_fake(x, scale, act_rounding, quant_rounding):
+    rows, width = _check_static(x, scale, act_rounding, quant_rounding)
     return x.new_empty((rows, width), dtype=FP8_DTYPE)
 
 
-def _static_cuda(x, scale, act_form, quant_form):
+def _static_cuda(x, scale, act_rounding, quant_rounding):
     from ..kernels.silu_mul_quant import silu_mul_static_fp8_quant as launch
 
-    codes = _static_fake(x, scale, act_form, quant_form)
-    launch(x, scale, codes, act_form, quant_form)
+    codes = _static_fake(x, scale, act_rounding, quant_rounding)
+    launch(x, scale, codes, act_rounding, quant_rounding)
     return codes
 
 
 _STATIC = register(
-    "silu_mul_static_fp8_quant(Tensor x, Tensor scale, str act_form, str quant_form) -> Tensor",
+    "silu_mul_static_fp8_quant(Tensor x, Tensor scale, str act_rounding, str quant_rounding) -> Tensor",
     fake=_static_fake,
     cuda=_static_cuda,
     cpu=silu_mul_static_fp8_quant_reference,
@@ -204,14 +192,14 @@ _STATIC = register(
 
 
 def silu_mul_static_fp8_quant(
-    x: torch.Tensor, scale: torch.Tensor, *, act_form: str = "custom_op", quant_form: str = "custom_op"
+    x: torch.Tensor, scale: torch.Tensor, *, act_rounding: str = "custom_op", quant_rounding: str = "custom_op"
 ) -> torch.Tensor:
     """silu(gate) * up, quantised to FP8 with one given scale, in one kernel.
 
     Args:
         x: [M, 2 * K] bf16 or fp16, gate then up; rows may be strided, columns not. M may be 0.
         scale: one float32 value on x's device; codes are y / scale, by way of the rounded reciprocal as in vLLM.
-        act_form, quant_form: which of vLLM's roundings to reproduce; see the module's docstring.
+        act_rounding, quant_rounding: which of vLLM's roundings to reproduce; see the module's docstring.
 
     Returns:
         codes [M, K] float8_e4m3fn, contiguous.
@@ -221,43 +209,43 @@ def silu_mul_static_fp8_quant(
 
     Mirrors vLLM's `silu_and_mul` followed by `static_scaled_fp8_quant`.
     """
-    return _STATIC(x, scale, act_form, quant_form)
+    return _STATIC(x, scale, act_rounding, quant_rounding)
 
 
 # ---- NVFP4 -----------------------------------------------------------------------------------------------------------
 
 
 def silu_mul_nvfp4_quant_reference(
-    x: torch.Tensor, global_scale: torch.Tensor, act_form: str = "custom_op"
+    x: torch.Tensor, global_scale: torch.Tensor, act_rounding: str = "custom_op"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`silu_mul_nvfp4_quant` in plain torch, on any device."""
-    _check_nvfp4(x, global_scale, act_form)
-    return nvfp4_quant_reference(silu_mul_reference(x, act_form), global_scale)
+    _check_nvfp4(x, global_scale, act_rounding)
+    return nvfp4_quant_reference(silu_mul_reference(x, act_rounding), global_scale)
 
 
-def _check_nvfp4(x: torch.Tensor, global_scale: torch.Tensor, act_form: str) -> tuple[int, int]:
+def _check_nvfp4(x: torch.Tensor, global_scale: torch.Tensor, act_rounding: str) -> tuple[int, int]:
     rows, width = _check_input(x)
     check_width(width)
     check_global_scale(global_scale, x.device)
-    check_form("act_form", act_form, ACT_FORMS)
+    check_choice("act_rounding", act_rounding, ACT_ROUNDINGS)
     return rows, width
 
 
-def _nvfp4_fake(x, global_scale, act_form):
-    rows, width = _check_nvfp4(x, global_scale, act_form)
+def _nvfp4_fake(x, global_scale, act_rounding):
+    rows, width = _check_nvfp4(x, global_scale, act_rounding)
     return x.new_empty((rows, width // 2), dtype=torch.uint8), empty_block_scales(x, rows, width)
 
 
-def _nvfp4_cuda(x, global_scale, act_form):
+def _nvfp4_cuda(x, global_scale, act_rounding):
     from ..kernels.silu_mul_quant import silu_mul_nvfp4_quant as launch
 
-    codes, scales = _nvfp4_fake(x, global_scale, act_form)
-    launch(x, global_scale, codes, scales, act_form)
+    codes, scales = _nvfp4_fake(x, global_scale, act_rounding)
+    launch(x, global_scale, codes, scales, act_rounding)
     return codes, scales
 
 
 _NVFP4 = register(
-    "silu_mul_nvfp4_quant(Tensor x, Tensor global_scale, str act_form) -> (Tensor, Tensor)",
+    "silu_mul_nvfp4_quant(Tensor x, Tensor global_scale, str act_rounding) -> (Tensor, Tensor)",
     fake=_nvfp4_fake,
     cuda=_nvfp4_cuda,
     cpu=silu_mul_nvfp4_quant_reference,
@@ -265,14 +253,14 @@ _NVFP4 = register(
 
 
 def silu_mul_nvfp4_quant(
-    x: torch.Tensor, global_scale: torch.Tensor, *, act_form: str = "custom_op"
+    x: torch.Tensor, global_scale: torch.Tensor, *, act_rounding: str = "custom_op"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """silu(gate) * up, quantised to NVFP4 in blocks of 16 along each row, in one kernel.
 
     Args:
         x: [M, 2 * K] bf16 or fp16, gate then up, K a multiple of 16; rows may be strided, columns not. M may be 0.
         global_scale: one float32 value on x's device, what block scales are multiplied by before they become e4m3.
-        act_form: which of vLLM's roundings of SiLU·mul to reproduce; see the module's docstring. The product is rounded
+        act_rounding: which of vLLM's roundings of SiLU·mul to reproduce; see the module's docstring. The product is rounded
             to x's dtype in both, because vLLM's NVFP4 quantiser is opaque to Inductor.
 
     Returns:
@@ -287,4 +275,4 @@ def silu_mul_nvfp4_quant(
     with vLLM's emulation in torch. Both kernels take reciprocals approximately (`rcp.approx.ftz.f32`) and the references
     exactly: a code can be one step off them where a number falls on a rounding boundary.
     """
-    return _NVFP4(x, global_scale, act_form)
+    return _NVFP4(x, global_scale, act_rounding)

@@ -72,7 +72,7 @@ class GatedRMSNormGroupQuant(PatternReplacement):
         self.quant = quant
         self.inexactness = quant.inexactness
         self.dtype = dtype
-        self.norm_form = "eager" if precision_casts else "native"
+        self.norm_rounding = "eager" if precision_casts else "native"
         self.flattens = flattens
         self.groups = groups
 
@@ -88,7 +88,7 @@ class GatedRMSNormGroupQuant(PatternReplacement):
         return f"gated_rms_norm[{','.join(traits)}]+{self.quant}"
 
     def inputs(self) -> list[torch.Tensor]:
-        width = self.groups * self.quant.group_size
+        width = self.groups * self.quant.scales.group_size
         x, z = (empty(ROWS, HEADS, width, dtype=self.dtype) for _ in range(2))
         return [x, z, empty(width, dtype=self.weight_dtype), *self.quant.inputs(ROWS, HEADS * width)]
 
@@ -120,17 +120,13 @@ class GatedRMSNormGroupQuant(PatternReplacement):
             num_heads,
             self.norm_before_gate,
             self.activation,
-            q.group_size,
-            q.column_major_scales,
-            q.tma_aligned_scales,
-            q.use_ue8m0,
-            q.eps,
-            self.norm_form,
+            *q.scales,
+            self.norm_rounding,
             q.rounding,
         )
 
     def refuse(self, match: Match) -> str | None:
-        if self.quant.form == "native":
+        if self.quant.variant == "native":
             return None
         return self.quant.refuse(*(match.kwargs[f"arg{i}"].meta["val"] for i in (3, 4)))
 
@@ -142,7 +138,7 @@ def patterns(dtype: torch.dtype, precision_casts: bool) -> Iterator[GatedRMSNorm
         # An opaque quantiser has a reshape before it, and all there is to know in its buffers. A native one begins with a
         # reshape of its own, and two in a row become one, or none if that changes nothing.
         variants: list[dict[str, Any]] = [{}]
-        if quant.form == "native":
+        if quant.variant == "native":
             variants += [{"groups": 1}, {"flattens": True}]
         for variant in variants:
             yield GatedRMSNormGroupQuant(

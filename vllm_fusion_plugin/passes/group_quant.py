@@ -23,7 +23,7 @@ ROWS, GROUPS = 5, 4  # example sizes: unlike each other and unlike 1, so that no
 
 
 class LoneGroupQuant(PatternReplacement):
-    """x [M, K] -> group quantiser, in its custom-op form: a native one is Inductor's to fuse."""
+    """x [M, K] -> group quantiser, in its custom-op variant: a native one is Inductor's to fuse."""
 
     def __init__(self, quant: quantisers.GroupQuant, dtype: torch.dtype) -> None:
         self.quant = quant
@@ -37,7 +37,7 @@ class LoneGroupQuant(PatternReplacement):
         return str(self.quant)
 
     def inputs(self) -> list[torch.Tensor]:
-        width = GROUPS * self.quant.group_size
+        width = GROUPS * self.quant.scales.group_size
         return [empty(ROWS, width, dtype=self.dtype), *self.quant.inputs(ROWS, width)]
 
     def pattern(self, x: torch.Tensor, *buffers: torch.Tensor) -> Any:
@@ -45,9 +45,7 @@ class LoneGroupQuant(PatternReplacement):
 
     def replacement(self, x: torch.Tensor, *buffers: torch.Tensor) -> Any:
         q = self.quant
-        return torch.ops.vllm_fusion_plugin.group_fp8_quant.default(
-            x, q.group_size, q.column_major_scales, q.tma_aligned_scales, q.use_ue8m0, q.eps, q.rounding
-        )
+        return torch.ops.vllm_fusion_plugin.group_fp8_quant.default(x, *q.scales, q.rounding)
 
     def refuse(self, match: Match) -> str | None:
         return self.quant.refuse(*(match.kwargs[f"arg{i}"].meta["val"] for i in (1, 2)))
@@ -63,6 +61,6 @@ class GroupQuantPass(FusionPass):
         super().__init__(config)
         dtype = self.model_dtype if self.model_dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
         for quant in quantisers.group_quants(GROUP_SIZES):
-            if quant.form == "custom_op":
+            if quant.variant == "custom_op":
                 self.register(LoneGroupQuant(quant, dtype))
         self.dump(config)

@@ -16,7 +16,7 @@ from vllm.config import VllmConfig
 
 from .. import compat, report
 from ..graph import called_op
-from ..ops.quant import FP8_DTYPE, FP8_MAX, GROUP_SIZES, INPUT_DTYPES
+from ..ops.quant import EPS, FP8_DTYPE, FP8_MAX, GROUP_SIZES, INPUT_DTYPES
 from . import producers, quantisers
 from .attn_quant import AttentionQuantPass
 from .base import FusionPass
@@ -112,21 +112,21 @@ class Leftovers(InductorPass):
         pass_name = PASS_NAMES.get(owner, NO_PASS)
         if name := next((n for n in (called_op(q.node),) if n in compat.OPAQUE_MLPS), None):
             return PASS_NAMES["ActivationQuantFusionPass"], compat.OPAQUE_MLPS[name]
-        if q.form == "inside":
+        if q.variant == "inside":
             return pass_name, f"{compat.OPAQUE_QUANTISERS[called_op(q.node)]}; before it: {made.words}"
-        alone = "; it runs this package's kernel, by itself" if q.form == "ours" else ""
+        alone = "; it runs this package's kernel, by itself" if q.variant == "ours" else ""
         if refused := self._refused(q, made, told):
             return refused[0], refused[1] + alone
         reason = self._structure(q, made)
         if reason is None:
-            state = self._state(owner) or "no pattern fits the form that they have in this graph"
+            state = self._state(owner) or "no pattern fits the variant that they have in this graph"
             reason = f"{made.words} is followed by {q}, and {state}"
         return pass_name, reason + (alone or self._by_itself(q, made))
 
     def _refused(self, q: Quantiser, made: Producer, told: set[tuple[int, fx.Node]]) -> tuple[str, str] | None:
         """The first pass that has found a pattern here and refused it, and why."""
         # Where our op has replaced the quantiser, what made its value is still there.
-        nodes = [q.value, *made.chain, made.node] if q.form == "ours" else [q.node]
+        nodes = [q.value, *made.chain, made.node] if q.variant == "ours" else [q.node]
         found = None
         for p in self._ours():
             for node in nodes:
@@ -155,16 +155,16 @@ class Leftovers(InductorPass):
         fused = f"with {made.words} are fused: {', '.join(kinds)}"
         if q.kind not in kinds:
             return f"{made.words} is followed by {q}; {fused}"
-        if q.form == "triton":
+        if q.variant == "triton":
             return f"{made.words} is followed by {q}; fused are vLLM's ops and plain torch code"
         if q.kind == "group" and (reason := _unlike(q)):
             return f"{made.words} is followed by {q}, {reason}"
-        if made.kind == "mla" and q.kind == "group" and q.form == "native":
+        if made.kind == "mla" and q.kind == "group" and q.variant == "native":
             return f"{made.words} is followed by {q}; fused is vLLM's op (custom_ops +quant_fp8)"
         if made.between:
             return f"{' and '.join(reversed(made.between))} is between {made.words} and {q}; fused where they touch"
         dtype = q.value.meta["val"].dtype
-        if q.form == "op" and dtype not in INPUT_DTYPES:
+        if q.variant == "op" and dtype not in INPUT_DTYPES:
             return f"{made.words} gives {dtype}; fused for {', '.join(map(str, INPUT_DTYPES))}"
         # A norm may have other readers.
         if made.kind != "norm" and (others := _other_readers(q, made, self._quantisers)):
@@ -184,11 +184,11 @@ class Leftovers(InductorPass):
 
     def _by_itself(self, q: Quantiser, made: Producer) -> str:
         """What becomes of a quantiser that nothing of ours has replaced."""
-        if q.form == "native":
+        if q.variant == "native":
             if made.compiled:
                 return "; Inductor compiles this quantiser together with what stands before it"
             return "; Inductor compiles this quantiser by itself"
-        if q.form == "op" and q.kind == "group":
+        if q.variant == "op" and q.kind == "group":
             lone = report.RECORDER.report.passes.get(LONE, "off")
             if lone != "ours":
                 return f"; vLLM's kernel runs by itself ({LONE} is {lone})"
@@ -217,7 +217,7 @@ def _unlike(q: Quantiser) -> str | None:
     """What a group quantiser has that none of the fused ones has."""
     if q.group_size not in GROUP_SIZES:
         return f"called with {_numbers(q.node) or {'group_size': q.group_size}}; fused for group sizes {GROUP_SIZES}"
-    if q.form != "op":
+    if q.variant != "op":
         return None
     codes = q.node.kwargs.get("output_q")
     if isinstance(codes, fx.Node) and (reason := quantisers.refuse_codes(codes.meta["val"])):
@@ -225,8 +225,8 @@ def _unlike(q: Quantiser) -> str | None:
     told = _numbers(q.node)
     if (told.get("fp8_min"), told.get("fp8_max")) != (-FP8_MAX, FP8_MAX):
         return f"called with {told}; fused for the whole range of {FP8_DTYPE}"
-    if told.get("eps") != quantisers.GroupQuant.eps:
-        return f"called with {told}; fused for eps {quantisers.GroupQuant.eps}"
+    if told.get("eps") != EPS:
+        return f"called with {told}; fused for eps {EPS}"
     return None
 
 

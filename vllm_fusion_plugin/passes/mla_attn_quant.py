@@ -27,13 +27,13 @@ GROUP_ARGUMENTS = ("quant_group_size", "quant_scale_ue8m0", "quant_col_major", "
 
 
 class MLAAttentionGroupQuant(AttentionQuant):
-    """Only the custom-op form of the quantiser: vLLM's attention op runs that one, and the native form's bytes differ."""
+    """Only the custom-op variant of the quantiser: vLLM's attention op runs that one, and the native one's bytes differ."""
 
     quant: quantisers.GroupQuant
 
     @property
     def quant_key(self) -> str:
-        return f"kFp8Dynamic{self.quant.group_size}Sym"
+        return f"kFp8Dynamic{self.quant.scales.group_size}Sym"
 
     def quant_inputs(self, rows: int, width: int) -> list[torch.Tensor]:
         return self.quant.inputs(rows, width)
@@ -42,7 +42,8 @@ class MLAAttentionGroupQuant(AttentionQuant):
         attention, (_, scales) = self.split(inputs)
         output, q = attention["output"], self.quant
         codes = torch.empty(output.shape, dtype=FP8_DTYPE, device=output.device)
-        told = (q.group_size, q.use_ue8m0, q.column_major_scales, q.tma_aligned_scales)
+        size, layout, ue8m0 = q.scales
+        told = (size, ue8m0, layout != "row", layout == "tma")
         return self.attend(
             attention | {"output": codes, "output_block_scale": scales} | dict(zip(GROUP_ARGUMENTS, told, strict=True))
         )
@@ -82,5 +83,5 @@ class MLAAttnQuantFusionPass(AttentionQuantPass):
             report.RECORDER.note(f"{self.name}: this vLLM's MLA op writes no FP8 in groups")
             return
         for group_quant in quantisers.group_quants(GROUP_SIZES):
-            if group_quant.form == "custom_op":
+            if group_quant.variant == "custom_op":
                 self.register(MLAAttentionGroupQuant(attention, group_quant, dtype, layer_name))

@@ -15,11 +15,11 @@ import torch
 from torch import fx
 
 from .. import compat, report
-from ..graph import innermost_common
-from ..kernels.forms import is_native
+from ..graph import arguments_of, innermost_common
+from ..kernels.rounding import is_native
 from ..ops import mla_dual_rms_norm_quant, rms_norm_quant  # noqa: F401  (registers the ops)
+from ..ops.quant import GroupScales
 from . import norms, quantisers
-from .residual_sums import get
 
 # As vLLM's pass with the same fusion for AITER's ops, in reports and match tables.
 NAME = "mla_dual_rms_norm_fusion_pass"
@@ -34,9 +34,9 @@ def merge(graph: fx.Graph) -> int:
     """Make one op of each pair of norms in the graph; how many there were. Pairs that are left are reported."""
     merged = 0
     for q in graph.find_nodes(op="call_function", target=ops.rms_norm_group_fp8_quant.default):
-        *_, residual, gemma_weight, keep_norm = q.args[:6]
-        views = view_chain(q.args[0])
-        if not views or residual is not None or gemma_weight or keep_norm:
+        norm = arguments_of(q)
+        views = view_chain(norm["x"])
+        if not views or norm["residual"] is not None or norm["gemma_weight"] or norm["keep_norm"]:
             continue  # no latent's norm
         source = views[0].args[0]
         others = [
@@ -68,23 +68,28 @@ def view_chain(node: Any) -> list[fx.Node]:
 
 
 def _quantiser(q: fx.Node) -> quantisers.GroupQuant:
-    group_size, column_major, tma_aligned, ue8m0, eps, _, quant_form = _how(q)
-    form = "native" if is_native(quant_form) else "custom_op"  # as the graph had it, by which reports name it
-    return quantisers.GroupQuant(form, group_size, column_major, tma_aligned, ue8m0, eps)
+    norm = arguments_of(q)
+    variant = (
+        "native" if is_native(norm["quant_rounding"]) else "custom_op"
+    )  # as the graph had it, by which reports name it
+    scales = GroupScales(norm["group_size"], norm["scale_layout"], norm["use_ue8m0"])
+    return quantisers.GroupQuant(variant, scales)
 
 
 def _refuse(q: fx.Node, others: list[fx.Node]) -> str | None:
     if len(others) > 1:
         return f"{len(others)} more norms read the same GEMM's output; fused where there is one"
     (kv,) = others
-    if norms.adds_one(kv.args[1]):
+    norm, kv_weight = arguments_of(q), norms.norm_weight(kv)
+    if norms.adds_one(kv_weight):
         return "the second norm's weight is Gemma's (weight + 1); fused for plain weights"
-    if not all(isinstance(weight, fx.Node) and weight < min(q, kv) for weight in (q.args[1], kv.args[1])):
+    if not all(isinstance(weight, fx.Node) and weight < min(q, kv) for weight in (norm["weight"], kv_weight)):
         return "a norm has no weight, or one that is made between the two"
     provider = compat.ir_provider("rms_norm", fx.map_arg(kv.args, lambda node: node.meta["val"]))
-    if q.args[11] not in {"native": ("native", "eager"), "vllm_c": ("custom_op",)}.get(provider, ()):
-        return f"vLLM runs the second norm in a kernel of {provider}, which rounds unlike the first one ({q.args[11]})"
-    if get(q, "sum_columns") and get(q, "x").meta["val"].shape[-1] > 2048:
+    rounding = norm["norm_rounding"]
+    if rounding not in {"native": ("native", "eager"), "vllm_c": ("custom_op",)}.get(provider, ()):
+        return f"vLLM runs the second norm in a kernel of {provider}, which rounds unlike the first one ({rounding})"
+    if norm["sum_columns"] and norm["x"].meta["val"].shape[-1] > 2048:
         return "the first norm adds up its squares 2048 columns at a time, which the op for both does not"
     try:
         _call(q, kv)
@@ -93,13 +98,12 @@ def _refuse(q: fx.Node, others: list[fx.Node]) -> str | None:
     return None
 
 
-def _how(q: fx.Node) -> tuple[Any, ...]:
-    """What the two ops have in common behind their inputs: the quantiser, and both forms."""
-    return q.args[6:13]
-
-
 def _arguments(q: fx.Node, kv: fx.Node) -> tuple[Any, ...]:
-    return (q.args[0], kv.args[0], q.args[1], kv.args[1], q.args[2], kv.args[2], *_how(q))
+    """Of the op for both, from the two norms."""
+    norm, of_kv = arguments_of(q), arguments_of(kv)
+    both = {"q": norm["x"], "kv": of_kv["x"], "q_weight": norm["weight"], "kv_weight": of_kv["weight"]}
+    both |= {"q_epsilon": norm["epsilon"], "kv_epsilon": of_kv["epsilon"]}
+    return tuple((norm | both)[a.name] for a in ops.mla_dual_rms_norm_group_fp8_quant.default._schema.arguments)
 
 
 def _call(q: fx.Node, kv: fx.Node) -> tuple[torch.Tensor, ...]:

@@ -17,14 +17,14 @@ from .pattern import functionalized, has_op
 
 @dataclass(frozen=True)
 class RMSNorm:
-    """RMS norm of x, or of x + residual, in one of the forms that vLLM gives it.
+    """RMS norm of x, or of x + residual, in one of the variants that vLLM gives it.
 
     `ir`: an op of `vllm_ir`, which vLLM lowers to one of its kernels or to aten after all passes. The others are of versions
     that have no such op for a sum (until 0.20): `custom_op` is `torch.ops._C.fused_add_rms_norm`, `decomposed` the layer's
-    native form as aten, `sum` an addition before the op.
+    native code as aten, `sum` an addition before the op.
     """
 
-    form: str
+    variant: str
     add: bool = False
     gemma: bool = False
     """The graph adds 1 to the weight in fp32; a pattern has that inside and takes the weight as the model has it."""
@@ -34,25 +34,27 @@ class RMSNorm:
     @property
     def op(self) -> str:
         """The op that a graph with this norm has in any case."""
-        if self.form in ("ir", "sum"):
-            return "vllm_ir.fused_add_rms_norm" if self.add and self.form == "ir" else "vllm_ir.rms_norm"
-        return "_C.fused_add_rms_norm" if self.form == "custom_op" else "aten.rsqrt"
+        if self.variant in ("ir", "sum"):
+            return "vllm_ir.fused_add_rms_norm" if self.add and self.variant == "ir" else "vllm_ir.rms_norm"
+        return "_C.fused_add_rms_norm" if self.variant == "custom_op" else "aten.rsqrt"
 
     def __str__(self) -> str:
-        traits = [*([self.form] if self.form != "ir" else []), *(["gemma"] if self.gemma else [])]
+        traits = [*([self.variant] if self.variant != "ir" else []), *(["gemma"] if self.gemma else [])]
         name = "fused_add_rms_norm" if self.add else "rms_norm"
         return name + (f"[{','.join(traits)}]" if traits else "")
 
     def possible(self, ops: OpIndex, keep_norm: bool, readers: int) -> bool:
         """Whether there may be such a norm whose result has other users than the `readers` that a quantiser makes of it."""
         nodes = ops.get(self.op, [])
-        return bool(nodes) if self.form == "decomposed" else any(self._fits(node, keep_norm, readers) for node in nodes)
+        return (
+            bool(nodes) if self.variant == "decomposed" else any(self._fits(node, keep_norm, readers) for node in nodes)
+        )
 
     def _fits(self, node: fx.Node, keep_norm: bool, readers: int) -> bool:
         if adds_one(norm_weight(node)) != self.gemma:
             return False
         results = norm_results(node)
-        if self.form == "sum":
+        if self.variant == "sum":
             total: Any = node.args[0]
             if not is_sum(total):
                 return False
@@ -68,15 +70,15 @@ class RMSNorm:
         """The norm, and the sum if there is one."""
         if self.gemma:
             weight = weight.float() + 1.0
-        if self.form == "custom_op":
+        if self.variant == "custom_op":
             _, normed, total = functionalized(
                 torch.ops._C.fused_add_rms_norm.default, input=x, residual=residual, weight=weight, epsilon=epsilon
             )
             return normed, total
-        if self.form == "decomposed":
+        if self.variant == "decomposed":
             layer: Any = norm_layers.RMSNorm
             return layer.forward_static(x, epsilon, x.shape[-1], x.dtype, weight, residual)
-        if self.add and self.form == "ir":
+        if self.add and self.variant == "ir":
             return torch.ops.vllm_ir.fused_add_rms_norm.default(x, residual, weight, epsilon)
         total = x + residual if self.add else None
         return torch.ops.vllm_ir.rms_norm.default(x if total is None else total, weight, epsilon), total

@@ -70,7 +70,7 @@ class Quantiser:
     """What is quantised, before views of the quantiser's own."""
     kind: str
     """A key of WORDS."""
-    form: str
+    variant: str
     """"op", "native" (plain torch code), "triton", "inside" (in another op), or "ours" (alone, in this package's op)."""
     group_size: int | None = None
     kernel: str = ""
@@ -82,14 +82,14 @@ class Quantiser:
             "native": "in plain torch code",
             "triton": f"in a Triton kernel, {self.kernel}",
             "ours": "in this package's op",
-        }.get(self.form, called_op(self.node))
+        }.get(self.variant, called_op(self.node))
         return f"{WORDS[self.kind]}{size} ({how})"
 
     def reads(self, user: fx.Node) -> bool:
         """Whether a reader of `value` is part of this quantiser: itself, or what leads to it and nothing else does."""
         if user is self.node:
             return True
-        if user.target in VIEWS or (self.form == "native" and called_op(user) in _MADE_OF):
+        if user.target in VIEWS or (self.variant == "native" and called_op(user) in _MADE_OF):
             return any(map(self.reads, user.users))
         return False
 

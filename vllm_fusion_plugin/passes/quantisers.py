@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantisers as vLLM's graphs have them: the pieces that patterns are put together from.
 
-Each has the forms that vLLM gives it: a custom op of `torch.ops._C`, or the layer's `forward_native` decomposed to aten. A
-form whose op this build of vLLM lacks is not available, and no pattern is made with it.
+Each has the variants that vLLM gives it: a custom op of `torch.ops._C`, or the layer's `forward_native` decomposed to aten.
+A variant whose op this build of vLLM lacks is not available, and no pattern is made with it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 
 from .. import compat, roundings
 from ..graph import OpIndex, called_op, same_strides
-from ..ops.quant import FP8_DTYPE, FP8_MAX, empty_group_scales
+from ..ops.quant import EPS, FP8_DTYPE, FP8_MAX, GroupScales
 from .pattern import empty, functionalized, has_op, make_layer
 
 # ---- quantisers ------------------------------------------------------------------------------------------------------
@@ -86,62 +86,62 @@ def _converts_to_fp8(ops: OpIndex) -> bool:
 class Fp8Quant:
     """What FP8 quantisers have in common: the rounding of a custom op is the installed vLLM's, of native code its own."""
 
-    form: str
+    variant: str
     op: ClassVar[str]
     """Name of the custom op in roundings.py."""
 
     @property
     def rounding(self) -> str:
-        """`quant_form` to hand to an op."""
-        return self.form if self.form == "native" else roundings.of(self.op).form
+        """`quant_rounding` to hand to an op."""
+        return self.variant if self.variant == "native" else roundings.of(self.op).name
 
     @property
     def inexactness(self) -> str:
         """Why an op's bytes are not this quantiser's, or nothing if they are."""
-        return "" if self.form == "native" else roundings.of(self.op).reason
+        return "" if self.variant == "native" else roundings.of(self.op).reason
 
 
 @dataclass(frozen=True)
 class GroupQuant(Fp8Quant):
-    """Dynamic FP8 quantiser with one scale a group along the row, in one of its layouts and forms."""
+    """Dynamic FP8 quantiser with one scale a group along the row, in one of its layouts and variants."""
 
-    form: str
-    group_size: int
-    column_major_scales: bool
-    tma_aligned_scales: bool
-    use_ue8m0: bool
-    eps: float = 1e-10
+    variant: str
+    scales: GroupScales
     op = roundings.GROUP_QUANT
     readers = 1  # nodes that read the value to quantise
 
     def possible(self, ops: OpIndex) -> bool:
-        if self.form == "native":
+        if self.variant == "native":
             maxima = (node.all_input_nodes[0].meta["val"].shape[-1] for node in ops.get("aten.max", []))
-            return _converts_to_fp8(ops) and self.group_size in maxima and ("aten.log2" in ops or not self.use_ue8m0)
-        wanted = {
-            "group_size": self.group_size,
-            "scale_ue8m0": self.use_ue8m0,
-            "dummy_is_scale_transposed": self.column_major_scales,
-            "dummy_is_tma_aligned": self.tma_aligned_scales,
-        }
+            rounds_up = "aten.log2" in ops or not self.scales.ue8m0
+            return _converts_to_fp8(ops) and self.scales.group_size in maxima and rounds_up
         nodes = ops.get("_C.per_token_group_fp8_quant", [])
-        return any(all(node.kwargs.get(k) == v for k, v in wanted.items()) for node in nodes)
+        return any(all(node.kwargs.get(k) == v for k, v in self._arguments().items()) for node in nodes)
+
+    def _arguments(self) -> dict[str, Any]:
+        """What vLLM's op is called with for such scales."""
+        return {
+            "group_size": self.scales.group_size,
+            "scale_ue8m0": self.scales.ue8m0,
+            "dummy_is_scale_transposed": self.scales.layout != "row",
+            "dummy_is_tma_aligned": self.scales.layout == "tma",
+        }
 
     def __str__(self) -> str:
-        layout = "tma" if self.tma_aligned_scales else "column" if self.column_major_scales else "row"
-        return f"group{self.group_size}[{self.form},{layout}{',ue8m0' if self.use_ue8m0 else ''}]"
+        size, layout, ue8m0 = self.scales
+        return f"group{size}[{self.variant},{layout}{',ue8m0' if ue8m0 else ''}]"
 
     def inputs(self, rows: int, width: int) -> list[torch.Tensor]:
-        if self.form == "native":
+        if self.variant == "native":
             return []
         return [
             empty(rows, width, dtype=FP8_DTYPE),
-            empty(rows, width // self.group_size, dtype=torch.float32),
+            empty(rows, width // self.scales.group_size, dtype=torch.float32),
         ]
 
     @property
     def rounding(self) -> str:
-        floored = self.form == "native" and _native_scale_is_floored_first()
+        floored = self.variant == "native" and _native_scale_is_floored_first()
         return "native_floored" if floored else super().rounding
 
     def refuse(self, codes: torch.Tensor, scales: torch.Tensor) -> str | None:
@@ -151,18 +151,18 @@ class GroupQuant(Fp8Quant):
         if scales.dim() != 2:
             return f"the scales have {scales.dim()} dimensions; fused where there are 2"
         rows, groups = scales.shape
-        want = empty_group_scales(scales, rows, groups, self.column_major_scales, self.tma_aligned_scales)
+        want = self.scales.empty(scales, rows, groups * self.scales.group_size)
         if not same_strides(scales, want):
             return f"the scales' strides {tuple(scales.stride())} are not those of the layout the quantiser is told"
         return None
 
     def __call__(self, y: torch.Tensor, *buffers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.form == "native":
+        if self.variant == "native":
             layer = _quant_fp8(
                 static=False,
-                group_shape=GroupShape(1, self.group_size),
-                column_major_scales=self.column_major_scales,
-                use_ue8m0=self.use_ue8m0,
+                group_shape=GroupShape(1, self.scales.group_size),
+                column_major_scales=self.scales.layout != "row",
+                use_ue8m0=self.scales.ue8m0,
             )
             return layer.forward_native(y)
         _, codes, scales = functionalized(
@@ -170,30 +170,27 @@ class GroupQuant(Fp8Quant):
             input=y,
             output_q=buffers[0],
             output_s=buffers[1],
-            group_size=self.group_size,
-            eps=self.eps,
+            eps=EPS,
             fp8_min=-FP8_MAX,
             fp8_max=FP8_MAX,
-            scale_ue8m0=self.use_ue8m0,
-            dummy_is_scale_transposed=self.column_major_scales,
-            dummy_is_tma_aligned=self.tma_aligned_scales,
+            **self._arguments(),
         )
         return codes, scales
 
 
 def group_quants(group_sizes: tuple[int, ...]) -> list[GroupQuant]:
     """Every group quantiser that vLLM can put into a graph."""
-    forms = ["native"] + (["custom_op"] if has_op("per_token_group_fp8_quant") else [])
+    variants = ["native"] + (["custom_op"] if has_op("per_token_group_fp8_quant") else [])
     return [
-        GroupQuant(form, group_size, column_major, tma_aligned, ue8m0)
-        for form in forms
+        GroupQuant(variant, GroupScales(group_size, layout, ue8m0))
+        for variant in variants
         for group_size in group_sizes
-        # Column-major first: in native form its graph is the row-major one and a transposition behind it, and Inductor
+        # Columns first: the native one's graph is the row-major one and a transposition behind it, and Inductor
         # replaces what fits first.
-        for column_major, tma_aligned in ((True, True), (True, False), (False, False))
+        for layout in ("tma", "column", "row")
         for ue8m0 in (False, True)
         # forward_native knows no TMA alignment: it returns plain column-major scales
-        if not (form == "native" and tma_aligned)
+        if not (variant == "native" and layout == "tma")
     ]
 
 
@@ -215,33 +212,33 @@ def _native_scale_is_floored_first() -> bool:
 class TokenQuant(Fp8Quant):
     """Dynamic FP8 quantiser with one scale a row; `bounded` if an upper bound of the scales is given."""
 
-    form: str
+    variant: str
     bounded: bool
     op = roundings.TOKEN_QUANT
 
     @property
     def readers(self) -> int:
-        return 2 if self.form == "native" else 1
+        return 2 if self.variant == "native" else 1
 
     def possible(self, ops: OpIndex) -> bool:
-        if self.form == "native":
+        if self.variant == "native":
             has_maximum = "aten.amax" in ops or "aten.max" in ops  # the latter until 0.26
             return _converts_to_fp8(ops) and "aten.reciprocal" in ops and has_maximum
         nodes = ops.get("_C.dynamic_per_token_scaled_fp8_quant", [])
         return any(isinstance(node.kwargs.get("scale_ub"), fx.Node) == self.bounded for node in nodes)
 
     def __str__(self) -> str:
-        return f"token[{self.form}{',bounded' if self.bounded else ''}]"
+        return f"token[{self.variant}{',bounded' if self.bounded else ''}]"
 
     def inputs(self, rows: int, width: int) -> list[torch.Tensor]:
-        if self.form == "native":
+        if self.variant == "native":
             return []
         return [empty(rows, width, dtype=FP8_DTYPE), empty(rows, 1, dtype=torch.float32)]
 
     def __call__(
         self, y: torch.Tensor, scale_ub: torch.Tensor | None, *buffers: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.form == "native":
+        if self.variant == "native":
             return _quant_fp8(static=False, group_shape=GroupShape.PER_TOKEN).forward_native(y, scale_ub=scale_ub)
         _, codes, scales = functionalized(
             torch.ops._C.dynamic_per_token_scaled_fp8_quant.default,
@@ -254,30 +251,30 @@ class TokenQuant(Fp8Quant):
 
 
 def token_quants() -> list[TokenQuant]:
-    forms = ["native"] + (["custom_op"] if has_op("dynamic_per_token_scaled_fp8_quant") else [])
+    variants = ["native"] + (["custom_op"] if has_op("dynamic_per_token_scaled_fp8_quant") else [])
     # Bounded first: an unbounded pattern's "no bound" is a wildcard until Inductor looks closer.
-    return [TokenQuant(form, bounded) for form in forms for bounded in (True, False)]
+    return [TokenQuant(variant, bounded) for variant in variants for bounded in (True, False)]
 
 
 @dataclass(frozen=True)
 class StaticQuant(Fp8Quant):
     """FP8 quantiser with one given scale."""
 
-    form: str
+    variant: str
     op = roundings.STATIC_QUANT
     readers = 1
 
     def possible(self, ops: OpIndex) -> bool:
-        return _converts_to_fp8(ops) if self.form == "native" else "_C.static_scaled_fp8_quant" in ops
+        return _converts_to_fp8(ops) if self.variant == "native" else "_C.static_scaled_fp8_quant" in ops
 
     def __str__(self) -> str:
-        return f"static[{self.form}]"
+        return f"static[{self.variant}]"
 
     def inputs(self, rows: int, width: int) -> list[torch.Tensor]:
-        return [] if self.form == "native" else [empty(rows, width, dtype=FP8_DTYPE)]
+        return [] if self.variant == "native" else [empty(rows, width, dtype=FP8_DTYPE)]
 
     def __call__(self, y: torch.Tensor, scale: torch.Tensor, *buffers: torch.Tensor) -> torch.Tensor:
-        if self.form == "native":
+        if self.variant == "native":
             return _quant_fp8(static=True, group_shape=GroupShape.PER_TENSOR).forward_native(y, scale)[0]
         return functionalized(
             torch.ops._C.static_scaled_fp8_quant.default,
@@ -296,7 +293,7 @@ def static_quants() -> list[StaticQuant]:
 class Nvfp4Quant:
     """NVFP4 quantiser: two e2m1 codes a byte, an e4m3 scale for 16 of them, swizzled or row-major, one global scale."""
 
-    form: str = "custom_op"
+    variant: str = "custom_op"
     swizzled: bool = True
     readers = 1
     rounding = "custom_op"

@@ -28,8 +28,8 @@ import torch
 from torch import fx
 
 from .. import compat
-from ..graph import called_op, is_sum, same_shape
-from ..kernels.forms import is_native
+from ..graph import arguments_of, called_op, is_sum, same_shape, set_arguments
+from ..kernels.rounding import is_native
 from ..ops import rms_norm_quant  # noqa: F401  (registers the ops)
 
 aten = torch.ops.aten
@@ -60,7 +60,9 @@ def take(graph: fx.Graph, deterministic: bool = False) -> None:
             if total.before is not None:
                 _take_residual(graph, norm, total.before)
             _take_x(graph, norm)
-            _put(norm, sum_columns=_sum_columns(total, is_native(get(norm, "quant_form")), deterministic))
+            set_arguments(
+                norm, sum_columns=_sum_columns(total, is_native(arguments_of(norm)["quant_rounding"]), deterministic)
+            )
         elif total.before is not None and total.before.ours:
             norm.update_arg(1, _addition(graph, norm, total.before))
         if (node := _result(norm)) is not None and _is_residual(node):
@@ -129,26 +131,10 @@ def _sum_columns(total: _Sum, native_quant: bool, deterministic: bool) -> int:
     return 2048 if deterministic or looked_up or crowded else 0
 
 
-def get(node: fx.Node, name: str) -> Any:
-    """An argument of an op's node by its name in the schema."""
-    return _arguments(node)[name]
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    target: Any = node.target
-    schema = target._schema.arguments
-    defaults = [argument.default_value for argument in schema[len(node.args) :]]
-    return dict(zip((argument.name for argument in schema), [*node.args, *defaults], strict=True))
-
-
-def _put(node: fx.Node, **values: Any) -> None:
-    node.args = tuple((_arguments(node) | values).values())
-
-
 def _is_native(norm: fx.Node) -> bool:
     """Whether a node is a native norm: one of ours, or one with an addition of vLLM's IR, which Inductor will compile."""
     if norm.target in OURS:
-        return get(norm, "norm_form") == "native"
+        return arguments_of(norm)["norm_rounding"] == "native"
     if called_op(norm) != IR_ADD:
         return False
     values = fx.map_arg(norm.args, lambda node: node.meta["val"])
@@ -157,13 +143,13 @@ def _is_native(norm: fx.Node) -> bool:
 
 def _inputs(norm: fx.Node) -> Any:
     """x and residual of a native norm."""
-    return (get(norm, "x"), get(norm, "residual")) if norm.target in OURS else norm.args[:2]
+    return (arguments_of(norm)["x"], arguments_of(norm)["residual"]) if norm.target in OURS else norm.args[:2]
 
 
 def _result(norm: fx.Node) -> fx.Node | None:
     """The node of what a native norm has added up, if it returns that and something reads it."""
     ours = norm.target in OURS
-    if ours and (get(norm, "residual") is None or not get(norm, "keep_sum")):
+    if ours and (arguments_of(norm)["residual"] is None or not arguments_of(norm)["keep_sum"]):
         return None
     place = len(norm.meta["val"]) - 1 if ours else 1
     return next((user for user in norm.users if user.target is operator.getitem and user.args[1] == place), None)
@@ -183,31 +169,31 @@ def _is_residual(node: fx.Node) -> bool:
 def _take_residual(graph: fx.Graph, norm: fx.Node, before: _Sum) -> None:
     """Give `norm`, one of ours, its residual unrounded."""
     if before.ours:
-        added = _arguments(before.norm)
+        added = arguments_of(before.norm)
         if added["x_addend"] is None and added["residual_addend"] is None:
-            _put(norm, residual=added["x"], residual_addend=added["residual"])
+            set_arguments(norm, residual=added["x"], residual_addend=added["residual"])
         else:
-            _put(norm, residual=_in_fp32(before))
+            set_arguments(norm, residual=_in_fp32(before))
         return
     if is_sum(before.x):
         return  # three addends: rounded
     earlier = before.before
     if earlier is None:
-        _put(norm, residual=before.x, residual_addend=before.residual)
+        set_arguments(norm, residual=before.x, residual_addend=before.residual)
     elif earlier.ours:
-        _put(norm, residual=before.x, residual_addend=_in_fp32(earlier))
+        set_arguments(norm, residual=before.x, residual_addend=_in_fp32(earlier))
     else:  # two norms of Inductor's in a row, which has to store what they have added up
         with graph.inserting_before(norm):
             widened = _call(graph, torch.ops.prims.convert_element_type.default, before.x, torch.float32)
-            _put(norm, residual=_call(graph, aten.add.Tensor, widened, before.residual))
+            set_arguments(norm, residual=_call(graph, aten.add.Tensor, widened, before.residual))
 
 
 def _in_fp32(total: _Sum) -> fx.Node:
     """What one of our norms has added up, from now on unrounded."""
     node = _result(total.norm)
     assert node is not None  # it is in `sums`, and what is there is dropped last
-    if not get(total.norm, "fp32_sum"):
-        _put(total.norm, fp32_sum=True)
+    if not arguments_of(total.norm)["fp32_sum"]:
+        set_arguments(total.norm, fp32_sum=True)
         node.meta = node.meta | {"val": node.meta["val"].to(torch.float32)}
         total.norm.meta = total.norm.meta | {"val": [*total.norm.meta["val"][:-1], node.meta["val"]]}
     return node
@@ -224,8 +210,8 @@ def _addition(graph: fx.Graph, norm: fx.Node, total: _Sum) -> Any:
         if called_op(residual) in LOOK_UPS:
             residual = graph.node_copy(residual)  # it is looked up again, though our norm has it in memory
         x = total.x
-        if get(total.norm, "x_addend") is not None:
-            x, addend, scale = (get(total.norm, name) for name in ("x", "x_addend", "x_addend_scale"))
+        if arguments_of(total.norm)["x_addend"] is not None:
+            x, addend, scale = (arguments_of(total.norm)[name] for name in ("x", "x_addend", "x_addend_scale"))
             x = _call(
                 graph, aten.add.Tensor, x, addend if scale == 1.0 else _call(graph, aten.mul.Tensor, addend, scale)
             )
@@ -242,12 +228,12 @@ def _drop(graph: fx.Graph, node: fx.Node, total: _Sum) -> None:
     """Take away a sum that nothing reads any more."""
     graph.erase_node(node)
     if total.ours:
-        _put(total.norm, keep_sum=False, fp32_sum=False)
+        set_arguments(total.norm, keep_sum=False, fp32_sum=False)
         total.norm.meta = total.norm.meta | {"val": total.norm.meta["val"][:-1]}
 
 
 def _take_x(graph: fx.Graph, norm: fx.Node) -> None:
-    total = get(norm, "x")
+    total = arguments_of(norm)["x"]
     if not is_sum(total) or total.kwargs or len(total.users) > 1:
         return
     scale = 1.0
@@ -258,7 +244,7 @@ def _take_x(graph: fx.Graph, norm: fx.Node) -> None:
         return
     values = [node.meta["val"] for node in (total, x, addend)]
     if all(value.dtype == values[0].dtype and same_shape(value, values[0]) for value in values):
-        _put(norm, x=x, x_addend=addend, x_addend_scale=float(scale))
+        set_arguments(norm, x=x, x_addend=addend, x_addend_scale=float(scale))
         graph.erase_node(total)
 
 

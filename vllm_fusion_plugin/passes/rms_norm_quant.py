@@ -20,6 +20,7 @@ from .. import compat, report
 from ..graph import OpIndex, called_op
 from ..ops import rms_norm_quant  # noqa: F401  (registers the ops)
 from ..ops.quant import FP8_DTYPE, GROUP_SIZES, INPUT_DTYPES
+from ..ops.rms_norm_quant import NormInputs
 from . import gated_rms_norm_quant, mla_dual_rms_norm_quant, norms, quantisers, residual_sums
 from .base import FusionPass
 from .pattern import PatternReplacement, empty
@@ -31,7 +32,7 @@ ops = torch.ops.vllm_fusion_plugin
 
 
 class RMSNormQuant(PatternReplacement):
-    """Common to all: x [M, H] (+ residual) -> RMS norm in one of its forms -> a quantiser.
+    """Common to all: x [M, H] (+ residual) -> RMS norm in one of its variants -> a quantiser.
 
     Inputs are x, weight, residual if there is one, those of the quantiser, and epsilon. Outputs are the quantiser's, then
     the norm's result if something else uses it, then the sum if that is used.
@@ -47,7 +48,7 @@ class RMSNormQuant(PatternReplacement):
         self.quant = quant
         self.inexactness = quant.inexactness
         self.dtype = dtype
-        self.native_form = "eager" if precision_casts else "native"
+        self.native_rounding = "eager" if precision_casts else "native"
 
     def possible(self, ops: OpIndex) -> bool:
         return self.norm.possible(ops, self.keep_norm, self.quant.readers) and self.quant.possible(ops)
@@ -85,39 +86,40 @@ class RMSNormQuant(PatternReplacement):
         x, weight, residual, quant_inputs, epsilon = self.split(inputs)
         # Only what a provider looks at: under which of the ops, and on which shapes and dtypes.
         seen = x.new_empty(weight.shape, dtype=torch.float32) if self.norm.gemma else weight
-        form = self.norm_form(
+        rounding = self.norm_rounding(
             [x, residual, seen, epsilon] if self.norm.op.endswith("add_rms_norm") else [x, seen, epsilon]
         )
-        outputs = self.fused(x, weight, epsilon, residual, self.norm.gemma, self.keep_norm, quant_inputs, form)
+        norm = NormInputs(x, weight, epsilon, residual, self.norm.gemma, self.keep_norm, rounding)
+        outputs = self.fused(norm, quant_inputs)
         return outputs if self.norm.sum_used or residual is None else outputs[:-1]
 
-    def fused(self, *arguments: Any) -> list[torch.Tensor]:
-        """Our op on x, weight, epsilon, residual, gemma_weight, keep_norm, the quantiser's inputs and norm_form."""
+    def fused(self, norm: NormInputs, quant_inputs: tuple[Any, ...]) -> list[torch.Tensor]:
+        """Our op on the norm's inputs and the quantiser's."""
         raise NotImplementedError
 
     def provider(self, arguments: list[Any]) -> str:
         """Whose norm it is that the graph holds."""
-        if self.norm.form in ("custom_op", "decomposed"):
-            return {"custom_op": "vllm_c", "decomposed": "native"}[self.norm.form]
+        if self.norm.variant in ("custom_op", "decomposed"):
+            return {"custom_op": "vllm_c", "decomposed": "native"}[self.norm.variant]
         return compat.ir_provider(self.norm.op.rpartition(".")[2], arguments)
 
-    def norm_form(self, arguments: list[Any]) -> str:
-        """norm_form to hand to the op: the roundings that the graph's norm would have made."""
-        return {"native": self.native_form, "vllm_c": "custom_op"}[self.provider(arguments)]
+    def norm_rounding(self, arguments: list[Any]) -> str:
+        """norm_rounding to hand to the op: the roundings that the graph's norm would have made."""
+        return {"native": self.native_rounding, "vllm_c": "custom_op"}[self.provider(arguments)]
 
     def refuse(self, match: Match) -> str | None:
-        if self.norm.form == "decomposed":
+        if self.norm.variant == "decomposed":
             x, weight = (match.kwargs[f"arg{i}"].meta["val"] for i in (0, 1))
             if weight.dtype != x.dtype:
                 return f"weight is {weight.dtype}, and the norm's result with it; fused where it is the input's dtype"
-        if self.norm.form in ("ir", "sum"):
+        if self.norm.variant in ("ir", "sum"):
             (node,) = (n for n in match.nodes if called_op(n) == self.norm.op)
             provider = self.provider(list(fx.map_arg(node.args, lambda n: n.meta["val"])))
             if provider not in ("native", "vllm_c"):
                 return f"vLLM runs this norm in a kernel of {provider}, whose roundings the fused op does not know"
-            if self.norm.form == "sum" and (provider, self.native_form) == ("native", "eager"):
+            if self.norm.variant == "sum" and (provider, self.native_rounding) == ("native", "eager"):
                 return "the sum is rounded before the norm, which the fused op with these roundings does not do"
-        if self.keep_norm and self.quant.form == "native":
+        if self.keep_norm and self.quant.variant == "native":
             return (
                 "the norm's result has other users too, which read it rounded, and a quantiser in plain torch code does "
                 "not; fused with vLLM's quantiser op"
@@ -133,30 +135,15 @@ class RMSNormGroupQuant(RMSNormQuant):
     quant: quantisers.GroupQuant
 
     def width(self) -> int:
-        return GROUPS * self.quant.group_size
+        return GROUPS * self.quant.scales.group_size
 
-    def fused(self, x, weight, epsilon, residual, gemma_weight, keep_norm, quant_inputs, norm_form):
-        q = self.quant
-        return ops.rms_norm_group_fp8_quant.default(
-            x,
-            weight,
-            epsilon,
-            residual,
-            gemma_weight,
-            keep_norm,
-            q.group_size,
-            q.column_major_scales,
-            q.tma_aligned_scales,
-            q.use_ue8m0,
-            q.eps,
-            norm_form,
-            q.rounding,
-        )
+    def fused(self, norm, quant_inputs):
+        return ops.rms_norm_group_fp8_quant.default(*norm, *self.quant.scales, self.quant.rounding)
 
     def refuse(self, match: Match) -> str | None:
         if reason := super().refuse(match):
             return reason
-        if self.quant.form == "native":
+        if self.quant.variant == "native":
             return None
         return self.quant.refuse(self.quant_value(match, 0), self.quant_value(match, 1))
 
@@ -171,18 +158,16 @@ class RMSNormTokenQuant(RMSNormQuant):
     def quantise(self, normed: torch.Tensor, inputs: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         return self.quant(normed, *(inputs if self.quant.bounded else (None, *inputs)))
 
-    def fused(self, x, weight, epsilon, residual, gemma_weight, keep_norm, quant_inputs, norm_form):
+    def fused(self, norm, quant_inputs):
         scale_ub = quant_inputs[0] if self.quant.bounded else None
-        return ops.rms_norm_token_fp8_quant.default(
-            x, weight, epsilon, residual, gemma_weight, keep_norm, scale_ub, norm_form, self.quant.rounding
-        )
+        return ops.rms_norm_token_fp8_quant.default(*norm, scale_ub, self.quant.rounding)
 
     def refuse(self, match: Match) -> str | None:
         if reason := super().refuse(match):
             return reason
         if self.quant.bounded and (count := self.quant_value(match, 0).numel()) != 1:
             return f"{count} upper bounds of the scales; fused for one"
-        if self.quant.form == "custom_op":
+        if self.quant.variant == "custom_op":
             return quantisers.refuse_codes(self.quant_value(match, int(self.quant.bounded)))
         return None
 
@@ -196,10 +181,8 @@ class RMSNormStaticQuant(RMSNormQuant):
     def quantise(self, normed: torch.Tensor, inputs: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         return (self.quant(normed, *inputs),)
 
-    def fused(self, x, weight, epsilon, residual, gemma_weight, keep_norm, quant_inputs, norm_form):
-        return ops.rms_norm_static_fp8_quant.default(
-            x, weight, epsilon, residual, gemma_weight, keep_norm, quant_inputs[0], norm_form, self.quant.rounding
-        )
+    def fused(self, norm, quant_inputs):
+        return ops.rms_norm_static_fp8_quant.default(*norm, quant_inputs[0], self.quant.rounding)
 
     def refuse(self, match: Match) -> str | None:
         if reason := super().refuse(match):
@@ -207,7 +190,7 @@ class RMSNormStaticQuant(RMSNormQuant):
         scale = self.quant_value(match, 0)
         if scale.numel() != 1:
             return f"{scale.numel()} scales; fused for one scale a tensor"
-        return quantisers.refuse_codes(self.quant_value(match, 1)) if self.quant.form == "custom_op" else None
+        return quantisers.refuse_codes(self.quant_value(match, 1)) if self.quant.variant == "custom_op" else None
 
 
 class RMSNormNvfp4Quant(RMSNormQuant):
@@ -286,7 +269,7 @@ class RMSNormQuantFusionPass(FusionPass):
         if not quantisers.nvfp4_quants() or (op := compat.flashinfer_norm_nvfp4_op()) is None:
             return
         for norm in norms.rms_norms():
-            if norm.form == "ir" and norm.add and not norm.gemma:
+            if norm.variant == "ir" and norm.add and not norm.gemma:
                 for swizzled in (True, False):
                     quant = quantisers.Nvfp4Quant(swizzled=swizzled)
                     self.register(RMSNormNvfp4Quant(norm, False, quant, dtype, precision_casts, op=op))

@@ -34,47 +34,47 @@ def silu_mul_custom_op(x: torch.Tensor) -> torch.Tensor:
     return functionalized(torch.ops._C.silu_and_mul.default, result=out, input=x)[1]
 
 
-# An op that a graph with the form has in any case.
+# An op that a graph with the variant has in any case.
 SILU_MUL_OPS = {"native": "aten.exp", "custom_op": "_C.silu_and_mul"}
 
 
-def silu_mul_forms() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """Form -> function of x [M, 2 * K]."""
-    forms: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"native": SiluAndMul.forward_native}
+def silu_mul_variants() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Variant -> function of x [M, 2 * K]."""
+    variants: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"native": SiluAndMul.forward_native}
     if has_op("silu_and_mul"):
-        forms["custom_op"] = silu_mul_custom_op
-    return forms
+        variants["custom_op"] = silu_mul_custom_op
+    return variants
 
 
-def _rounding(act_form: str, precision_casts: bool) -> str:
-    """act_form to hand to the op: the roundings that the graph's SiLU·mul would have made."""
-    if act_form == "custom_op":
-        return roundings.of(roundings.SILU_MUL).form
+def _rounding(variant: str, precision_casts: bool) -> str:
+    """act_rounding to hand to the op: the roundings that the graph's SiLU·mul would have made."""
+    if variant == "custom_op":
+        return roundings.of(roundings.SILU_MUL).name
     return "eager" if precision_casts else "native"
 
 
 class SiluMulQuant(PatternReplacement):
-    """Common to all: x [M, 2 * K] -> SiLU·mul in one of its forms -> a quantiser."""
+    """Common to all: x [M, 2 * K] -> SiLU·mul in one of its variants -> a quantiser."""
 
-    def __init__(self, act_form: str, quant: Any, dtype: torch.dtype, precision_casts: bool) -> None:
-        self.act_form = act_form
-        self.silu_mul = silu_mul_forms()[act_form]
+    def __init__(self, variant: str, quant: Any, dtype: torch.dtype, precision_casts: bool) -> None:
+        self.variant = variant
+        self.silu_mul = silu_mul_variants()[variant]
         self.quant = quant
         self.dtype = dtype
-        self.forms = {
-            "act_form": _rounding(act_form, precision_casts),
-            "quant_form": quant.rounding,
+        self.roundings = {
+            "act_rounding": _rounding(variant, precision_casts),
+            "quant_rounding": quant.rounding,
         }
         self.inexactness = quant.inexactness or (
-            roundings.of(roundings.SILU_MUL).reason if act_form == "custom_op" else ""
+            roundings.of(roundings.SILU_MUL).reason if variant == "custom_op" else ""
         )
 
     def possible(self, ops: OpIndex) -> bool:
-        return SILU_MUL_OPS[self.act_form] in ops and self.quant.possible(ops)
+        return SILU_MUL_OPS[self.variant] in ops and self.quant.possible(ops)
 
     def key(self) -> str:
-        rounding = "" if self.forms["act_form"] == self.act_form else f",{self.forms['act_form']}"
-        return f"silu_mul[{self.act_form}{rounding}]+{self.quant}"
+        rounding = "" if self.roundings["act_rounding"] == self.variant else f",{self.roundings['act_rounding']}"
+        return f"silu_mul[{self.variant}{rounding}]+{self.quant}"
 
     def refuse(self, match: Match) -> str | None:
         x = match.kwargs["arg0"].meta["val"]
@@ -91,7 +91,7 @@ class SiluMulGroupQuant(SiluMulQuant):
     quant: quantisers.GroupQuant
 
     def inputs(self) -> list[torch.Tensor]:
-        width = GROUPS * self.quant.group_size
+        width = GROUPS * self.quant.scales.group_size
         return [empty(ROWS, 2 * width, dtype=self.dtype), *self.quant.inputs(ROWS, width)]
 
     def pattern(self, x: torch.Tensor, *buffers: torch.Tensor) -> Any:
@@ -101,19 +101,15 @@ class SiluMulGroupQuant(SiluMulQuant):
         q = self.quant
         return torch.ops.vllm_fusion_plugin.silu_mul_group_fp8_quant.default(
             x,
-            q.group_size,
-            q.column_major_scales,
-            q.tma_aligned_scales,
-            q.use_ue8m0,
-            q.eps,
-            self.forms["act_form"],
-            self.forms["quant_form"],
+            *q.scales,
+            self.roundings["act_rounding"],
+            self.roundings["quant_rounding"],
         )
 
     def refuse(self, match: Match) -> str | None:
         if reason := super().refuse(match):
             return reason
-        if self.quant.form == "native":
+        if self.quant.variant == "native":
             return None
         return self.quant.refuse(*(match.kwargs[f"arg{i}"].meta["val"] for i in (1, 2)))
 
@@ -131,7 +127,7 @@ class SiluMulStaticQuant(SiluMulQuant):
 
     def replacement(self, x: torch.Tensor, scale: torch.Tensor, *buffers: torch.Tensor) -> Any:
         return torch.ops.vllm_fusion_plugin.silu_mul_static_fp8_quant.default(
-            x, scale, self.forms["act_form"], self.forms["quant_form"]
+            x, scale, self.roundings["act_rounding"], self.roundings["quant_rounding"]
         )
 
     def refuse(self, match: Match) -> str | None:
@@ -144,8 +140,8 @@ class SiluMulStaticQuant(SiluMulQuant):
 class SiluMulNvfp4Quant(SiluMulQuant):
     quant: quantisers.Nvfp4Quant
 
-    def __init__(self, act_form: str, quant: Any, dtype: torch.dtype, precision_casts: bool, kernel: str) -> None:
-        super().__init__(act_form, quant, dtype, precision_casts)
+    def __init__(self, variant: str, quant: Any, dtype: torch.dtype, precision_casts: bool, kernel: str) -> None:
+        super().__init__(variant, quant, dtype, precision_casts)
         self.kernel = kernel if has_op("silu_and_mul_nvfp4_quant") else "ours"
 
     def key(self) -> str:
@@ -161,7 +157,9 @@ class SiluMulNvfp4Quant(SiluMulQuant):
 
     def replacement(self, x: torch.Tensor, global_scale: torch.Tensor, *buffers: torch.Tensor) -> Any:
         if self.kernel == "ours":
-            return torch.ops.vllm_fusion_plugin.silu_mul_nvfp4_quant.default(x, global_scale, self.forms["act_form"])
+            return torch.ops.vllm_fusion_plugin.silu_mul_nvfp4_quant.default(
+                x, global_scale, self.roundings["act_rounding"]
+            )
         codes, scales = buffers
         return auto_functionalized(
             torch.ops._C.silu_and_mul_nvfp4_quant.default,
@@ -190,14 +188,14 @@ class ActivationQuantFusionPass(FusionPass):
         super().__init__(config)
         precision_casts = bool(config.compilation_config.inductor_compile_config.get("emulate_precision_casts"))
         dtype = self.model_dtype if self.model_dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
-        for act_form in silu_mul_forms():
+        for variant in silu_mul_variants():
             for group_quant in quantisers.group_quants(GROUP_SIZES):
-                self.register(SiluMulGroupQuant(act_form, group_quant, dtype, precision_casts))
+                self.register(SiluMulGroupQuant(variant, group_quant, dtype, precision_casts))
             for static_quant in quantisers.static_quants():
-                self.register(SiluMulStaticQuant(act_form, static_quant, dtype, precision_casts))
+                self.register(SiluMulStaticQuant(variant, static_quant, dtype, precision_casts))
             for nvfp4_quant in quantisers.nvfp4_quants():
                 kernel = self.settings.nvfp4_kernel
-                self.register(SiluMulNvfp4Quant(act_form, nvfp4_quant, dtype, precision_casts, kernel))
+                self.register(SiluMulNvfp4Quant(variant, nvfp4_quant, dtype, precision_casts, kernel))
         self.dump(config)
 
     def explain(self, graph: fx.Graph) -> None:
@@ -209,7 +207,7 @@ class ActivationQuantFusionPass(FusionPass):
 
 
 def silu_mul_outputs(graph: fx.Graph) -> list[fx.Node]:
-    """Results of SiLU·mul still in the graph, in either form."""
+    """Results of SiLU·mul still in the graph, in either variant."""
     found = []
     for node in graph.nodes:
         if node.target is aten.exp.default:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of the roundings that a group quantiser can have; what they are is in ops/quant.py. Needs no Triton."""
+"""What kernels and ops have to agree on about quantisers without Triton: roundings, which ops/quant.py describes."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ NATIVE = ("native", "native_floored")
 """Plain torch code, which Inductor compiles together with what stands before it."""
 
 
-def is_native(quant_form: str) -> bool:
-    return quant_form in NATIVE
+def is_native(quant_rounding: str) -> bool:
+    return quant_rounding in NATIVE
