@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from . import fusions
+
 logger = logging.getLogger("vllm.fusion_plugin")
 
 # Ops that quantise inside, by the name they have in the graph, and what to tell a user who looks for a fusion there.
@@ -65,12 +67,7 @@ FUSED_IN_TRITON = {
 }
 
 # Passes that can be left out by one of vLLM's flags.
-PASS_FLAGS = {
-    _ACT: "fuse_act_quant",
-    _NORM: "fuse_norm_quant",
-    "AttnQuantFusionPass": "fuse_attn_quant",
-    "MLAAttnQuantFusionPass": "fuse_attn_quant",
-}
+PASS_FLAGS = {fusion.name: fusion.switch for fusion in fusions.entering("pass")}
 
 # Activations of vLLM by what their op is called, in words. Names of layers (`GeluAndMul`) are told as they are.
 ACTIVATION_OPS = {

@@ -24,7 +24,7 @@ from .settings import Settings
 
 # Modules that decide what is computed. The others (cli, demo, settings, plugin, report and its kin) change no graph and no
 # kernel, so an edit there keeps a user's compile cache warm.
-MODULES = ("compat", "seams", "graph", "roundings", "demo.cpu*", "layers*", "passes*", "ops*", "kernels*")
+MODULES = ("fusions", "compat", "seams", "graph", "roundings", "demo.cpu*", "layers*", "passes*", "ops*", "kernels*")
 
 
 class UnknownCodeError(Exception):

@@ -6,9 +6,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from importlib import import_module
 from typing import Any
 
-from . import settings
+from . import fusions, settings
 from .report import RECORDER, EngineRecord
 
 # Below "vllm", so that vLLM's own handlers and levels apply.
@@ -48,7 +49,7 @@ def _register() -> str:
     if not settings.parse_switch():
         return f"off: {settings.ENV_SWITCH}=0"
     if not settings.load().enabled:
-        return "off: enabled=false in the settings"
+        return settings.OFF
 
     from vllm.platforms import current_platform
 
@@ -91,7 +92,7 @@ def make_pass_manager() -> Any:
 def configure_engine(config: Any) -> None:
     """Prepare this process for the engine of `config`, before vLLM compiles it or loads its compiled code: settle what its
     compile cache is keyed by, give it a cache folder of its own, register our ops, take part in loading, and pass settings
-    on to kernels and MLA layers. PDL and MLA's switch are the process's: the engine that is configured last decides. The
+    on to kernels and MLA layers. PDL, which changes no byte, is the process's: the engine configured last decides. The
     pass manager stays in place; for an engine that the plugin keeps out of, it is vLLM's own in all but name. vLLM hashes
     a config several times; each time this is done again. Never raises.
     """
@@ -104,17 +105,13 @@ def configure_engine(config: Any) -> None:
         # A bug of ours: nobody knows what is in place, so what is compiled now must not be found again.
         record.failed, record.key = True, fingerprint.unique_key()
         record.inactive = _inactive(f"{type(e).__name__}: {e}")
-        with contextlib.suppress(Exception):
-            from .layers import mla_v_up_quant
-
-            mla_v_up_quant.configure(False)
+        record.mla_v_up_quant = False
         with contextlib.suppress(Exception):
             seams.use_own_cache_folder(config, record.key)
 
 
 def _configure_engine(config: Any, record: EngineRecord) -> None:
     from . import compat, fingerprint, roundings, seams
-    from .layers import mla_v_up_quant
 
     if record.failed:
         return
@@ -123,8 +120,7 @@ def _configure_engine(config: Any, record: EngineRecord) -> None:
     if not record.inactive and (reason := _why_kernels_cannot_run()):
         record.inactive = _inactive(reason)
     if record.inactive:
-        record.key = None
-        mla_v_up_quant.configure(False)
+        record.key, record.mla_v_up_quant = None, False
         return
     record.key = record.report.fingerprint = fingerprint.fingerprint(chosen, {"roundings": roundings.key()})
     if unknown := fingerprint.unknown_code():
@@ -132,19 +128,14 @@ def _configure_engine(config: Any, record: EngineRecord) -> None:
     _register_ops()
     seams.use_own_cache_folder(config, record.key)
     seams.hook_aot_load(lambda c: RECORDER.begin_load(compat.engine_owner(c)), RECORDER.end_load)
-    _pass_on(chosen, config)
+    _pass_on(chosen, config, record)
 
 
 def settings_of(config: Any) -> tuple[settings.Settings, str]:
-    """An engine's settings, and the state to report if they keep the plugin out of it; "" if they do not."""
-    try:
-        chosen = settings.load(config.additional_config)
-    except settings.SettingsError as e:
-        return settings.Settings(enabled=False), _inactive(str(e))
-    if chosen.enabled:
-        return chosen, ""
-    switch = settings.ENV_SWITCH
-    return chosen, f"off: {'enabled=false in the settings' if settings.parse_switch() else f'{switch}=0'}"
+    """An engine's settings, and the state to report if they keep the plugin out of it; "" if they do not. Warns of bad ones,
+    once."""
+    chosen, problem, out = settings.read(config.additional_config)
+    return chosen, _inactive(problem) if problem else out
 
 
 def _why_kernels_cannot_run() -> str:
@@ -166,24 +157,24 @@ def _note_unknown_code(record: EngineRecord, reason: str) -> None:
 
 def _register_ops() -> None:
     """A compiled artefact from the cache calls our ops by name, in a process where no pass has run."""
-    from .ops import (  # noqa: F401
-        gated_rms_norm_quant,
-        group_quant,
-        mla_dual_rms_norm_quant,
-        mla_v_up_quant,
-        rms_norm_quant,
-        silu_mul_quant,
-    )
+    for fusion in fusions.FUSIONS:
+        for module in fusion.ops:
+            import_module(f"{__package__}.ops.{module}")
 
 
-def _pass_on(chosen: settings.Settings, config: Any) -> None:
-    from . import warmup
+def _pass_on(chosen: settings.Settings, config: Any, record: EngineRecord) -> None:
+    from . import roundings, warmup
     from .kernels import pdl
     from .layers import mla_v_up_quant
 
     os.environ[pdl.ENV] = "1" if chosen.use_pdl else "0"
     wanted = chosen.mla_v_up_quant and config.compilation_config.pass_config.fuse_attn_quant
-    mla_v_up_quant.configure(bool(wanted) and "MLAAttnQuantFusionPass" not in chosen.stock_passes)
+    wanted = wanted and "MLAAttnQuantFusionPass" not in chosen.stock_passes
+    # The op has the rounding of the quantiser that vLLM would run after attention, or the nearest that is known.
+    exact = chosen.inexact == "fuse" or not roundings.of(roundings.GROUP_QUANT).differing
+    record.mla_v_up_quant = bool(wanted) and exact
+    if record.mla_v_up_quant:
+        mla_v_up_quant.install()
     warmup.install(config)
 
 

@@ -35,6 +35,8 @@ class EngineRecord:
         """What this engine's compile cache is keyed by, besides vLLM's own hash; None if by nothing of ours."""
         self.failed = False
         """Whether preparing this engine has raised, in which case the plugin keeps out of it for good."""
+        self.mla_v_up_quant = False
+        """Whether its MLA layers write FP8 in groups from the V up-projection."""
         self.unreported = 0
         """How often code came from disk with no report beside it."""
 

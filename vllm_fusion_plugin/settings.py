@@ -18,18 +18,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from . import fusions
+
 ENV_SWITCH = "VLLM_FUSION_PLUGIN"
 ENV_SETTINGS = "VLLM_FUSION_PLUGIN_SETTINGS"
 ENV_CPU = "VLLM_FUSION_PLUGIN_CPU"  # see demo/cpu.py
 ADDITIONAL_CONFIG_KEY = "fusion_plugin"
 
-# The stock classes that we can stand in for, by the names that vLLM's users know.
-PASSES = (
-    "ActivationQuantFusionPass",
-    "RMSNormQuantFusionPass",
-    "AttnQuantFusionPass",
-    "MLAAttnQuantFusionPass",
-)
+# vLLM's pass classes that we can stand in for, by the names that vLLM's users know.
+PASSES = tuple(fusion.name for fusion in fusions.entering("pass"))
 
 
 class SettingsError(ValueError):
@@ -122,3 +119,18 @@ def load(additional_config: Any = None) -> Settings:
             for x in e.errors()
         )
         raise SettingsError(f"fusion plugin settings: {problems} (settings: {allowed})") from None
+
+
+OFF = "off: enabled=false in the settings"
+
+
+def read(additional_config: Any = None) -> tuple[Settings, str, str]:
+    """As `load`, for whoever cannot stop at a bad setting: settings, what is wrong with them, and why they keep the plugin
+    out although nothing is; "" for none. Bad settings are read as `enabled=False`. Never raises."""
+    try:
+        chosen = load(additional_config)
+        if chosen.enabled:
+            return chosen, "", ""
+        return chosen, "", OFF if parse_switch() else f"off: {ENV_SWITCH}=0"
+    except SettingsError as e:
+        return Settings(enabled=False), str(e), ""

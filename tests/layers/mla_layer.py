@@ -141,5 +141,5 @@ def hook(monkeypatch) -> None:
     monkeypatch.setattr(mla_v_up_quant, "_noted", set())
     monkeypatch.setattr(mla_v_up_quant, "_enabled", False)
     monkeypatch.setattr(type(current_platform), "opaque_attention_op", classmethod(lambda cls: True))
-    mla_v_up_quant.configure(True)
+    mla_v_up_quant.install()
     assert mla_v_up_quant._enabled, report.RECORDER.report.notes

@@ -386,19 +386,20 @@ def test_layers_on_two_threads(monkeypatch):
 # ---- installing ------------------------------------------------------------------------------------------------------
 
 
-def test_switch(monkeypatch):
+def test_each_engine_has_its_own_switch(monkeypatch):
     counts = fused_rows(monkeypatch)
-    mla_v_up_quant.configure(False)
+    record = report.EngineRecord()
+    monkeypatch.setattr(mla_v_up_quant, "_record_of", lambda layer: record)
     run(make_layer(), "decode")
     assert counts == []
-    mla_v_up_quant.configure(True)
+    record.mla_v_up_quant = True
     run(make_layer(), "decode")
     assert counts == [5]
 
 
 def test_waits_for_vllms_layers(monkeypatch):
     monkeypatch.setattr(mla_v_up_quant, "MODULE", "a module that nobody has imported")
-    mla_v_up_quant.configure(True)
+    mla_v_up_quant.install()
     assert not mla_v_up_quant._enabled
     assert report.RECORDER.report.notes == []
 
@@ -441,7 +442,7 @@ def test_a_layer_of_another_make_is_left_alone(layer, reason, monkeypatch):
         monkeypatch.setattr(layer, "forward_impl", layer.forward_impl.__wrapped__)
     before = dict(vars(layer))
     monkeypatch.setattr(sys.modules[mla_v_up_quant.MODULE], "MLAAttention", layer)
-    mla_v_up_quant.configure(True)
+    mla_v_up_quant.install()
     assert not mla_v_up_quant._enabled
     assert dict(vars(layer)) == before
     (note,) = report.RECORDER.report.notes
@@ -453,6 +454,6 @@ def test_a_platform_that_traces_attention(monkeypatch):
 
     monkeypatch.setattr(type(current_platform), "opaque_attention_op", classmethod(lambda cls: False))
     monkeypatch.setattr(sys.modules[mla_v_up_quant.MODULE], "MLAAttention", WithoutGroups)
-    mla_v_up_quant.configure(True)
+    mla_v_up_quant.install()
     assert not mla_v_up_quant._enabled
     assert "traced by the compiler" in report.RECORDER.report.notes[0]

@@ -25,13 +25,13 @@ from vllm.model_executor.kernels.linear import Fp8BlockScaledMMLinearKernel
 from vllm.platforms import current_platform
 from vllm.platforms.interface import PlatformEnum
 
-from .. import settings
+from .. import fusions, settings
 from .cpu_linear import cpu_block_scaled_mm
 
 logger = logging.getLogger("vllm.fusion_plugin")
 
 # The passes that the plugin's pass manager provides on CPU, with the PassConfig flags that ask for them.
-PASS_FLAGS = {"ActivationQuantFusionPass": "fuse_act_quant", "RMSNormQuantFusionPass": "fuse_norm_quant"}
+PASS_FLAGS = {fusion.name: fusion.switch for fusion in fusions.entering("pass") if fusion.on_cpu}
 FUSION_FLAG_PREFIXES = ("fuse_", "enable_")
 
 
@@ -97,10 +97,7 @@ def _restore(vllm_config: VllmConfig, ir_ops: bool) -> None:
 
 
 def _provided_flags(vllm_config: VllmConfig) -> set[str]:
-    try:
-        chosen = settings.load(vllm_config.additional_config)
-    except settings.SettingsError:  # plugin.py reports it and leaves vLLM alone
-        chosen = settings.Settings(enabled=False)
+    chosen, _, _ = settings.read(vllm_config.additional_config)  # plugin.py reports what is wrong with them
     ours = set(PASS_FLAGS) - set(chosen.stock_passes) if chosen.enabled else set()
     return {flag for name, flag in PASS_FLAGS.items() if name in ours or hasattr(stock_pass_manager, name)}
 

@@ -33,12 +33,20 @@ import torch
 from .. import compat, report, roundings
 from ..ops import calls, registry
 from ..ops.mla_v_up_quant import mla_v_up_group_fp8_quant
-from ..ops.quant import FP8_DTYPE, FP8_MAX, GROUP_SIZES, INPUT_DTYPES, group_fp8_quant_reference, padded_rows
+from ..ops.quant import (
+    EPS,
+    FP8_DTYPE,
+    FP8_MAX,
+    GROUP_SIZES,
+    INPUT_DTYPES,
+    GroupScales,
+    group_fp8_quant_reference,
+    padded_rows,
+)
 
 logger = logging.getLogger("vllm.fusion_plugin")
 
 MODULE = "vllm.model_executor.layers.attention.mla_attention"
-EPS = 1e-10  # of vLLM's own call of the quantiser
 NOTE = "MLA's V up-projection"
 
 _enabled = False
@@ -47,14 +55,14 @@ _noted: set[str] = set()
 _running = threading.local()
 
 
-def configure(enabled: bool) -> None:
-    """Switch the fused V up-projection on or off for this process, and wrap vLLM's methods when it is first needed.
+def install() -> None:
+    """Wrap vLLM's methods. Each engine's record says whether its layers write FP8 themselves (`mla_v_up_quant`). Re-entrant.
 
     Does nothing before the process has imported vLLM's MLA layers, so that those that have none need not wait for it. It
     has to be called again when the model is there: vLLM hashes its config then, which is where the plugin calls it.
     """
     global _enabled
-    _enabled = enabled and MODULE in sys.modules
+    _enabled = MODULE in sys.modules
     if not _enabled:
         return
     try:
@@ -89,6 +97,11 @@ def _record_of(layer: Any) -> report.EngineRecord | report.Recorder:
     return kept or report.RECORDER
 
 
+def _wanted(layer: Any) -> bool:
+    """Whether the layer's engine wants it; a layer of no engine does."""
+    return getattr(_record_of(layer), "mla_v_up_quant", True)
+
+
 # ---- wrapping --------------------------------------------------------------------------------------------------------
 
 
@@ -111,7 +124,7 @@ def _install(layer: type) -> str | None:
 
     @functools.wraps(forward_impl)
     def forward_quantised(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not _enabled or kwargs.get("output_block_scale") is None:
+        if not _enabled or kwargs.get("output_block_scale") is None or not _wanted(self):
             return forward_impl(self, *args, **kwargs)
         return _forward(forward_impl, self, *args, **kwargs)
 
@@ -159,8 +172,7 @@ class _Output:
                 self.scales[:count],
                 self.group_size,
                 use_ue8m0=self.use_ue8m0,
-                eps=EPS,
-                quant_form=roundings.of(roundings.GROUP_QUANT).form,
+                quant_rounding=roundings.of(roundings.GROUP_QUANT).name,
             )
         except Exception as e:  # a Triton that cannot compile it, for example: vLLM's own way is still there
             _switch_off(f"{type(e).__name__}: {e}", layer)
@@ -213,15 +225,14 @@ def _remember(layer: Any, q: torch.Tensor, codes: torch.Tensor, scales: torch.Te
     if not calls.recording() or not len(codes):
         return
     attn_out = q.new_empty((1, layer.num_heads, layer.kv_lora_rank))
-    form = roundings.of(roundings.GROUP_QUANT).form
+    rounding = roundings.of(roundings.GROUP_QUANT).name
     arguments = (
         layer.W_UV,
         codes[:1],
         scales[:1],
         told["quant_group_size"],
         bool(told.get("quant_scale_ue8m0")),
-        EPS,
-        form,
+        rounding,
     )
     calls.remember(registry.SIGNATURES["mla_v_up_group_fp8_quant"], (attn_out, *arguments))
 
@@ -289,7 +300,8 @@ def _quantise(
             rows, codes, scales, group_size, EPS, -FP8_MAX, FP8_MAX, use_ue8m0, *layout
         )
         return
-    new_codes, new_scales = group_fp8_quant_reference(rows, group_size, False, False, use_ue8m0, EPS, "custom_op")
+    how = GroupScales(group_size, ue8m0=use_ue8m0)
+    new_codes, new_scales = group_fp8_quant_reference(rows, how, "custom_op")
     codes.copy_(new_codes)
     scales.copy_(new_scales)
 

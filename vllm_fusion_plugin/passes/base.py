@@ -60,7 +60,7 @@ class FusionPass(VllmPatternMatcherPass):
         self.failed = ""
         """What went wrong in the graph at hand, which then is as it was before the pass."""
         self._dumps: VllmConfig | None = None
-        self.settings = settings.load(config.additional_config)
+        self.settings, _, _ = settings.read(config.additional_config)
         self._fingerprint = fingerprint.fingerprint(self.settings, {"roundings": roundings.key()})
 
     def register(self, replacement: PatternReplacement) -> None:

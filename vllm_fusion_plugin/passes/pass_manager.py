@@ -19,27 +19,17 @@ from vllm.compilation.passes.inductor_pass import InductorPass, get_pass_context
 from vllm.compilation.passes.pass_manager import PostGradPassManager
 from vllm.config import VllmConfig
 
-from .. import compat, plugin, seams, settings
+from .. import compat, fusions, seams, settings
 from ..report import RECORDER
 
 logger = logging.getLogger("vllm.fusion_plugin")
 
-# Stock's class -> the module of ours with that name.
-OURS = {
-    "ActivationQuantFusionPass": "silu_mul_quant",
-    "RMSNormQuantFusionPass": "rms_norm_quant",
-    "AttnQuantFusionPass": "attn_quant",
-    "MLAAttnQuantFusionPass": "mla_attn_quant",
-}
-
-# Ours that stock has none of, which run behind all of stock's: class -> (module, setting that asks for it).
-BEHIND = {"GroupQuantPass": ("group_quant", "lone_group_quant")}
+STAND_INS = tuple(fusion.name for fusion in fusions.entering("pass"))
 
 
 def our_pass(name: str) -> type:
     """Our pass class of that name; importing it registers the ops that it puts into graphs."""
-    module = OURS[name] if name in OURS else BEHIND[name][0]
-    return getattr(import_module(f"{__package__}.{module}"), name)
+    return getattr(import_module(f"{__package__}.{fusions.BY_NAME[name].stem}"), name)
 
 
 def _build(name: str, stock: Callable[..., Any] | None, config: VllmConfig) -> Any:
@@ -78,20 +68,20 @@ class FusionPassManager(PostGradPassManager):
             chosen = None
         if chosen is None:
             RECORDER.leave_part()
-            with seams.stand_ins({name: _LeavesGraphs for name in OURS if seams.stock_pass(name) is None}):
+            with seams.stand_ins({name: _LeavesGraphs for name in STAND_INS if seams.stock_pass(name) is None}):
                 super().configure(config)
             return
         stand_ins = {
             name: functools.partial(_build, name, seams.stock_pass(name))
-            for name in OURS
+            for name in STAND_INS
             if name not in chosen.stock_passes
         }
         RECORDER.report.passes |= {name: "stock's: settings leave it to vLLM" for name in chosen.stock_passes}
         RECORDER.report.passes |= {name: compat.why_off(config, name) for name in stand_ins}
         with seams.stand_ins(stand_ins):
             super().configure(config)
-        for name, (_, setting) in BEHIND.items():
-            self._add_behind(name, setting, wanted=getattr(chosen, setting), config=config)
+        for fusion in fusions.entering("last"):
+            self._add_last(fusion.name, fusion.switch, wanted=getattr(chosen, fusion.switch), config=config)
         self._add_leftovers(config)
 
     def _add_leftovers(self, config: VllmConfig) -> None:
@@ -112,15 +102,15 @@ class FusionPassManager(PostGradPassManager):
             return None
         # vLLM makes its pass manager before it hashes the config, which is where bad settings are told and the plugin is
         # taken out: then this one is there already, and has to be stock's.
-        chosen, out = plugin.settings_of(config)
-        if out:
+        chosen, problem, out = settings.read(config.additional_config)
+        if problem or out:
             return None
         record.report.manager = "active"
         folder = compat.artefact_folder(config.compilation_config)
         RECORDER.begin_part(self, owner, compat.part_name(config), folder)
         return chosen
 
-    def _add_behind(self, name: str, setting: str, wanted: bool, config: VllmConfig) -> None:
+    def _add_last(self, name: str, setting: str, wanted: bool, config: VllmConfig) -> None:
         if not wanted:
             RECORDER.report.passes[name] = f"off: {setting}=false"
             return

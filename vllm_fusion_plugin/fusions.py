@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every fusion of the package: what it is called, where it enters vLLM, and what switches it. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Fusion(NamedTuple):
+    name: str
+    """Class name; vLLM's, where the class stands in for vLLM's pass of that name."""
+    stem: str
+    """Its file in passes/, or in layers/ if it enters there."""
+    enters: str
+    """"pass": in the place of vLLM's pass of that name. "last": after all of vLLM's passes. "layer": by a layer's method."""
+    switch: str
+    """The flag of vLLM's PassConfig ("pass"), or the setting of this package ("last", "layer"), that asks for it."""
+    ops: tuple[str, ...] = ()
+    """Files in ops/ with the ops that it puts into graphs or calls; none if it places vLLM's own op."""
+    on_cpu: bool = False
+    """Whether the CPU opt-in (demo/cpu.py) has it."""
+
+
+FUSIONS = (
+    Fusion("ActivationQuantFusionPass", "silu_mul_quant", "pass", "fuse_act_quant", ("silu_mul_quant",), on_cpu=True),
+    Fusion(
+        "RMSNormQuantFusionPass",
+        "rms_norm_quant",
+        "pass",
+        "fuse_norm_quant",
+        ("rms_norm_quant", "gated_rms_norm_quant", "mla_dual_rms_norm_quant"),
+        on_cpu=True,
+    ),
+    Fusion("AttnQuantFusionPass", "attn_quant", "pass", "fuse_attn_quant"),
+    Fusion("MLAAttnQuantFusionPass", "mla_attn_quant", "pass", "fuse_attn_quant"),
+    Fusion("GroupQuantPass", "group_quant", "last", "lone_group_quant", ("group_quant",), on_cpu=True),
+    Fusion("MLAVUpQuant", "mla_v_up_quant", "layer", "mla_v_up_quant", ("mla_v_up_quant",)),
+)
+
+BY_NAME = {fusion.name: fusion for fusion in FUSIONS}
+
+
+def entering(where: str) -> tuple[Fusion, ...]:
+    """The fusions that enter as a "pass", as "last" or by a "layer", in the order of the table."""
+    return tuple(fusion for fusion in FUSIONS if fusion.enters == where)
