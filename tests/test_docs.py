@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documents: links lead somewhere, what is generated is up to date, the README stays short."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("csrc/*.md")})
+FENCES = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def script(name: str):
+    """A script of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", FENCES.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    broken = []
+    for link in LINK.findall(FENCES.sub("", page.read_text())):
+        if re.match(r"[a-z]+:", link):
+            continue  # another site
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def test_the_readme_is_read_in_three_minutes():
+    assert len((ROOT / "README.md").read_text().split()) <= 500
+
+
+def test_the_readme_prints_what_the_report_prints():
+    """The README says what its eight lines print; it is a committed report."""
+    from rich.console import Console
+
+    from vllm_fusion_plugin.report import FusionReport
+
+    report = ROOT / "benchmarks/results/h200/0.32.0/end_to_end/qwen3-8b-8layers.cutlass.report.json"
+    console = Console(width=140, file=io.StringIO())
+    for table in FusionReport.from_ranks(json.loads(report.read_text())).tables():
+        console.print(table)
+    printed = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    assert f"```\n{printed}\n```" in (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_times_of_kernels_are_in_the_results():
+    rows = re.findall(r"^\| (.+) × (\d+) \| (.+) \| \*\*(.+)\*\* \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert rows
+    lines = (ROOT / "docs" / "results.md").read_text().splitlines()
+    for name, width, others, ours in rows:
+        tokens = name.split()[-1]
+        at = [line.strip("| ").split(" | ") for line in lines if line.startswith(f"| {tokens} | {width} |")]
+        assert any({*others.split(" | "), ours} <= set(cells) for cells in at), (name, width)
+
+
+def test_the_page_of_results_is_up_to_date():
+    results = script("results")
+    assert results.PAGE.read_text() == results.page(results.TEMPLATE.read_text()), "run python docs/results.py"
+
+
+def test_the_page_of_results_has_every_result():
+    results = script("results")
+    shown = {name for _, names in results.directives(results.TEMPLATE.read_text()) for name in names}
+    reports = set(results.RESULTS.glob("**/*.report.json"))
+    earlier = set(results.RESULTS.glob("*/*/earlier/**/*.json"))
+    committed = set(results.RESULTS.glob("**/*.json")) - reports - earlier
+    assert {results.RESULTS / name for name in shown} == committed
+
+
+def test_a_result_that_is_not_there_is_named():
+    with pytest.raises(FileNotFoundError, match=r"no_such_file\.json"):
+        script("results").expand("h200/0.32.0/no_such_file.json")
+
+
+def test_the_table_of_versions_is_up_to_date():
+    versions = script("versions")
+    assert versions.TABLE.read_text() == versions.table(versions.load()), "run python docs/versions.py"
