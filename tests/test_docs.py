@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The documents: links lead somewhere, what is generated is up to date, the README stays short."""
+"""The documents: links lead somewhere, what is generated is up to date, the README stays short. What a release checks."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
 import json
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
+
+from vllm_fusion_plugin import __version__
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("csrc/*.md")})
@@ -94,3 +100,29 @@ def test_a_result_that_is_not_there_is_named():
 def test_the_table_of_versions_is_up_to_date():
     versions = script("versions")
     assert versions.TABLE.read_text() == versions.table(versions.load()), "run python docs/versions.py"
+
+
+# ---- release ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workflow", ["ci", "release"])
+def test_workflows_run_scripts_that_are_there(workflow):
+    steps = yaml.safe_load((ROOT / ".github" / "workflows" / f"{workflow}.yml").read_text())["jobs"].popitem()[1][
+        "steps"
+    ]
+    scripts = [word for step in steps for word in step.get("run", "").split() if word.startswith(".")]
+    assert scripts
+    assert all(os.access(ROOT / script, os.X_OK) for script in scripts)
+
+
+@pytest.mark.parametrize(
+    ("tag", "words"), [("v0.0.0", "tag v0.0.0 is not v"), (f"v{__version__}", f"no section ## [{__version__}]")]
+)
+def test_a_release_needs_its_version_and_its_changes(tag, words, tmp_path):
+    for name in (".github/release.sh", "vllm_fusion_plugin/__init__.py"):
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "CHANGELOG.md").write_text("## [Unreleased]\n")
+    run = subprocess.run([tmp_path / ".github/release.sh", tag], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert words in run.stderr
