@@ -62,8 +62,7 @@ def test_the_readme_prints_what_the_report_prints():
 
     report = ROOT / "benchmarks/results/h200/0.32.0/end_to_end/qwen3-8b-8layers.cutlass.report.json"
     console = Console(width=140, file=io.StringIO())
-    for table in FusionReport.from_ranks(json.loads(report.read_text())).tables():
-        console.print(table)
+    console.print(*FusionReport.from_ranks(json.loads(report.read_text())).tables())
     printed = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
     assert f"```\n{printed}\n```" in (ROOT / "README.md").read_text()
 
