@@ -241,13 +241,21 @@ class Engine:
         return self.answer()
 
 
-def measure(args: argparse.Namespace) -> None:
+def default_out(args: argparse.Namespace) -> pathlib.Path:
+    """Runs that take timing out of what is compiled have a folder of their own: their times are not comparable."""
     import timing
 
-    marks = [mark for mark in ("attention", "deterministic") if getattr(args, mark)]
+    marks = ["attention"] if args.attention else []
     if args.tensor_parallel_size > 1:
         marks.append(f"tp{args.tensor_parallel_size}")
-    out = args.out or timing.RESULTS / ".".join(["end_to_end", args.model.name, args.linear, *marks, "json"])
+    folder = timing.results_folder() / "end_to_end"
+    if args.deterministic:
+        folder /= "deterministic"
+    return folder / ".".join([args.model.name, args.linear, *marks, "json"])
+
+
+def measure(args: argparse.Namespace) -> None:
+    out = args.out or default_out(args)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix="end_to_end-")
     start = time.time()
@@ -265,7 +273,8 @@ def measure(args: argparse.Namespace) -> None:
         for name, report in reports.items():
             print(name, report["match_table"], report["linear_kernels"], report["attention_backends"])
             if report["report"]:
-                write_report(out.with_name(f"{out.stem}.{name}.report.json"), name, report["report"])
+                mark = "" if name == "ours" else f".{name}"
+                write_report(out.with_name(f"{out.stem}{mark}.report.json"), name, report["report"])
         asked = {name: engine.ask("tokens") for name, engine in engines.items()}
         again = {name: engine.ask("tokens") for name, engine in engines.items()}
         found = compare(asked, again)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How exact the fused ops are: their bytes against those of what they replace, over many random inputs, on the GPU at hand.
 
-    python benchmarks/exactness.py                       # 2**30 elements a case, to results/exactness.json
+    python benchmarks/exactness.py                       # 2**30 elements a case, to results/<gpu>/<vllm>/exactness/all.json
     python benchmarks/exactness.py --ops silu_mul_group_fp8_quant --elements 1e8
 
 What is replaced is vLLM's own code (producers.py): its CUDA ops, or its native layers run by torch or compiled by Inductor,
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--ops", nargs="*", default=known, choices=known)
     parser.add_argument("--elements", type=lambda text: int(float(text)), default=2**30, help="a case, over all widths")
     parser.add_argument("--fp16", action="store_true", help="fp16 instead of bf16")
-    parser.add_argument("--out", type=pathlib.Path, default=timing.RESULTS / "exactness.json")
+    parser.add_argument("--out", type=pathlib.Path, default=timing.results_folder() / "exactness" / "all.json")
     args = parser.parse_args()
     import vllm._custom_ops  # noqa: F401  registers torch.ops._C
 

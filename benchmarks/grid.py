@@ -172,7 +172,7 @@ def main(doc: str | None, kinds: Sequence[type[Workload]], widths: tuple[int, ..
     parser.add_argument("--impls", nargs="*", help="default: all")
     parser.add_argument("--fp16", action="store_true", help="fp16 as well as bf16")
     parser.add_argument("--verbose", action="store_true")
-    parser.add_argument("--out", type=pathlib.Path, default=timing.RESULTS / f"{name}.json")
+    parser.add_argument("--out", type=pathlib.Path, default=timing.results_folder() / f"{name}.json")
     args = parser.parse_args()
     args.dtypes = (torch.bfloat16, torch.float16) if args.fp16 else (torch.bfloat16,)
     chosen = [by_op[op] for op in args.ops]

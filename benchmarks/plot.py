@@ -27,7 +27,7 @@ STYLES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=pathlib.Path, default=HERE / "results" / "silu_mul_quant.json")
+    parser.add_argument("--results", type=pathlib.Path, default=HERE / "results/h200/0.32.0/silu_mul_quant.json")
     parser.add_argument("--width", type=int, default=12288)
     parser.add_argument("--out", type=pathlib.Path, default=HERE.parent / "docs" / "silu_mul_quant.png")
     args = parser.parse_args()

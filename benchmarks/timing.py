@@ -19,6 +19,12 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 REPLAYS = 9
 
 
+def results_folder() -> pathlib.Path:
+    """results/<gpu>/<vllm>, where a benchmark writes if nobody names a file: results/h200/0.32.0."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no-gpu"
+    return RESULTS / gpu.lower().removeprefix("nvidia ").split()[0] / (_version("vllm") or "no-vllm")
+
+
 def graph_us(launch: Callable[..., Any], input_sets: Sequence[tuple[Any, ...]], launches: int | None = None) -> float:
     """Median µs of one launch, from replays of a CUDA graph that goes round the input sets.
 

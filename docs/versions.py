@@ -19,10 +19,10 @@ TABLE = Path(__file__).parent / "versions.md"
 HEAD = """\
 # What works with which vLLM
 
-Made by `docs/versions.py` from [one file a version](versions), which `nox -s versions-0.33.0` writes; not by hand. The
-models of [tests/models](../tests/models) are traced with CUTLASS's block GEMM and vLLM's CUDA build as it compiles them for
-an H200, without a GPU: numbers are fusions over all layers, by the pass that made them. Kernels are compiled for sm_90, in
-the variants of `tests/compile/test_kernels.py`. –: none.
+`docs/versions.py` makes this table from [one file a version](versions), which `nox -s versions-0.33.0` writes. vLLM's
+CUDA build compiles the models of [tests/models](../tests/models) for an H200 with CUTLASS's block GEMM, without a GPU.
+Numbers are fusions over all layers, by pass. Kernels are compiled for sm_90, in the variants of
+`tests/compile/test_kernels.py`. –: none. `nox` itself tests with vLLM's CUDA build 0.33.0 and its CPU build 0.32.0.
 
 """
 

@@ -49,6 +49,18 @@ def test_too_few_values_for_an_interval_are_refused():
         median_interval([1.0, 2.0, 3.0, 4.0, 5.0])
 
 
+@pytest.mark.parametrize(
+    ("name", "folder"), [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100"), ("", "no-gpu")]
+)
+def test_results_go_to_a_folder_of_their_gpu_and_vllm(name, folder, monkeypatch):
+    import timing
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(name))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(timing, "_version", lambda package: "0.33.0")
+    assert timing.results_folder() == timing.RESULTS / folder / "0.33.0"
+
+
 # ---- grid.py ---------------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +164,24 @@ def test_differences_of_configurations_are_taken_round_by_round():
         {"model": "m", "phase": "decode", "batch": 8, "config": "stock_unfused", "gpu_ms": 1.2},
         {"model": "m", "phase": "decode", "batch": 8, "config": "ours", "gpu_ms": 1.0},
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "out"),
+    [
+        ([], "end_to_end/qwen3-8b-8layers.cutlass.json"),
+        (
+            ["--linear", "default", "--attention", "--deterministic", "--tensor-parallel-size", "2"],
+            "end_to_end/deterministic/qwen3-8b-8layers.default.attention.tp2.json",
+        ),
+    ],
+)
+def test_a_result_is_named_by_what_was_run(arguments, out, monkeypatch):
+    import end_to_end
+    import timing
+
+    args = parsed(monkeypatch, ROOT / "tests" / "models" / "qwen3-8b-8layers", *arguments)
+    assert end_to_end.default_out(args) == timing.results_folder() / out
 
 
 class FakeEngine:

@@ -19,7 +19,7 @@ which tile that is, Inductor finds out by timing (with `torch._inductor.config.d
 one head at a time its order is another, which can move y by a rounding. Heads above 256 have an order of their own. The gate
 is Inductor's too (`div.full.f32`, 2 ulp), and not eager torch's.
 
-On an H200, of 3e8 random numbers a mode (benchmarks/results/exactness.gated_rms_norm_quant.json), no byte differs for
+On an H200, of 3e8 random numbers a mode (docs/results.md), no byte differs for
 native norms before vLLM's quantiser, its default; 0.4 to 0.6 of a million codes do, by one step, for eager norms, and up to
 0.2 before Inductor's own quantiser, where scales of groups of 128 were an ulp off in one of seven.
 """

@@ -9,7 +9,7 @@ Roundings are those of `ops/rms_norm_quant.py`, and so is the order in which q's
 many threads as q's, which is what Inductor does when it compiles the two norms into one kernel. What is stored of kv is
 rounded to its dtype with every rounding.
 
-On an H200, of 3e8 random numbers a mode (benchmarks/results/exactness.mla_dual_rms_norm_quant.json), no byte differs for
+On an H200, of 3e8 random numbers a mode (docs/results.md), no byte differs for
 native norms before vLLM's quantiser, its default; 0.2 to 0.5 of a million codes do, by one step, for custom_op and eager
 norms. Before Inductor's own quantiser scales are an ulp off in one group of eight, and 17 codes of a million one step (0.2
 with UE8M0): there Inductor makes other kernels of the two norms.

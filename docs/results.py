@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make docs/results.md: the text of docs/results.template.md, with tables made from benchmarks/results.
+
+python docs/results.py            # write the page
+python docs/results.py --check    # exit status 1 if the page is another
+
+A line `{{ kernels h200/0.32.0/silu_mul_quant.json }}` of the template becomes a table; the functions below that are in
+DIRECTIVES say which there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "benchmarks" / "results"
+TEMPLATE = HERE / "results.template.md"
+PAGE = HERE / "results.md"
+
+TOKENS = (1, 16, 128, 512, 2048, 8192)  # of the 15 numbers of tokens that were measured
+IMPLEMENTATIONS = {
+    "unfused": "vLLM's ops, unfused",
+    "stock_fused": "vLLM's fused op",
+    "inductor_norm": "compiled norm, vLLM's quantiser",
+    "inductor": "torch.compile",
+    "ours": "this package",
+}
+COMPILED = ("inductor_norm", "inductor")
+CONFIGURATIONS = {
+    "stock": "vLLM, default flags",
+    "stock_unfused": "vLLM, fusions off",
+    "control": "fusions off, again",
+    "ours": "this package",
+    "ours_act": "this package, SiLU·mul only",
+}
+
+Record = dict[str, Any]
+
+
+def load(name: str) -> Record:
+    return json.loads((RESULTS / name).read_text())
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[Any]], text_columns: int) -> str:
+    """A Markdown table; all columns but the first `text_columns` hold numbers."""
+    head = list(head)
+    lines = [head, ["---"] * text_columns + ["---:"] * (len(head) - text_columns), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def source(name: str, record: Record, more: str = "") -> str:
+    card = record["gpu"].removeprefix("NVIDIA ")
+    return (
+        f"[{name}](../benchmarks/results/{name}): {card}, vLLM {record['vllm']}, torch {record['torch']}, "
+        f"commit `{record['commit']}`{more}."
+    )
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def by_shape(record: Record) -> dict[tuple[int, int], dict[str, float]]:
+    """(tokens, width) -> implementation, and the floor, -> µs."""
+    shapes: dict[tuple[int, int], dict[str, float]] = {}
+    for row in record["rows"]:
+        shapes.setdefault((row["M"], row["H"]), {"floor": row["floor_us"]})[row["impl"]] = row["us"]
+    return shapes
+
+
+def earlier_of(name: str, record: Record) -> dict[tuple[int, int], dict[str, float]]:
+    """The same shapes of the same op in an earlier run; none: there is no such run."""
+    path = Path(name)
+    earlier = path.parent / "earlier" / (path.name.split(".")[0] + ".json")
+    if not (RESULTS / earlier).exists():
+        return {}
+    ops = {row["op"] for row in record["rows"]}
+    found = load(str(earlier))
+    return by_shape(found | {"rows": [row for row in found["rows"] if row["op"] in ops]})
+
+
+def microseconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+
+
+def kernels(name: str) -> str:
+    record = load(name)
+    shapes, earlier = by_shape(record), earlier_of(name, record)
+    measured = {impl for times in shapes.values() for impl in times}
+    columns = {impl: label for impl, label in IMPLEMENTATIONS.items() if impl in measured}
+    head = ["tokens", "heads" if "v_up" in name else "width", *columns.values(), "floor"]
+    if earlier:
+        head.append("torch.compile, an earlier run")
+    rows = []
+    for (tokens, width), times in sorted(shapes.items(), key=lambda item: (item[0][1], item[0][0])):
+        if tokens in TOKENS:
+            cells = [microseconds(times.get(impl)) for impl in (*columns, "floor")]
+            if earlier:
+                cells.append(microseconds(earlier.get((tokens, width), {}).get("inductor")))
+            rows.append([tokens, width, *cells])
+    modes = ", ".join(dict.fromkeys(row["mode"] for row in record["rows"]))
+    copy = max(speed for copied, speed in record["copy_tb_per_s"].items() if not copied.startswith("no copy"))
+    text = source(name, record, f", mode `{modes}`, best copy {copy:.2f} TB/s")
+    return f"{text} µs a launch.\n\n{table(head, rows, 0)}"
+
+
+def slower(*names: str) -> str:
+    """How many shapes there are, and where another implementation is faster."""
+    count, than_vllm, than_compiled = 0, [], []
+    for name in names:
+        record = load(name)
+        earlier = earlier_of(name, record)
+        for shape, times in by_shape(record).items():
+            count += 1
+            ours, at = times["ours"], f"`{record['rows'][0]['op']}` of {shape[0]} × {shape[1]}"
+            if min(us for impl, us in times.items() if impl in ("unfused", "stock_fused")) < ours:
+                than_vllm.append(at)
+            compiled = [run[impl] for run in (times, earlier.get(shape, {})) for impl in COMPILED if impl in run]
+            if compiled and min(compiled) < ours:
+                than_compiled.append(f"{at} (by {ours - min(compiled):.1f} µs)")
+    return (
+        f"Over all {count} shapes, this package is slower than vLLM's ops, fused or not, at: "
+        f"{', '.join(than_vllm) or 'none'}. It is slower than the faster of torch.compile's runs at: "
+        f"{', '.join(than_compiled) or 'none'}."
+    )
+
+
+# ---- exactness -------------------------------------------------------------------------------------------------------
+
+
+def exactness(name: str) -> str:
+    record = load(name)
+    cases: dict[tuple[str, ...], list[Record]] = {}
+    for row in record["rows"]:
+        before = row.get("rounding", row.get("form"))
+        quantiser = row.get("quant_rounding", row.get("quant_form"))
+        key = (row["op"].removesuffix("_fp8_quant"), row["mode"] or "–", before or "–", quantiser)
+        cases.setdefault(key, []).append(row)
+    others = dict.fromkeys(
+        key for row in record["rows"] for key in row if key.endswith("_differ") and not key.startswith(("code", "scal"))
+    )
+    head = ["op", "mode", "rounding before", "`quant_rounding`", "elements", "codes differ", "farthest, in codes"]
+    head += ["scales differ", *(f"{other.removesuffix('_differ')} differs" for other in others)]
+    rows = []
+    for key, found in cases.items():
+        cells = [f"{sum(row['elements'] for row in found):.2e}", summed(found, "codes_differ")]
+        cells += [str(max(row["largest_code_steps"] for row in found)), summed(found, "scales_differ")]
+        rows.append(
+            [*(f"`{part}`" if part != "–" else part for part in key), *cells, *(summed(found, o) for o in others)]
+        )
+    dtypes = ", ".join(dict.fromkeys(row["dtype"] for row in record["rows"]))
+    return f"{source(name, record, f', {dtypes}')}\n\n{table(head, rows, 4)}"
+
+
+def summed(rows: list[Record], field: str) -> str:
+    """– : the op has no such output."""
+    return f"{sum(row.get(field, 0) for row in rows):,}" if any(field in row for row in rows) else "–"
+
+
+# ---- end to end ------------------------------------------------------------------------------------------------------
+
+
+def times(name: str) -> str:
+    """Milliseconds of every configuration; differences are of this package to vLLM with default flags, or, where those were
+    not run, to fusions off."""
+    record = load(name)
+    rows = [*record["rows"], *record["more_rows"]]
+    configs = [config for config in CONFIGURATIONS if any(row["config"] == config for row in rows)]
+    reference = "stock" if "stock" in configs else "stock_unfused"
+    differences = {
+        (d["phase"], d["batch"], d["clock"]): d for d in record["differences"] if d["pair"] == f"ours - {reference}"
+    }
+    head = ["phase", "requests", "clock", *(CONFIGURATIONS[c] for c in configs)]
+    head += [f"to “{CONFIGURATIONS[reference]}”, %", "95 % interval, ms"]
+    lines = []
+    for phase, batch in dict.fromkeys((row["phase"], row["batch"]) for row in rows):
+        at = {row["config"]: row for row in rows if (row["phase"], row["batch"]) == (phase, batch)}
+        for clock, label in (("gpu_ms", "GPU"), ("ms", "caller")):
+            if clock in at["ours"]:
+                d = differences[phase, batch, clock]
+                cells = [f"{at[c][clock]:.3f}" for c in configs]
+                interval = f"{d['low_ms']:+.3f} to {d['high_ms']:+.3f}"
+                lines.append([phase, batch, label, *cells, f"{d['percent']:+.1f}", interval])
+    more = f"; {record['prefill_tokens']} tokens of prefill, {record['rounds']} rounds"
+    return f"{source(name, record, more)} {engines(record)}\n\n{table(head, lines, 1)}"
+
+
+def engines(record: Record) -> str:
+    """Which GEMMs and attention ran, and what selected them."""
+    kernels = {json.dumps(found): found for found in record["linear_kernels"].values()}
+    text = "GEMMs: " + " or ".join(", ".join(f"{n} `{k}`" for k, n in found.items()) for found in kernels.values())
+    environment = " ".join(f"{key}={value}" for key, value in record["linear_environment"].items())
+    text += f", selected by `{environment}`." if environment else ", vLLM's own choice."
+    backends = {k for found in record.get("attention_backends", {}).values() for k in found}
+    if backends:
+        text += f" Attention: {', '.join(f'`{backend}`' for backend in sorted(backends))}."
+    return f"{text} Command: `{record['command']}`."
+
+
+def tokens(*names: str) -> str:
+    """Whether tokens and logprobs of two engines are equal; each engine asked twice, too."""
+    rows = []
+    for name in names:
+        record = load(name)
+        gemm = ", ".join(kernel for kernel in record["linear_kernels"]["ours"] if kernel != "FusedMoEKernel")
+        for pair, found in record["agreement"].items():
+            if pair.endswith(" twice"):
+                continue
+            a, b = (CONFIGURATIONS[config] for config in pair.split(" and "))
+            equal = "all, to the last bit" if found["equal_logprobs"] else "not all"
+            short = name.split("end_to_end/")[1].removesuffix(".json")
+            on = [record["gpu"].split()[1], record["vllm"], f"`{record['commit']}`", gemm]
+            count = f"{found['equal_tokens']} of {found['tokens']}"
+            rows.append([f"[{short}](../benchmarks/results/{name})", *on, f"{a} / {b}", equal, count])
+        twice = [f for pair, f in record["agreement"].items() if pair.endswith(" twice")]
+        if not all(f["equal_tokens"] == f["tokens"] for f in twice):
+            rows[-1][-1] += " (an engine asked twice differs)"
+    return table(["result", "card", "vLLM", "commit", "GEMM", "engines", "equal logprobs", "equal tokens"], rows, 7)
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+DIRECTIVES: dict[str, Callable[..., str]] = {
+    "kernels": kernels,
+    "slower": slower,
+    "exactness": exactness,
+    "times": times,
+    "tokens": tokens,
+}
+
+
+def directives(template: str) -> Iterator[tuple[str, list[str]]]:
+    """(directive, its result files), in the template's order."""
+    for line in re.findall(r"^\{\{ (.+) \}\}$", template, re.MULTILINE):
+        name, *arguments = line.split()
+        yield name, [path for argument in arguments for path in expand(argument)]
+
+
+def expand(pattern: str) -> list[str]:
+    """Results that a pattern names, relative to benchmarks/results.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = sorted(path.relative_to(RESULTS).as_posix() for path in RESULTS.glob(pattern))
+    found = [name for name in found if not name.endswith(".report.json")]
+    if not found:
+        raise FileNotFoundError(f"docs/results.template.md names {pattern}, and benchmarks/results has no such file")
+    return found
+
+
+def page(template: str) -> str:
+    made = iter([DIRECTIVES[name](*arguments) for name, arguments in directives(template)])
+    return re.sub(r"^\{\{ .+ \}\}$", lambda _: next(made), template, flags=re.MULTILINE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is not up to date")
+    check = parser.parse_args().check
+    text = page(TEMPLATE.read_text())
+    if not check:
+        PAGE.write_text(text)
+    elif not PAGE.exists() or PAGE.read_text() != text:
+        sys.exit(f"{PAGE} is not what its template and the results give: run python docs/results.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The documents: links lead somewhere, what is generated is up to date, the README stays short. What a release checks."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vllm_fusion_plugin import __version__
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("csrc/*.md")})
+FENCES = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def script(name: str):
+    """A script of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", FENCES.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    broken = []
+    for link in LINK.findall(FENCES.sub("", page.read_text())):
+        if re.match(r"[a-z]+:", link):
+            continue  # another site
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def test_the_readme_is_read_in_three_minutes():
+    assert len((ROOT / "README.md").read_text().split()) <= 500
+
+
+def test_the_readme_prints_what_the_report_prints():
+    """The README says what its eight lines print; it is a committed report."""
+    from rich.console import Console
+
+    from vllm_fusion_plugin.report import FusionReport
+
+    report = ROOT / "benchmarks/results/h200/0.32.0/end_to_end/qwen3-8b-8layers.cutlass.report.json"
+    console = Console(width=140, file=io.StringIO())
+    console.print(*FusionReport.from_ranks(json.loads(report.read_text())).tables())
+    printed = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    assert f"```\n{printed}\n```" in (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_times_of_kernels_are_in_the_results():
+    rows = re.findall(r"^\| (.+) × (\d+) \| (.+) \| \*\*(.+)\*\* \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert rows
+    lines = (ROOT / "docs" / "results.md").read_text().splitlines()
+    for name, width, others, ours in rows:
+        tokens = name.split()[-1]
+        at = [line.strip("| ").split(" | ") for line in lines if line.startswith(f"| {tokens} | {width} |")]
+        assert any({*others.split(" | "), ours} <= set(cells) for cells in at), (name, width)
+
+
+def test_the_page_of_results_is_up_to_date():
+    results = script("results")
+    assert results.PAGE.read_text() == results.page(results.TEMPLATE.read_text()), "run python docs/results.py"
+
+
+def test_the_page_of_results_has_every_result():
+    results = script("results")
+    shown = {name for _, names in results.directives(results.TEMPLATE.read_text()) for name in names}
+    reports = set(results.RESULTS.glob("**/*.report.json"))
+    earlier = set(results.RESULTS.glob("*/*/earlier/**/*.json"))
+    committed = set(results.RESULTS.glob("**/*.json")) - reports - earlier
+    assert {results.RESULTS / name for name in shown} == committed
+
+
+def test_a_result_that_is_not_there_is_named():
+    with pytest.raises(FileNotFoundError, match=r"no_such_file\.json"):
+        script("results").expand("h200/0.32.0/no_such_file.json")
+
+
+def test_the_table_of_versions_is_up_to_date():
+    versions = script("versions")
+    assert versions.TABLE.read_text() == versions.table(versions.load()), "run python docs/versions.py"
+
+
+# ---- release ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workflow", ["ci", "release"])
+def test_workflows_run_scripts_that_are_there(workflow):
+    steps = yaml.safe_load((ROOT / ".github" / "workflows" / f"{workflow}.yml").read_text())["jobs"].popitem()[1][
+        "steps"
+    ]
+    scripts = [word for step in steps for word in step.get("run", "").split() if word.startswith(".")]
+    assert scripts
+    assert all(os.access(ROOT / script, os.X_OK) for script in scripts)
+
+
+@pytest.mark.parametrize(
+    ("tag", "words"), [("v0.0.0", "tag v0.0.0 is not v"), (f"v{__version__}", f"no section ## [{__version__}]")]
+)
+def test_a_release_needs_its_version_and_its_changes(tag, words, tmp_path):
+    for name in (".github/release.sh", "vllm_fusion_plugin/__init__.py"):
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "CHANGELOG.md").write_text("## [Unreleased]\n")
+    run = subprocess.run([tmp_path / ".github/release.sh", tag], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert words in run.stderr
