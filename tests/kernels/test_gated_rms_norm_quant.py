@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from vllm_fusion_plugin.kernels import gated_rms_norm_quant as kernels
+from vllm_fusion_plugin.kernels.quant import QuantConstants
 from vllm_fusion_plugin.kernels.rounding import is_native
 from vllm_fusion_plugin.ops.gated_rms_norm_quant import (
     gated_rms_norm_group_fp8_quant,
@@ -387,11 +388,15 @@ def print_sums() -> None:
         if head_dim == 128:
             tiles |= {kernels.Tile(2, 8), kernels.Tile(4, 4, 2), kernels.Tile(2, 8, 4)}
         for tile in sorted(tile if head_dim != 192 else tile._replace(parts=1) for tile in tiles):
-            constants = {name: False for name in kernels._group_kernel.arg_names if name.isupper()}
             block = triton.next_power_of_2(head_dim)
-            group_size = block if tile.parts > 1 else 64
-            constants.update(HEAD_DIM=head_dim, BLOCK=block, GROUP_SIZE=group_size)
-            constants.update(TILE_ROWS=tile.rows, TILE_HEADS=tile.heads, PARTS=tile.parts)
+            constants = {
+                "NORM": kernels.GatedConstants(head_dim, gate_first=False, sigmoid=False, keep_fp32=False),
+                "TILE": kernels.HeadTileConstants(
+                    tile.rows, tile.heads, block, tile.parts, rows_first=False, even=False, scales_from_all=False
+                ),
+                "QUANT": QuantConstants("group", "custom_op", block if tile.parts > 1 else 64),
+                "PDL": False,
+            }
             signature, fixed, attributes = {}, {}, {}
             for at, name in enumerate(kernels._group_kernel.arg_names):
                 if name in constants:

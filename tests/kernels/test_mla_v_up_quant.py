@@ -269,7 +269,7 @@ def test_stages_fit_the_device(
     ):
         monkeypatch.setattr(kernels, "_gpu", lambda _, shared=shared: kernels._Device(132, shared, True))
         kernels.mla_v_up_group_fp8_quant(x, w, codes, scales, scale_padding(scales), 128, False, "custom_op", tile=tile)
-        assert launched["STAGES"] == stages, (shared, tile)
+        assert launched["TILE"].stages == stages, (shared, tile)
 
 
 @pytest.mark.parametrize("weights", WEIGHT_LAYOUTS)
@@ -296,7 +296,7 @@ def test_vllms_layouts_go_the_fast_way(
             pdl=True,
         )
         fit = weights in WEIGHT_LAYOUTS[:3]
-        assert launched["TMA"] == (has_tma and fit and attn in ATTN_LAYOUTS[:3])
+        assert launched["TILE"].tma == (has_tma and fit and attn in ATTN_LAYOUTS[:3])
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)

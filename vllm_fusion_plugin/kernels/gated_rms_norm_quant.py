@@ -53,6 +53,27 @@ def rsqrt(x):
     return tl.rsqrt(x)
 
 
+class GatedConstants(NamedTuple):
+    """What the kernel is compiled for, of the gated norm; NORM in it."""
+
+    head_dim: int
+    gate_first: bool
+    sigmoid: bool
+    keep_fp32: bool  # y is not rounded
+
+
+class HeadTileConstants(NamedTuple):
+    """What the kernel is compiled for, of a tile; TILE in it."""
+
+    rows: int
+    heads: int
+    block: int  # columns of a head, with those that pad it to a power of two
+    parts: int
+    rows_first: bool
+    even: bool  # every program has all its heads
+    scales_from_all: bool
+
+
 # What changes with the number of tokens is not specialised on: a server would meet a new specialisation, and half a second
 # of compilation, in the middle of a request.
 @triton.jit(do_not_specialize=["rows", "padded_rows", "scale_group_stride"])
@@ -73,30 +94,18 @@ def _group_kernel(
     scale_group_stride,
     epsilon,
     eps,
-    HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_HEADS: tl.constexpr,
-    PARTS: tl.constexpr,
-    ROWS_FIRST: tl.constexpr,
-    EVEN_HEADS: tl.constexpr,
-    PADDED: tl.constexpr,
-    UE8M0: tl.constexpr,
-    GATE_FIRST: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    KEEP_FP32: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SCALES_FROM_ALL: tl.constexpr,
+    NORM: tl.constexpr,
+    TILE: tl.constexpr,
+    QUANT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    first_row = tl.program_id(0 if ROWS_FIRST else 1) * TILE_ROWS
-    first_head = tl.program_id(1 if ROWS_FIRST else 0) * TILE_HEADS
-    # [PARTS, rows, heads, columns of a part]; offsets in the tile have 32 bits, that of the tile 64
-    PART: tl.constexpr = BLOCK // PARTS
-    in_rows, in_heads = tl.arange(0, TILE_ROWS), tl.arange(0, TILE_HEADS)[None, None, :, None]
+    first_row = tl.program_id(0 if TILE.rows_first else 1) * TILE.rows
+    first_head = tl.program_id(1 if TILE.rows_first else 0) * TILE.heads
+    # [TILE.parts, rows, heads, columns of a part]; offsets in the tile have 32 bits, that of the tile 64
+    PART: tl.constexpr = TILE.block // TILE.parts
+    in_rows, in_heads = tl.arange(0, TILE.rows), tl.arange(0, TILE.heads)[None, None, :, None]
     row, in_rows = first_row + in_rows, in_rows[None, :, None, None]
-    column = tl.arange(0, PARTS)[:, None, None, None] * PART + tl.arange(0, PART)[None, None, None, :]
+    column = tl.arange(0, TILE.parts)[:, None, None, None] * PART + tl.arange(0, PART)[None, None, None, :]
     # Rows beyond the last are the last once more, down to the bytes they store: a mask costs two instructions a row.
     in_rows = tl.minimum(in_rows, rows - 1 - first_row)
     row64, head64 = first_row.to(tl.int64), first_head.to(tl.int64)
@@ -105,54 +114,58 @@ def _group_kernel(
     z_ptrs = z_ptr + row64 * z_row_stride + head64 * z_head_stride
     z_ptrs += in_rows * z_row_stride + (in_heads * z_head_stride + column)
     # One row of the tile, and not one head: Triton would spread that one's layout to all that meets it.
-    weight_ptrs = weight_ptr + tl.broadcast_to(column, (PARTS, 1, TILE_HEADS, PART))
+    weight_ptrs = weight_ptr + tl.broadcast_to(column, (TILE.parts, 1, TILE.heads, PART))
     wait_for_producer(PDL)
-    if HEAD_DIM == BLOCK and EVEN_HEADS:
+    if NORM.head_dim == TILE.block and TILE.even:
         x, z, weight = tl.load(x_ptrs), tl.load(z_ptrs), tl.load(weight_ptrs)
     else:
-        mask = (first_head + in_heads < heads) & (column < HEAD_DIM)
+        mask = (first_head + in_heads < heads) & (column < NORM.head_dim)
         x = tl.load(x_ptrs, mask=mask, other=0.0)
         z = tl.load(z_ptrs, mask=mask, other=0.0)
-        weight = tl.load(weight_ptrs, mask=column < HEAD_DIM, other=0.0)
+        weight = tl.load(weight_ptrs, mask=column < NORM.head_dim, other=0.0)
 
-    gates = gate(numerics.widen(z), SIGMOID, GATE_FIRST)
+    gates = gate(numerics.widen(z), NORM.sigmoid, NORM.gate_first)
     y = numerics.widen(x)
-    if GATE_FIRST:
+    if NORM.gate_first:
         y = y * gates
-    mean = sum_of_squares(y, PARTS)[None, :, :, None] / HEAD_DIM
+    mean = sum_of_squares(y, TILE.parts)[None, :, :, None] / NORM.head_dim
     y = y * rsqrt(mean + epsilon) * numerics.widen(weight)
-    if not GATE_FIRST:
+    if not NORM.gate_first:
         y = y * gates
 
-    BLOCK_GROUPS: tl.constexpr = BLOCK // GROUP_SIZE
-    HEAD_GROUPS: tl.constexpr = HEAD_DIM // GROUP_SIZE
-    GROUPS: tl.constexpr = TILE_HEADS * BLOCK_GROUPS
+    BLOCK_GROUPS: tl.constexpr = TILE.block // QUANT.group_size
+    HEAD_GROUPS: tl.constexpr = NORM.head_dim // QUANT.group_size
+    GROUPS: tl.constexpr = TILE.heads * BLOCK_GROUPS
     # The parts of a thread side by side: where in a group a number is does not matter to the quantiser.
-    y = tl.reshape(tl.permute(y, (1, 2, 0, 3)), (TILE_ROWS, GROUPS, GROUP_SIZE))
-    if numerics.HAS_PTX and x.dtype == tl.bfloat16 and (ROUNDING == "custom_op" or ROUNDING == "reciprocal"):
-        scale, codes = quant.group_of_bf16(y, eps, ROUNDING, UE8M0)
+    y = tl.reshape(tl.permute(y, (1, 2, 0, 3)), (TILE.rows, GROUPS, QUANT.group_size))
+    if (
+        numerics.HAS_PTX
+        and x.dtype == tl.bfloat16
+        and (QUANT.rounding == "custom_op" or QUANT.rounding == "reciprocal")
+    ):
+        scale, codes = quant.group_of_bf16(y, eps, QUANT.rounding, QUANT.ue8m0)
     else:
-        if not KEEP_FP32:
+        if not NORM.keep_fp32:
             y = numerics.rounded(y, x.dtype)
-        scale = quant.group_scale(y, eps, ROUNDING, UE8M0)
-        codes = quant.group_codes(y, scale, ROUNDING, UE8M0)
-    codes = tl.permute(tl.reshape(codes, (TILE_ROWS, TILE_HEADS, PARTS, PART)), (2, 0, 1, 3))
-    codes_ptrs = codes_ptr + row64 * (heads * HEAD_DIM) + head64 * HEAD_DIM
-    codes_ptrs += in_rows * (heads * HEAD_DIM) + (in_heads * HEAD_DIM + column)
+        scale = quant.group_scale(y, eps, QUANT.rounding, QUANT.ue8m0)
+        codes = quant.group_codes(y, scale, QUANT.rounding, QUANT.ue8m0)
+    codes = tl.permute(tl.reshape(codes, (TILE.rows, TILE.heads, TILE.parts, PART)), (2, 0, 1, 3))
+    codes_ptrs = codes_ptr + row64 * (heads * NORM.head_dim) + head64 * NORM.head_dim
+    codes_ptrs += in_rows * (heads * NORM.head_dim) + (in_heads * NORM.head_dim + column)
     # See `Tile`: 16 codes would be one store, and Triton would then give 16 elements to a thread everywhere.
     codes_ptrs = tl.max_contiguous(codes_ptrs, (1, 1, 1, 8))
-    if HEAD_DIM == BLOCK and EVEN_HEADS:
+    if NORM.head_dim == TILE.block and TILE.even:
         tl.store(codes_ptrs, codes)
     else:
         tl.store(codes_ptrs, codes, mask=mask)
 
-    in_tile = tl.arange(0, TILE_HEADS * BLOCK_GROUPS)
+    in_tile = tl.arange(0, TILE.heads * BLOCK_GROUPS)
     group_head, in_head = first_head + in_tile // BLOCK_GROUPS, in_tile % BLOCK_GROUPS
     group_mask = (group_head < heads) & (in_head < HEAD_GROUPS)
     group = (group_head * HEAD_GROUPS + in_head).to(tl.int64)
     scale_columns = scales_ptr + group[None, :] * scale_group_stride
-    quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, SCALES_FROM_ALL)
-    if PADDED and ((padded_rows > rows) & (first_row + TILE_ROWS >= rows)):
+    quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, TILE.scales_from_all)
+    if QUANT.padded and ((padded_rows > rows) & (first_row + TILE.rows >= rows)):
         quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride)
 
 
@@ -243,21 +256,16 @@ def gated_rms_norm_group_fp8_quant(
         scales.stride(1),
         epsilon,
         quant.EPS,
-        HEAD_DIM=head_dim,
-        BLOCK=block,
-        GROUP_SIZE=group_size,
-        TILE_ROWS=tile.rows,
-        TILE_HEADS=tile.heads,
-        PARTS=parts,
-        ROWS_FIRST=rows_first,
-        EVEN_HEADS=num_heads % tile.heads == 0,
-        PADDED=scales.stride(0) == 1,
-        UE8M0=use_ue8m0,
-        GATE_FIRST=not norm_before_gate,
-        SIGMOID=activation == "sigmoid",
-        KEEP_FP32=norm_rounding == "native" and is_native(quant_rounding),
-        ROUNDING=quant_rounding,
-        SCALES_FROM_ALL=tile.scales_from_all,
+        NORM=GatedConstants(
+            head_dim,
+            gate_first=not norm_before_gate,
+            sigmoid=activation == "sigmoid",
+            keep_fp32=norm_rounding == "native" and is_native(quant_rounding),
+        ),
+        TILE=HeadTileConstants(
+            tile.rows, tile.heads, block, parts, rows_first, num_heads % tile.heads == 0, tile.scales_from_all
+        ),
+        QUANT=quant.group_constants(scales, group_size, use_ue8m0, quant_rounding),
         num_warps=max(min(tile.heads * block // (WARP * parts), MAX_WARPS), 1),
         enable_fp_fusion=True,  # squares are added by fma, as in Inductor's kernels; Triton's default will not last
         **pdl_options(x.device, pdl),

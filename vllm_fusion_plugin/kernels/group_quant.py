@@ -11,7 +11,6 @@ from . import quant
 from .launch import choose, launch, row_stride, rows_with_padding
 from .pdl import pdl_options, wait_for_producer
 from .tiles import GroupTile as Tile
-from .tiles import cdiv, tile_grid
 
 
 # What changes with the number of tokens is not specialised on: a server would meet a new specialisation, and half a second
@@ -28,35 +27,28 @@ def _kernel(
     scale_row_stride,
     scale_group_stride,
     eps,
-    GROUP_SIZE: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_GROUPS: tl.constexpr,
-    ROWS_FIRST: tl.constexpr,
-    EVEN_GROUPS: tl.constexpr,
-    PADDED: tl.constexpr,
-    UE8M0: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SCALES_FROM_ALL: tl.constexpr,
+    TILE: tl.constexpr,
+    QUANT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    first_row = tl.program_id(0 if ROWS_FIRST else 1) * TILE_ROWS
-    row = first_row + tl.arange(0, TILE_ROWS)
-    group = tl.program_id(1 if ROWS_FIRST else 0) * TILE_GROUPS + tl.arange(0, TILE_GROUPS)
-    column = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]
+    first_row = tl.program_id(0 if TILE.rows_first else 1) * TILE.rows
+    row = first_row + tl.arange(0, TILE.rows)
+    group = tl.program_id(1 if TILE.rows_first else 0) * TILE.groups + tl.arange(0, TILE.groups)
+    column = group[:, None] * QUANT.group_size + tl.arange(0, QUANT.group_size)[None, :]
     row64 = row.to(tl.int64)
     wait_for_producer(PDL)
     mask = (row < rows)[:, None, None]
-    if not EVEN_GROUPS:
+    if not TILE.even:
         mask = mask & (column < width)[None, :, :]
     y = tl.load(x_ptr + row64[:, None, None] * x_stride + column[None, :, :], mask=mask, other=0.0).to(tl.float32)
 
-    scale = quant.group_scale(y, eps, ROUNDING, UE8M0)
+    scale = quant.group_scale(y, eps, QUANT.rounding, QUANT.ue8m0)
     codes_ptrs = codes_ptr + row64[:, None, None] * width + column[None, :, :]
-    tl.store(codes_ptrs, quant.group_codes(y, scale, ROUNDING, UE8M0), mask=mask)
-    group_mask = group * GROUP_SIZE < width
+    tl.store(codes_ptrs, quant.group_codes(y, scale, QUANT.rounding, QUANT.ue8m0), mask=mask)
+    group_mask = group * QUANT.group_size < width
     scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
-    quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, SCALES_FROM_ALL)
-    if PADDED and ((padded_rows > rows) & (first_row + TILE_ROWS >= rows)):
+    quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, TILE.scales_from_all)
+    if QUANT.padded and ((padded_rows > rows) & (first_row + TILE.rows >= rows)):
         quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride)
 
 
@@ -99,7 +91,7 @@ def group_fp8_quant(
         return
     groups = width // group_size
     tile = tile or choose(group_tile, rows, groups, group_size)
-    grid, rows_first = tile_grid(cdiv(rows, tile.rows), cdiv(groups, tile.groups), tile.rows_first)
+    grid, constants = tile.grid(rows, groups)
     launch(
         _kernel,
         grid,
@@ -114,15 +106,8 @@ def group_fp8_quant(
         scales.stride(0),
         scales.stride(1),
         quant.EPS,
-        GROUP_SIZE=group_size,
-        TILE_ROWS=tile.rows,
-        TILE_GROUPS=tile.groups,
-        ROWS_FIRST=rows_first,
-        EVEN_GROUPS=groups % tile.groups == 0,
-        PADDED=scales.stride(0) == 1,
-        UE8M0=use_ue8m0,
-        ROUNDING=quant_rounding,
-        SCALES_FROM_ALL=tile.scales_from_all,
+        TILE=constants,
+        QUANT=quant.group_constants(scales, group_size, use_ue8m0, quant_rounding),
         num_warps=tile.num_warps,
         **pdl_options(x.device, pdl),
     )

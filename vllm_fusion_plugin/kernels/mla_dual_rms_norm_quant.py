@@ -12,7 +12,7 @@ import triton.language as tl
 from . import numerics, quant
 from .launch import choose, launch, row_stride, rows_with_padding
 from .pdl import wait_for_producer
-from .rms_norm_quant import QuantConstants, quantise_groups
+from .rms_norm_quant import quantise_groups
 from .rounding import is_native
 from .row_norm import (
     begin,
@@ -137,7 +137,6 @@ def mla_dual_rms_norm_group_fp8_quant(
         return
     native = is_native(quant_rounding)
     tile = tile or choose(tile_of, rows, width, kv.shape[1], native)
-    padded = q_scales.stride(0) == 1
     launch(
         _dual_kernel,
         (cdiv(rows, tile.rows),),
@@ -162,7 +161,7 @@ def mla_dual_rms_norm_group_fp8_quant(
         KV_NORM=norm_constants(kv.shape[1], kv_weight, norm_rounding, keep_fp32=False),
         KV_BLOCK=next_power_of_2(kv.shape[1]),
         TILE=tile.constants(),
-        QUANT=QuantConstants("group", quant_rounding, math.gcd(width, 8), group_size, padded, use_ue8m0),
+        QUANT=quant.group_constants(q_scales, group_size, use_ue8m0, quant_rounding, aligned=math.gcd(width, 8)),
         WARPS=tile.num_warps,
         **begin(q, [q_weight, kv_weight], tile.num_warps, pdl),
     )

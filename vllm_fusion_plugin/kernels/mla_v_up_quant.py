@@ -56,61 +56,53 @@ def _tile(
     eps,
     L: tl.constexpr,
     V: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    STAGES: tl.constexpr,
-    SWAP: tl.constexpr,
-    TMA: tl.constexpr,
-    W_ROWS: tl.constexpr,
-    UE8M0: tl.constexpr,
-    ROUNDING: tl.constexpr,
+    TILE: tl.constexpr,
+    QUANT: tl.constexpr,
 ):
-    """The codes and scales of TOKENS tokens from `first_token` on, in the `unit`th COLUMNS columns."""
-    head = unit // (V // COLUMNS)
-    first_column = unit % (V // COLUMNS) * COLUMNS
-    token = tl.arange(0, TOKENS)
-    column = tl.arange(0, COLUMNS)
+    """The codes and scales of TILE.tokens tokens from `first_token` on, in the `unit`th TILE.columns columns."""
+    head = unit // (V // TILE.columns)
+    first_column = unit % (V // TILE.columns) * TILE.columns
+    token = tl.arange(0, TILE.tokens)
+    column = tl.arange(0, TILE.columns)
     live = first_token + token < tokens
-    if not TMA:
+    if not TILE.tma:
         x_ptr += tl.cast(head, tl.int64) * x_head_stride + tl.cast(first_token, tl.int64) * x_token_stride
         w_ptr += tl.cast(head, tl.int64) * w_head_stride + tl.cast(first_column, tl.int64) * w_column_stride
-    if not TMA:
-        depth = tl.arange(0, DEPTH).to(tl.int64)
+    if not TILE.tma:
+        depth = tl.arange(0, TILE.depth).to(tl.int64)
         x_ptrs = x_ptr + token.to(tl.int64)[:, None] * x_token_stride + depth[None, :] * x_stride
         w_ptrs = w_ptr + depth[:, None] * w_row_stride + column.to(tl.int64)[None, :] * w_column_stride
-    if SWAP:
-        acc = tl.zeros((COLUMNS, TOKENS), tl.float32)
+    if TILE.swap:
+        acc = tl.zeros((TILE.columns, TILE.tokens), tl.float32)
     else:
-        acc = tl.zeros((TOKENS, COLUMNS), tl.float32)
-    for k in tl.range(0, L, DEPTH, num_stages=STAGES):
-        if TMA:
+        acc = tl.zeros((TILE.tokens, TILE.columns), tl.float32)
+    for k in tl.range(0, L, TILE.depth, num_stages=TILE.stages):
+        if TILE.tma:
             # rows behind the last token are zero
-            x = tl.reshape(x_desc.load([head, first_token, k]), (TOKENS, DEPTH))
-            if W_ROWS:
-                w = tl.reshape(w_desc.load([head, k, first_column]), (DEPTH, COLUMNS))
+            x = tl.reshape(x_desc.load([head, first_token, k]), (TILE.tokens, TILE.depth))
+            if TILE.w_rows:
+                w = tl.reshape(w_desc.load([head, k, first_column]), (TILE.depth, TILE.columns))
             else:
-                w = tl.trans(tl.reshape(w_desc.load([head, first_column, k]), (COLUMNS, DEPTH)))
+                w = tl.trans(tl.reshape(w_desc.load([head, first_column, k]), (TILE.columns, TILE.depth)))
         else:
             x = tl.load(x_ptrs + tl.cast(k, tl.int64) * x_stride, mask=live[:, None], other=0.0)
             w = tl.load(w_ptrs + tl.cast(k, tl.int64) * w_row_stride)
-        if SWAP:
+        if TILE.swap:
             acc = tl.dot(tl.trans(w), tl.trans(x), acc)
         else:
             acc = tl.dot(x, w, acc)
-    if SWAP:
+    if TILE.swap:
         acc = tl.trans(acc)
 
     y = rounded(acc, x_ptr.dtype.element_ty)
-    y = tl.reshape(y, (TOKENS, COLUMNS // GROUP_SIZE, GROUP_SIZE))
-    scale = quant.group_scale(y, eps, ROUNDING, UE8M0)
-    code = tl.reshape(quant.group_codes(y, scale, ROUNDING, UE8M0), (TOKENS, COLUMNS))
+    y = tl.reshape(y, (TILE.tokens, TILE.columns // QUANT.group_size, QUANT.group_size))
+    scale = quant.group_scale(y, eps, QUANT.rounding, QUANT.ue8m0)
+    code = tl.reshape(quant.group_codes(y, scale, QUANT.rounding, QUANT.ue8m0), (TILE.tokens, TILE.columns))
     first_out = head * V + first_column
     row = first_token + token
     codes_ptrs = codes_ptr + row.to(tl.int64)[:, None] * codes_stride + first_out + column[None, :]
     tl.store(codes_ptrs, code, mask=live[:, None])
-    group = first_out // GROUP_SIZE + tl.arange(0, COLUMNS // GROUP_SIZE)
+    group = first_out // QUANT.group_size + tl.arange(0, TILE.columns // QUANT.group_size)
     scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
     all_groups = group >= 0
     quant.store_scales(scale_columns, scale, row, tokens, all_groups, scale_token_stride, True)
@@ -144,39 +136,30 @@ def _group_kernel(
     eps,
     L: tl.constexpr,
     V: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    STAGES: tl.constexpr,
-    SWAP: tl.constexpr,
-    TMA: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    W_ROWS: tl.constexpr,
-    UE8M0: tl.constexpr,
-    ROUNDING: tl.constexpr,
+    TILE: tl.constexpr,
+    QUANT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_producer(PDL)
-    if PERSISTENT:
-        token_tiles = tl.cdiv(tokens, TOKENS)
-        tiles = token_tiles * heads * (V // COLUMNS)
+    if TILE.persistent:
+        token_tiles = tl.cdiv(tokens, TILE.tokens)
+        tiles = token_tiles * heads * (V // TILE.columns)
         # a head's tiles of tokens at the same time, so that its weights are in L2
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES, flatten=True):
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=TILE.stages, flatten=True):
             _tile(
-                tile % token_tiles * TOKENS, tile // token_tiles,
+                tile % token_tiles * TILE.tokens, tile // token_tiles,
                 x_ptr, w_ptr, x_desc, w_desc, codes_ptr, scales_ptr, tokens, padded_tokens, padded_groups,
                 x_token_stride, x_head_stride, x_stride, w_head_stride, w_row_stride, w_column_stride,
                 codes_stride, scale_token_stride, scale_group_stride, eps,
-                L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, W_ROWS, UE8M0, ROUNDING,
+                L, V, TILE, QUANT,
             )  # fmt: skip
     else:
         _tile(
-            tl.program_id(0) * TOKENS, tl.program_id(1),
+            tl.program_id(0) * TILE.tokens, tl.program_id(1),
             x_ptr, w_ptr, x_desc, w_desc, codes_ptr, scales_ptr, tokens, padded_tokens, padded_groups,
             x_token_stride, x_head_stride, x_stride, w_head_stride, w_row_stride, w_column_stride,
             codes_stride, scale_token_stride, scale_group_stride, eps,
-            L, V, GROUP_SIZE, TOKENS, COLUMNS, DEPTH, STAGES, SWAP, TMA, W_ROWS, UE8M0, ROUNDING,
+            L, V, TILE, QUANT,
         )  # fmt: skip
 
 
@@ -220,6 +203,19 @@ def group_tile(tokens: int, heads: int, width: int, group_size: int) -> Tile:
         return Tile(128, columns, 64, 3, 8)  # two to a multiprocessor
     depth, stages = (128, 3) if tokens <= 1024 else (64, 6)  # 26.5 µs at 512 tokens of 128 heads, 86.8 at 2048
     return Tile(128, columns, depth, stages, 8, persistent=True)
+
+
+class TileConstants(NamedTuple):
+    """What the kernel is compiled for, of a tile and the tensors; TILE in it."""
+
+    tokens: int
+    columns: int
+    depth: int
+    stages: int
+    swap: bool
+    tma: bool
+    persistent: bool
+    w_rows: bool  # weights are contiguous along their columns, not along the contraction
 
 
 class _Device(NamedTuple):
@@ -304,17 +300,8 @@ def mla_v_up_group_fp8_quant(
         quant.EPS,
         L=depth,
         V=width,
-        GROUP_SIZE=group_size,
-        TOKENS=tile.tokens,
-        COLUMNS=columns,
-        DEPTH=tile_depth,
-        STAGES=stages,
-        SWAP=tile.swap,
-        TMA=tma,
-        PERSISTENT=tile.persistent,
-        W_ROWS=w_rows,
-        UE8M0=use_ue8m0,
-        ROUNDING=quant_rounding,
+        TILE=TileConstants(tile.tokens, columns, tile_depth, stages, tile.swap, tma, tile.persistent, w_rows),
+        QUANT=quant.QuantConstants("group", quant_rounding, group_size, use_ue8m0),
         num_warps=tile.num_warps,
         **pdl_options(attn_out.device, pdl),
     )

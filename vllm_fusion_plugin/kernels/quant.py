@@ -7,6 +7,9 @@ is in ops/quant.py. Values y are fp32, already rounded as by whatever computed t
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
@@ -16,6 +19,24 @@ from . import numerics
 EPS = 1e-10
 FP8_MIN_SCALE = tl.constexpr(1.0 / (448.0 * 512.0))
 UE8M0_MIN_SCALE = tl.constexpr(1e-10)
+
+
+class QuantConstants(NamedTuple):
+    """What a kernel is compiled for, of a quantiser; QUANT in kernels."""
+
+    kind: str  # group, token or static
+    rounding: str
+    group_size: int = 0
+    ue8m0: bool = False
+    padded: bool = False  # scales may be TMA-aligned
+    aligned: int = 1  # codes that a thread stores at once, hence columns it has side by side
+    native: bool = False  # of a token or static quantiser
+
+
+def group_constants(
+    scales: torch.Tensor, group_size: int, use_ue8m0: bool, quant_rounding: str, aligned: int = 1
+) -> QuantConstants:
+    return QuantConstants("group", quant_rounding, group_size, use_ue8m0, scales.stride(0) == 1, aligned)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ itself in row_norm.py.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -17,6 +17,7 @@ import triton.language as tl
 from . import quant
 from .launch import choose, launch, row_stride, rows_with_padding
 from .pdl import wait_for_producer
+from .quant import QuantConstants
 from .rounding import is_native
 from .row_norm import (
     begin,
@@ -30,18 +31,6 @@ from .row_norm import (
 )
 from .row_order import WARP_WIDTH, Tile, tile_of
 from .tiles import cdiv
-
-
-class QuantConstants(NamedTuple):
-    """What a kernel is compiled for, of a quantiser; QUANT in kernels."""
-
-    kind: str  # group, token or static
-    rounding: str
-    aligned: int  # codes that a thread stores at once, hence columns it has side by side
-    group_size: int = 0
-    padded: bool = False  # scales may be TMA-aligned
-    ue8m0: bool = False
-    native: bool = False  # of a token or static quantiser
 
 
 @triton.jit
@@ -224,7 +213,7 @@ def _of_one_number(kind: str, width: int, quant_rounding: str) -> QuantConstants
     Inductor makes one kernel of a narrow row and such a quantiser if that is native, with stores of 16 codes."""
     native = is_native(quant_rounding)
     aligned = math.gcd(width, 16 if native and width <= WARP_WIDTH.value else 8)
-    return QuantConstants(kind, quant_rounding, aligned, native=native)
+    return QuantConstants(kind, quant_rounding, aligned=aligned, native=native)
 
 
 def _launch(
@@ -302,8 +291,7 @@ def rms_norm_group_fp8_quant(
     """Write codes [M, H], scales [M, H / group_size] and, if given, normed and residual_out [M, H] of norm.x [M, H];
     arguments as the op checked them, norm being its `NormInputs`."""
     rows, width = norm.x.shape
-    padded = scales.stride(0) == 1
-    quantiser = QuantConstants("group", quant_rounding, math.gcd(width, 8), group_size, padded, use_ue8m0)
+    quantiser = quant.group_constants(scales, group_size, use_ue8m0, quant_rounding, aligned=math.gcd(width, 8))
     _launch(
         norm, quantiser, codes, normed, residual_out, tile, pdl,
         scales_ptr=scales,

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -12,21 +14,30 @@ from .launch import choose, launch, row_stride, rows_with_padding
 from .pdl import pdl_options, wait_for_producer
 from .rounding import is_native
 from .tiles import GroupTile as Tile
-from .tiles import cdiv, next_power_of_2, tile_grid
+from .tiles import cdiv, next_power_of_2
+
+
+class ActConstants(NamedTuple):
+    """What a kernel is compiled for, of SiLU·mul; ACT in kernels."""
+
+    round_silu: bool  # silu(gate) is rounded, and then the product
+    add_zero: bool  # to up
+    exact: bool  # IEEE division in silu, where its rounding to fp16 would show another
+    keep_fp32: bool  # the product is not rounded
 
 
 @triton.jit
-def _silu_mul(gate, up, TWICE: tl.constexpr, ADD_ZERO: tl.constexpr, EXACT: tl.constexpr, KEEP_FP32: tl.constexpr):
+def _silu_mul(gate, up, ACT: tl.constexpr):
     """silu(gate) * up in fp32, after the roundings that are asked for."""
     dtype = gate.dtype
-    silu = numerics.silu(numerics.widen(gate), EXACT)
-    if TWICE:
+    silu = numerics.silu(numerics.widen(gate), ACT.exact)
+    if ACT.round_silu:
         silu = numerics.rounded(silu, dtype)
     up = numerics.widen(up)
-    if ADD_ZERO:
+    if ACT.add_zero:
         up = up + 0.0  # -0 becomes +0; compilers keep this addition
     y = silu * up
-    if not KEEP_FP32:
+    if not ACT.keep_fp32:
         y = numerics.rounded(y, dtype)
     return y
 
@@ -45,42 +56,32 @@ def _group_kernel(
     scale_row_stride,
     scale_group_stride,
     eps,
-    GROUP_SIZE: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_GROUPS: tl.constexpr,
-    ROWS_FIRST: tl.constexpr,
-    EVEN_GROUPS: tl.constexpr,
-    PADDED: tl.constexpr,
-    UE8M0: tl.constexpr,
-    TWICE: tl.constexpr,
-    ADD_ZERO: tl.constexpr,
-    EXACT: tl.constexpr,
-    KEEP_FP32: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    SCALES_FROM_ALL: tl.constexpr,
+    ACT: tl.constexpr,
+    TILE: tl.constexpr,
+    QUANT: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    first_row = tl.program_id(0 if ROWS_FIRST else 1) * TILE_ROWS
-    row = first_row + tl.arange(0, TILE_ROWS)
-    group = tl.program_id(1 if ROWS_FIRST else 0) * TILE_GROUPS + tl.arange(0, TILE_GROUPS)
-    column = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]
+    first_row = tl.program_id(0 if TILE.rows_first else 1) * TILE.rows
+    row = first_row + tl.arange(0, TILE.rows)
+    group = tl.program_id(1 if TILE.rows_first else 0) * TILE.groups + tl.arange(0, TILE.groups)
+    column = group[:, None] * QUANT.group_size + tl.arange(0, QUANT.group_size)[None, :]
     row64 = row.to(tl.int64)
     x_ptrs = x_ptr + row64[:, None, None] * x_stride + column[None, :, :]
     wait_for_producer(PDL)
     mask = (row < rows)[:, None, None]
-    if not EVEN_GROUPS:
+    if not TILE.even:
         mask = mask & (column < width)[None, :, :]
     gate = tl.load(x_ptrs, mask=mask, other=0.0)
     up = tl.load(x_ptrs + width, mask=mask, other=0.0)
 
-    y = _silu_mul(gate, up, TWICE, ADD_ZERO, EXACT, KEEP_FP32)
-    scale = quant.group_scale(y, eps, ROUNDING, UE8M0)
+    y = _silu_mul(gate, up, ACT)
+    scale = quant.group_scale(y, eps, QUANT.rounding, QUANT.ue8m0)
     codes_ptrs = codes_ptr + row64[:, None, None] * width + column[None, :, :]
-    tl.store(codes_ptrs, quant.group_codes(y, scale, ROUNDING, UE8M0), mask=mask)
-    group_mask = group * GROUP_SIZE < width
+    tl.store(codes_ptrs, quant.group_codes(y, scale, QUANT.rounding, QUANT.ue8m0), mask=mask)
+    group_mask = group * QUANT.group_size < width
     scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
-    quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, SCALES_FROM_ALL)
-    if PADDED and ((padded_rows > rows) & (first_row + TILE_ROWS >= rows)):
+    quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, TILE.scales_from_all)
+    if QUANT.padded and ((padded_rows > rows) & (first_row + TILE.rows >= rows)):
         quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride)
 
 
@@ -93,10 +94,7 @@ def _static_kernel(
     x_stride,
     BLOCK: tl.constexpr,
     EVEN: tl.constexpr,
-    TWICE: tl.constexpr,
-    ADD_ZERO: tl.constexpr,
-    EXACT: tl.constexpr,
-    KEEP_FP32: tl.constexpr,
+    ACT: tl.constexpr,
     NATIVE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -111,7 +109,7 @@ def _static_kernel(
     else:
         gate = tl.load(x_ptrs, mask=column < width, other=0.0)
         up = tl.load(x_ptrs + width, mask=column < width, other=0.0)
-    code = quant.static_codes(_silu_mul(gate, up, TWICE, ADD_ZERO, EXACT, KEEP_FP32), inverse, NATIVE)
+    code = quant.static_codes(_silu_mul(gate, up, ACT), inverse, NATIVE)
     if EVEN:
         tl.store(codes_ptr + row * width + column, code)
     else:
@@ -151,14 +149,14 @@ def static_block(rows: int, width: int) -> int:
     return 2048 if width % 2048 == 0 and rows > 16 else 512
 
 
-def _act_constants(x: torch.Tensor, act_rounding: str, quant_rounding: str) -> dict[str, bool]:
-    twice = act_rounding != "native"
-    return {
-        "TWICE": twice,
-        "ADD_ZERO": act_rounding == "custom_op",
-        "EXACT": twice and x.dtype == torch.float16,
-        "KEEP_FP32": not twice and is_native(quant_rounding),
-    }
+def _act_constants(x: torch.Tensor, act_rounding: str, quant_rounding: str) -> ActConstants:
+    round_silu = act_rounding != "native"
+    return ActConstants(
+        round_silu,
+        add_zero=act_rounding == "custom_op",
+        exact=round_silu and x.dtype == torch.float16,
+        keep_fp32=not round_silu and is_native(quant_rounding),
+    )
 
 
 def silu_mul_group_fp8_quant(
@@ -178,7 +176,7 @@ def silu_mul_group_fp8_quant(
         return
     groups = width // group_size
     tile = tile or choose(group_tile, rows, groups, group_size)
-    grid, rows_first = tile_grid(cdiv(rows, tile.rows), cdiv(groups, tile.groups), tile.rows_first)
+    grid, constants = tile.grid(rows, groups)
     launch(
         _group_kernel,
         grid,
@@ -193,16 +191,9 @@ def silu_mul_group_fp8_quant(
         scales.stride(0),
         scales.stride(1),
         quant.EPS,
-        GROUP_SIZE=group_size,
-        TILE_ROWS=tile.rows,
-        TILE_GROUPS=tile.groups,
-        ROWS_FIRST=rows_first,
-        EVEN_GROUPS=groups % tile.groups == 0,
-        PADDED=scales.stride(0) == 1,
-        UE8M0=use_ue8m0,
-        SCALES_FROM_ALL=tile.scales_from_all,
-        ROUNDING=quant_rounding,
-        **_act_constants(x, act_rounding, quant_rounding),
+        ACT=_act_constants(x, act_rounding, quant_rounding),
+        TILE=constants,
+        QUANT=quant.group_constants(scales, group_size, use_ue8m0, quant_rounding),
         num_warps=tile.num_warps,
         **pdl_options(x.device, pdl),
     )
@@ -228,7 +219,7 @@ def silu_mul_static_fp8_quant(
         BLOCK=block,
         EVEN=width % block == 0,
         NATIVE=is_native(quant_rounding),
-        **_act_constants(x, act_rounding, quant_rounding),
+        ACT=_act_constants(x, act_rounding, quant_rounding),
         num_warps=2 if block == 2048 else 1,
         **pdl_options(x.device, None),
     )
@@ -246,9 +237,7 @@ def _nvfp4_kernel(
     x_stride,
     TILE_ROWS: tl.constexpr,
     TILE_BLOCKS: tl.constexpr,
-    TWICE: tl.constexpr,
-    ADD_ZERO: tl.constexpr,
-    EXACT: tl.constexpr,
+    ACT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # Rows and blocks go on to the end of the scales' padding, where nothing is loaded and zeros are written.
@@ -262,7 +251,7 @@ def _nvfp4_kernel(
     gate = tl.load(x_ptrs, mask=valid[:, :, None], other=0.0)
     up = tl.load(x_ptrs + width, mask=valid[:, :, None], other=0.0)
 
-    y = _silu_mul(gate, up, TWICE, ADD_ZERO, EXACT, False)
+    y = _silu_mul(gate, up, ACT)
     scale, multiplier = nvfp4.block_scale(y, tl.load(global_scale_ptr))
     code = nvfp4.pack_codes(nvfp4.e2m1(y * multiplier[:, :, None]), TILE_ROWS, TILE_BLOCKS)
 
@@ -295,7 +284,6 @@ def silu_mul_nvfp4_quant(
     padded_rows, quads = scales.shape
     # 1024 elements; untuned, for want of the GPUs that have FP4 GEMMs
     tile = tile or Tile(4, min(16, 4 * next_power_of_2(quads)), 2)
-    act = _act_constants(x, act_rounding, "custom_op")
     launch(
         _nvfp4_kernel,
         (padded_rows // tile.rows, cdiv(4 * quads, tile.groups)),
@@ -310,9 +298,7 @@ def silu_mul_nvfp4_quant(
         row_stride(x),
         TILE_ROWS=tile.rows,
         TILE_BLOCKS=tile.groups,
-        TWICE=act["TWICE"],
-        ADD_ZERO=act["ADD_ZERO"],
-        EXACT=act["EXACT"],
+        ACT=_act_constants(x, act_rounding, "custom_op"),
         num_warps=tile.num_warps,
         **pdl_options(x.device, None),
     )

@@ -32,6 +32,22 @@ class GroupTile(NamedTuple):
         along_rows = self.rows_first or cdiv(rows, tile_rows) > MAX_GRID_1
         return GroupTile(tile_rows, fitting, self.num_warps, along_rows, self.scales_from_all)
 
+    def grid(self, rows: int, groups: int) -> tuple[tuple[int, int], GroupTileConstants]:
+        """The grid over `rows` rows of `groups` groups, and what the kernel is compiled for."""
+        grid, rows_first = tile_grid(cdiv(rows, self.rows), cdiv(groups, self.groups), self.rows_first)
+        even = groups % self.groups == 0
+        return grid, GroupTileConstants(self.rows, self.groups, rows_first, even, self.scales_from_all)
+
+
+class GroupTileConstants(NamedTuple):
+    """What kernels are compiled for, of a tile; TILE in kernels."""
+
+    rows: int
+    groups: int
+    rows_first: bool
+    even: bool  # every program has all its groups
+    scales_from_all: bool
+
 
 # Axis 0 of a grid alone may be longer.
 MAX_GRID_1 = 65535
