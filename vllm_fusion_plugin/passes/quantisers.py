@@ -115,13 +115,17 @@ class GroupQuant(Fp8Quant):
             maxima = (node.all_input_nodes[0].meta["val"].shape[-1] for node in ops.get("aten.max", []))
             rounds_up = "aten.log2" in ops or not self.scales.ue8m0
             return _converts_to_fp8(ops) and self.scales.group_size in maxima and rounds_up
+        wanted = {k: v for k, v in self._arguments().items() if k not in ("eps", "fp8_min", "fp8_max")}
         nodes = ops.get("_C.per_token_group_fp8_quant", [])
-        return any(all(node.kwargs.get(k) == v for k, v in self._arguments().items()) for node in nodes)
+        return any(all(node.kwargs.get(k) == v for k, v in wanted.items()) for node in nodes)
 
     def _arguments(self) -> dict[str, Any]:
-        """What vLLM's op is called with for such scales."""
+        """What vLLM's op is called with for such scales, in the order of its schema: the matcher compares that, too."""
         return {
             "group_size": self.scales.group_size,
+            "eps": EPS,
+            "fp8_min": -FP8_MAX,
+            "fp8_max": FP8_MAX,
             "scale_ue8m0": self.scales.ue8m0,
             "dummy_is_scale_transposed": self.scales.layout != "row",
             "dummy_is_tma_aligned": self.scales.layout == "tma",
@@ -170,9 +174,6 @@ class GroupQuant(Fp8Quant):
             input=y,
             output_q=buffers[0],
             output_s=buffers[1],
-            eps=EPS,
-            fp8_min=-FP8_MAX,
-            fp8_max=FP8_MAX,
             **self._arguments(),
         )
         return codes, scales
