@@ -595,7 +595,7 @@ def test_gated_norms_are_fused(native):
             activation="sigmoid" if kind["activation"] == "sigmoid" else "silu",
             norm_rounding="native",
             quant_rounding=group_rounding("native" if native else "custom_op"),
-            column_major_scales=True,
+            scale_layout="column",
         )
         assert holds(arguments, expected), kind
         assert [arguments[name].meta["val"].shape[-1] for name in ("x", "z", "weight")] == [head] * 3

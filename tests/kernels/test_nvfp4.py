@@ -27,7 +27,6 @@ from .cases import DTYPES, ROUNDINGS, all_values, random_input, short, strided
 from .checks import Guarded, assert_same_bytes
 from .test_numerics import _silu_kernel, run
 
-OP = torch.ops.vllm_fusion_plugin.silu_mul_nvfp4_quant
 E2M1_VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 GLOBAL_SCALES = (1.0, 37.5, 0.011)
 
@@ -214,47 +213,3 @@ def test_sanitizer_nvfp4(rows: int, blocks: int, device: torch.device) -> None:
     scale = torch.tensor([3.0], device=device)
     _, scales = (t.cpu() for t in silu_mul_nvfp4_quant(x, scale))
     assert torch.equal(scales, silu_mul_nvfp4_quant_reference(x, scale)[1].cpu())
-
-
-# ---- op --------------------------------------------------------------------------------------------------------------
-
-
-def test_opcheck(device: torch.device) -> None:
-    x = random_input(5, 48, torch.float16, device, seed=7)
-    torch.library.opcheck(OP.default, (x, torch.tensor([2.0], device=device), "native"))
-
-
-@torch._dynamo.config.patch(error_on_recompile=True)
-def test_compiled_op_with_dynamic_tokens(device: torch.device) -> None:
-    compiled = torch.compile(lambda x, scale: OP(x, scale, "custom_op"), fullgraph=True, dynamic=True)
-    scale = torch.tensor([2.0], device=device)
-    for rows in (5, 2, 130):
-        x = random_input(rows, 48, torch.bfloat16, device, seed=rows)
-        for actual, expected in zip(compiled(x, scale), silu_mul_nvfp4_quant(x, scale), strict=True):
-            assert_same_bytes(actual, expected, f"{rows} rows")
-
-
-X = torch.zeros(2, 64, dtype=torch.bfloat16)
-
-
-@pytest.mark.parametrize(
-    "x, global_scale, act_rounding, message",
-    [
-        (X.float(), torch.ones(1), "native", r"x has dtype torch\.float32; allowed: torch\.bfloat16, torch\.float16"),
-        (X[0], torch.ones(1), "native", r"x has 1 dimensions, shape \(64,\); allowed: 2"),
-        (X[:, :48], torch.ones(1), "native", r"output width 24 is not a multiple of 16"),
-        (X, torch.ones(2), "native", r"global_scale is torch\.float32 of shape \(2,\); allowed: one float32 value"),
-        (X, torch.ones(1).half(), "native", r"global_scale is torch\.float16 of shape \(1,\); allowed: one float32"),
-        (X, torch.ones(1, device="meta"), "native", r"global_scale is on meta; allowed: x's device"),
-        (X, torch.ones(1), "fast", r"act_rounding='fast' .*allowed: custom_op, eager, native"),
-    ],
-    ids=["dtype", "1-D", "width", "two scales", "scale dtype", "scale device", "form"],
-)
-def test_bad_argument_is_refused(
-    x: torch.Tensor, global_scale: torch.Tensor, act_rounding: str, message: str, device: torch.device
-) -> None:
-    x = x.to(device)
-    global_scale = global_scale if global_scale.is_meta else global_scale.to(device)
-    for call in (silu_mul_nvfp4_quant, silu_mul_nvfp4_quant_reference):
-        with pytest.raises(ValueError, match=message):
-            call(x, global_scale, act_rounding=act_rounding)

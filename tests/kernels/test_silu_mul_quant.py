@@ -11,18 +11,14 @@ import torch
 
 from vllm_fusion_plugin.kernels import silu_mul_quant as kernels
 from vllm_fusion_plugin.kernels.rounding import is_native
-from vllm_fusion_plugin.ops.quant import GroupScales, group_fp8_quant_reference, static_fp8_quant_reference
+from vllm_fusion_plugin.ops.quant import group_fp8_quant_reference, static_fp8_quant_reference
 from vllm_fusion_plugin.ops.silu_mul_quant import (
-    silu_mul_group_fp8_quant,
     silu_mul_group_fp8_quant_reference,
     silu_mul_reference,
-    silu_mul_static_fp8_quant,
-    silu_mul_static_fp8_quant_reference,
 )
 
 from .cases import (
     DTYPES,
-    TMA,
     GroupMode,
     StaticMode,
     all_values,
@@ -31,16 +27,12 @@ from .cases import (
     short,
     static_modes,
     strided,
-    zeros_laid_out_as,
 )
 from .checks import (
     Guarded,
     as_bits,
     assert_same_bytes,
-    assert_same_outputs,
-    check_deterministic,
     check_guarded,
-    check_tma_outputs,
     code_steps,
     guarded_codes,
     guarded_scales,
@@ -49,7 +41,6 @@ from .checks import (
 from .test_numerics import _silu_kernel, run
 
 DEEPSEEK = GroupMode(torch.bfloat16, 128, "tma", False, "custom_op", "custom_op")
-OPS = torch.ops.vllm_fusion_plugin
 
 
 # ---- what is expected ------------------------------------------------------------------------------------------------
@@ -198,143 +189,3 @@ def test_static_shapes(rows: int, width: int, device: torch.device) -> None:
     x = random_input(rows, width, mode.dtype, device, seed=rows)
     check_static(x, scale, mode)
     check_static(strided(x), scale, mode)
-
-
-# ---- the ops themselves ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rows", [0, 1, 5])
-def test_group_op_is_its_kernel(rows: int, device: torch.device) -> None:
-    x = random_input(rows, 384, torch.bfloat16, device, seed=7)
-    outputs = silu_mul_group_fp8_quant(x, TMA)
-    check_tma_outputs(outputs, run_group(x, DEEPSEEK))
-
-
-def test_static_op_is_its_kernel(device: torch.device) -> None:
-    x, scale = random_input(5, 96, torch.float16, device, seed=8), torch.tensor([0.02], device=device)
-    expected = run_static(x, scale, StaticMode(torch.float16, "custom_op", "custom_op"))
-    assert_same_bytes(silu_mul_static_fp8_quant(x, scale), expected, "codes")
-
-
-GROUP_ARGUMENTS = [
-    (128, "row", False, "custom_op", "custom_op"),
-    (64, "tma", True, "native", "native"),
-]
-
-
-@pytest.mark.parametrize("arguments", GROUP_ARGUMENTS, ids=["row-major", "tma-ue8m0-native"])
-def test_group_opcheck(arguments: tuple, device: torch.device) -> None:
-    x = random_input(5, 256, torch.bfloat16, device, seed=9)
-    torch.library.opcheck(OPS.silu_mul_group_fp8_quant.default, (x, *arguments))
-
-
-def test_static_opcheck(device: torch.device) -> None:
-    x = random_input(5, 256, torch.float16, device, seed=10)
-    scale = torch.tensor([0.1], device=device)
-    torch.library.opcheck(OPS.silu_mul_static_fp8_quant.default, (x, scale, "custom_op", "native"))
-
-
-@torch._dynamo.config.patch(error_on_recompile=True)
-def test_compiled_ops_with_dynamic_tokens(device: torch.device) -> None:
-    @torch.compile(fullgraph=True, dynamic=True)
-    def compiled(x: torch.Tensor, scale: torch.Tensor):
-        group = OPS.silu_mul_group_fp8_quant(x, 128, "tma", False, "custom_op", "custom_op")
-        return *group, OPS.silu_mul_static_fp8_quant(x, scale, "custom_op", "custom_op")
-
-    scale = torch.tensor([0.03], device=device)
-    for rows in (5, 2, 33):
-        x = random_input(rows, 256, torch.bfloat16, device, seed=rows)
-        group = silu_mul_group_fp8_quant(x, TMA)
-        assert_same_outputs(compiled(x, scale), (*group, silu_mul_static_fp8_quant(x, scale)))
-
-
-def test_ops_are_deterministic_and_leave_their_input(device: torch.device) -> None:
-    check_deterministic(silu_mul_group_fp8_quant, random_input(5, 384, torch.bfloat16, device, seed=11, kind="special"))
-
-
-# ---- what is refused -------------------------------------------------------------------------------------------------
-
-X = torch.zeros(2, 512, dtype=torch.bfloat16)
-
-BAD_INPUTS = {
-    "int": (X.to(torch.int32), r"x has dtype torch\.int32; allowed: torch\.bfloat16, torch\.float16"),
-    "fp32": (X.float(), r"x has dtype torch\.float32; allowed: torch\.bfloat16, torch\.float16"),
-    "1-D": (X[0], r"x has 1 dimensions, shape \(512,\); allowed: 2"),
-    "3-D": (X[None], r"x has 3 dimensions, shape \(1, 2, 512\); allowed: 2"),
-    "odd width": (X[:, :511], r"x has 511 columns; allowed: an even number above 0"),
-    "no width": (X[:, :0], r"x has 0 columns; allowed: an even number above 0"),
-    "strided columns": (X[:, ::2], r"x has stride 2 along its columns; allowed: 1"),
-    "transposed": (X.T.contiguous().T, r"x has stride 2 along its columns; allowed: 1"),
-}
-
-
-@pytest.mark.parametrize("bad", BAD_INPUTS)
-def test_bad_input_is_refused(bad: str, device: torch.device) -> None:
-    x, message = BAD_INPUTS[bad]
-    x = zeros_laid_out_as(x, device)
-    scale = torch.ones(1, device=device)
-    for call in (
-        lambda: silu_mul_group_fp8_quant(x),
-        lambda: silu_mul_group_fp8_quant_reference(x),
-        lambda: silu_mul_static_fp8_quant(x, scale),
-        lambda: silu_mul_static_fp8_quant_reference(x, scale),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ({"scales": GroupScales(32)}, r"group_size=32 .*allowed: 64, 128"),
-        ({"scales": GroupScales(0)}, r"group_size=0 .*allowed: 64, 128"),
-        ({"scales": GroupScales(layout="rows")}, r"scale_layout='rows' is not known; allowed: row, column, tma"),
-        ({"act_rounding": "exact"}, r"act_rounding='exact' .*allowed: custom_op, eager, native"),
-        ({"quant_rounding": ""}, r"quant_rounding='' .*allowed: custom_op, reciprocal, native"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_bad_group_argument_is_refused(arguments: dict, message: str, device: torch.device) -> None:
-    for call in (silu_mul_group_fp8_quant, silu_mul_group_fp8_quant_reference):
-        with pytest.raises(ValueError, match=message):
-            call(X.to(device), **arguments)
-
-
-def test_width_that_no_group_divides_is_refused(device: torch.device) -> None:
-    x = torch.zeros(2, 2 * 192, dtype=torch.bfloat16, device=device)
-    with pytest.raises(ValueError, match=r"output width 192 is not a multiple of group_size=128"):
-        silu_mul_group_fp8_quant(x, GroupScales(128))
-    assert silu_mul_group_fp8_quant(x, GroupScales(64))[1].shape == (2, 3)
-
-
-@pytest.mark.parametrize(
-    "scale, message",
-    [
-        (torch.ones(1, dtype=torch.bfloat16), r"scale is torch\.bfloat16 of shape \(1,\); allowed: one float32 value"),
-        (torch.ones(2), r"scale is torch\.float32 of shape \(2,\); allowed: one float32 value"),
-        (torch.ones(0), r"scale is torch\.float32 of shape \(0,\); allowed: one float32 value"),
-        (torch.ones(1, device="meta"), r"scale is on meta; allowed: x's device, (cpu|cuda)"),
-    ],
-    ids=["bf16", "two", "none", "meta"],
-)
-def test_bad_scale_is_refused(scale: torch.Tensor, message: str, device: torch.device) -> None:
-    scale = scale if scale.is_meta else scale.to(device)
-    for call in (silu_mul_static_fp8_quant, silu_mul_static_fp8_quant_reference):
-        with pytest.raises(ValueError, match=message):
-            call(X.to(device), scale)
-
-
-def test_bad_static_forms_are_refused(device: torch.device) -> None:
-    scale = torch.ones(1, device=device)
-    for name, allowed in (("act_rounding", "custom_op, eager, native"), ("quant_rounding", "custom_op, native")):
-        with pytest.raises(ValueError, match=rf"{name}='inductor' .*allowed: {allowed}"):
-            silu_mul_static_fp8_quant(X.to(device), scale, **{name: "inductor"})
-
-
-def test_bad_arguments_are_refused_while_compiling(device: torch.device) -> None:
-    compiled = torch.compile(
-        lambda x: OPS.silu_mul_group_fp8_quant(x, 96, "row", False, "custom_op", "custom_op"),
-        fullgraph=True,
-    )
-    with pytest.raises(Exception, match=r"group_size=96 .*allowed: 64, 128"):
-        compiled(X.to(device))
