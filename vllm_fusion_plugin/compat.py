@@ -69,7 +69,7 @@ FUSED_IN_TRITON = {
 # Passes that can be left out by one of vLLM's flags.
 PASS_FLAGS = {fusion.name: fusion.switch for fusion in fusions.entering("pass")}
 
-# Activations of vLLM by what their op is called, in words. Names of layers (`GeluAndMul`) are told as they are.
+# Activations of vLLM by what their op is called, in words. Names of layers (`GeluAndMul`) are reported as they are.
 ACTIVATION_OPS = {
     "_C.silu_and_mul": "SiLU·mul",
     "_C.silu_and_mul_with_clamp": "clamped SwiGLU (swiglu_limit)",
@@ -156,7 +156,7 @@ def cache_root() -> pathlib.Path:
 
 def ir_provider(op: str, arguments: Sequence[Any]) -> str:
     """Whose implementation vLLM will put in the place of `vllm_ir.<op>` on these arguments: "native", "vllm_c", ... It
-    decides where the op rounds. Asked as vLLM's own lowering pass asks, which runs behind ours (IrOp since 0.20)."""
+    decides where the op rounds. Asked as vLLM's own lowering pass asks, which runs after ours (IrOp since 0.20)."""
     from vllm.ir.op import IrOp
 
     return IrOp.registry[op].dispatch(*arguments).provider
@@ -238,7 +238,7 @@ def encode_layer_name(name: str) -> Any:
 
 def layer_name_of(argument: Any) -> str | None:
     """The name in an attention node's `layer_name`: a string, vLLM's LayerName, or the graph input that it was lifted to,
-    of which the compiler keeps the object that it was traced with. None if it cannot be told."""
+    of which the compiler keeps the object that it was traced with. None if nothing says."""
     if isinstance(argument, fx.Node):
         argument = argument.meta.get("val")
         argument = getattr(argument, "real_obj", argument)  # torch's FakeScriptObject
@@ -372,11 +372,11 @@ def artefact_folder(compilation_config: Any) -> str | None:
 
 
 def linear_kernels(worker: Any) -> dict[str, int]:
-    """Classes of the kernels behind a worker's quantised linear layers, counted: they decide what there is to fuse.
+    """Classes of the kernels of a worker's quantised linear layers, counted: they decide what there is to fuse.
 
     A kernel is held by the layer's quant method (`Fp8LinearMethod.fp8_linear`, since 0.20), or, where that leaves the work
     to a scheme, as compressed-tensors and Quark do, by the layer's `scheme`. Where neither holds one, the scheme's or
-    method's own class is told."""
+    method's own class is counted."""
     found: dict[str, int] = {}
     model = getattr(getattr(worker, "model_runner", None), "model", None)
     for module in model.modules() if isinstance(model, torch.nn.Module) else ():

@@ -22,7 +22,7 @@ def called_op(node: fx.Node) -> str:
 
 
 def triton_kernel_name(node: fx.Node) -> str:
-    """The function behind a `triton_kernel_wrapper` node, which has its number in torch's table of kernels."""
+    """The function of a `triton_kernel_wrapper` node, which has its number in torch's table of kernels."""
     from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 
     index: Any = node.kwargs["kernel_idx"]

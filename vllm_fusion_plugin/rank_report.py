@@ -64,7 +64,7 @@ class RankReport(BaseModel):
     passes: dict[str, str] = Field(default_factory=dict)
     """Stock's pass name -> "ours", or why stock's own runs."""
     linear_kernels: dict[str, int] = Field(default_factory=dict)
-    """Kernel class behind the quantised linear layers -> number of layers; it decides what there is to fuse."""
+    """Kernel class of the quantised linear layers -> number of layers; it decides what there is to fuse."""
     subgraphs: list[Subgraph] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
     from_file: bool = False

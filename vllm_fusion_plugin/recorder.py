@@ -190,7 +190,7 @@ class Recorder:
     # -- compiler hook --
 
     def begin_subgraph(self, manager: Any, index: int, compile_range: Any, nodes: Sequence[Any]) -> None:
-        """vLLM's compiler is handed a subgraph; `manager`: the pass manager that it hands on, if it can be told."""
+        """vLLM's compiler is handed a subgraph; `manager`: the pass manager that it hands on, None if unknown."""
         self._current = None
         if manager is not None:
             self._part = self._parts.get(manager, self._part)

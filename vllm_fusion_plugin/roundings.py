@@ -68,7 +68,9 @@ def known() -> dict[str, Rounding]:
         try:
             found = _kept() or (_ask_and_keep() if _may_ask() else None)
         except Exception as e:
-            logger.warning("vllm-fusion-plugin: how vLLM's ops round is taken from its version; asking failed: %r", e)
+            logger.warning(
+                "vllm-fusion-plugin: vLLM's ops could not be asked how they round, so its version decides: %r", e
+            )
             found = _by_version()  # and not asked again
         if found is None:
             return _by_version()

@@ -53,7 +53,7 @@ class Settings(BaseModel):
 
     mla_v_up_quant: bool = True
     """With fuse_attn_quant, MLA layers with FP8 output in groups write it from the V up-projection, instead of quantising
-    behind it."""
+    after it."""
 
     inexact: Literal["fuse", "leave"] = "fuse"
     """What to do where none of the roundings that this package knows is that of the installed vLLM's quantiser or SiLU·mul:

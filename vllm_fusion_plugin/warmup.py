@@ -34,8 +34,8 @@ class WarmUp(NamedTuple):
     """Op and error of each call that could not be repeated."""
 
     def __str__(self) -> str:
-        told = f"{self.launches} launches of {self.calls} calls of fused ops, {self.seconds:.1f} s"
-        return f"{told}; failed: {'; '.join(self.failed)}" if self.failed else told
+        done = f"{self.launches} launches of {self.calls} calls of fused ops, {self.seconds:.1f} s"
+        return f"{done}; failed: {'; '.join(self.failed)}" if self.failed else done
 
 
 _most_tokens = 1

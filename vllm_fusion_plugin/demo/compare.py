@@ -197,7 +197,7 @@ def compare(
         progress(f"TP {tensor_parallel_size}: engine with fusions {name} ...")
         run_folder = folder / f"tp{tensor_parallel_size}-{name}"
         cache = run_folder / "cache"
-        # Left by an earlier demo that was told to keep its folder: from a warm cache no pass runs, and nothing is shown.
+        # Left by an earlier demo whose folder was to be kept: from a warm cache no pass runs, and nothing is shown.
         shutil.rmtree(cache, ignore_errors=True)
         share_model_info(folder, cache)
         job = EngineJob(

@@ -25,7 +25,7 @@ from .tiles import MAX_GRID_1, cdiv, next_power_of_2, tile_grid
 def gate(z, SIGMOID: tl.constexpr, FIRST: tl.constexpr = True):
     """sigmoid(z) or silu(z) with the bits of Inductor's kernel, for fp32 values of bf16 or fp16 numbers.
 
-    Behind the norm, FIRST=False, silu is -0 below -87.3, where the reciprocal flushes, instead of -2**-119 and less: times
+    After the norm, FIRST=False, silu is -0 below -87.3, where the reciprocal flushes, instead of -2**-119 and less: times
     a normed number, at most sqrt(D) times the weight, that is far below the smallest scale.
     """
     if SIGMOID:

@@ -78,7 +78,7 @@ def _tile(
         acc = tl.zeros((TILE.tokens, TILE.columns), tl.float32)
     for k in tl.range(0, L, TILE.depth, num_stages=TILE.stages):
         if TILE.tma:
-            # rows behind the last token are zero
+            # rows after the last token are zero
             x = tl.reshape(x_desc.load([head, first_token, k]), (TILE.tokens, TILE.depth))
             if TILE.w_rows:
                 w = tl.reshape(w_desc.load([head, k, first_column]), (TILE.depth, TILE.columns))
@@ -164,7 +164,7 @@ def _group_kernel(
 
 
 class Tile(NamedTuple):
-    """How the work is cut. Sizes are powers of two; of columns and depth, what divides the weights' is taken."""
+    """How the work is cut. Sizes are powers of two; of columns and depth, the largest that divides the weights' is used."""
 
     tokens: int
     columns: int

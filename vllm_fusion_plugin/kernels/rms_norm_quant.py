@@ -145,7 +145,7 @@ def _quantise_statically(
 # What changes with the number of tokens is not specialised on: a server would meet a new specialisation, and half a second
 # of compilation, in the middle of a request.
 #
-# codes_ptr is taken for unaligned and its use for aligned to 8: otherwise Triton would store 16 codes a thread, and for that
+# Triton is not to see that codes_ptr is aligned, but that its uses are, to 8: it would store 16 codes a thread, and for that
 # load x in twos of 16 bytes with a gap between the threads.
 @triton.jit(
     do_not_specialize=["rows", "padded_rows", "scale_group_stride"], do_not_specialize_on_alignment=["codes_ptr"]
@@ -234,10 +234,10 @@ def _launch(
     addends = norm.x_addend is not None and norm.residual_addend is not None
     if quantiser.kind == "token":
         # at most 2 of Inductor's warps in one: it has a row in registers twice
-        crowded, most = add and (native or (addends and not norm.sum_columns)), 2
+        many_loads, most = add and (native or (addends and not norm.sum_columns)), 2
     else:
-        crowded, most = addends and not native and not norm.sum_columns, 4
-    tile = tile or choose(tile_of, rows, width, native, crowded, norm.sum_columns, add, most)
+        many_loads, most = addends and not native and not norm.sum_columns, 4
+    tile = tile or choose(tile_of, rows, width, native, many_loads, norm.sum_columns, add, most)
     start = begin(norm.x, [norm.weight], tile.num_warps, pdl)
     launch(
         _kernel,

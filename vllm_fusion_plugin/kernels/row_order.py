@@ -69,7 +69,7 @@ class TileConstants(NamedTuple):
     early: bool
 
 
-def row_tile(width: int, native_quant: bool, crowded: bool = False, sum_columns: int = 0) -> Tile:
+def row_tile(width: int, native_quant: bool, many_loads: bool = False, sum_columns: int = 0) -> Tile:
     """Tile for rows of `width`, never for a number of them: the order in which a row's squares are added, and with it the
     row's bytes, comes from chunk and num_warps. `folded` may run it with fewer.
 
@@ -77,13 +77,13 @@ def row_tile(width: int, native_quant: bool, crowded: bool = False, sum_columns:
     warp, the block. Inductor has one order up to 2048 columns and before a native group quantiser. Otherwise it times two
     or three and takes the fastest, all with 16 warps (32 above 8192 columns): the whole row as one chunk, as here before
     vLLM's own quantisers; 2048 columns at a time, as here before native ones and always under Inductor's `deterministic`; or
-    half a row. crowded: its kernel has 10 loads and reductions or more, and small chunks for want of registers. sum_columns:
-    1024 for a crowded kernel, 2048 for one that is not and takes 2048 columns at a time, where more are the rule.
+    half a row. many_loads: its kernel has 10 loads and reductions or more, and small chunks for want of registers.
+    sum_columns: 1024 for such a kernel, 2048 for another one that takes 2048 columns at a time, where more are the rule.
     """
     whole = max(256, next_power_of_2(width))
     if width <= WARP_WIDTH.value:
         return Tile(1, whole, 1)
-    if crowded or sum_columns == 1024:
+    if many_loads or sum_columns == 1024:
         return Tile(1, 1024, 4 if width <= 2048 else 8)
     if width <= 2048:
         return Tile(1, whole, 8)
@@ -105,8 +105,8 @@ def folded(tile: Tile, rows: int, add: bool, most: int = 4) -> Tile:
 
 
 def tile_of(
-    rows: int, width: int, native_quant: bool, crowded: bool, sum_columns: int, add: bool, most_fold: int
+    rows: int, width: int, native_quant: bool, many_loads: bool, sum_columns: int, add: bool, most_fold: int
 ) -> Tile:
     """Tile for `rows` rows of `width`: `row_tile`, `folded`, and whether weights are loaded early."""
-    tile = folded(row_tile(width, native_quant, crowded, sum_columns), rows, add, most_fold)
+    tile = folded(row_tile(width, native_quant, many_loads, sum_columns), rows, add, most_fold)
     return Tile(tile.rows, tile.chunk, tile.num_warps, tile.sum_warps, early=rows * width < LARGE)

@@ -12,7 +12,7 @@ Since: in every version read (0.20.2, 0.26.0, 0.32.0, 0.33.0) `forward_impl` tak
 `_v_up_proj(x, out=...)` once. Until: vLLM's V up-projection can quantise.
 
 Rows are treated by where they come from. Decode rows are up-projected and quantised in one kernel. Prefill rows come from
-the prefill kernel as before and are quantised by vLLM's op. The rows behind them, which pad a batch to a CUDA graph's size,
+the prefill kernel as before and are quantised by vLLM's op. The rows after them, which pad a batch to a CUDA graph's size,
 and the padding of TMA-aligned scales become zeros, where vLLM leaves what was there. Anything that this is not made for
 takes vLLM's way, and the report notes why.
 """
@@ -145,13 +145,15 @@ def _install(layer: type) -> str | None:
 class _Output:
     """Codes and scales that a layer is to write, and the buffer that its unquantised rows go to."""
 
-    def __init__(self, layer: Any, dtype: torch.dtype, codes: torch.Tensor, scales: torch.Tensor, told: dict[str, Any]):
+    def __init__(
+        self, layer: Any, dtype: torch.dtype, codes: torch.Tensor, scales: torch.Tensor, quant_arguments: dict[str, Any]
+    ):
         self.layer = layer
         self.codes = codes
         self.scales = scales
-        self.group_size: int = told["quant_group_size"]
-        self.use_ue8m0 = bool(told.get("quant_scale_ue8m0"))
-        self.layout = (bool(told.get("quant_col_major")), bool(told.get("quant_tma_aligned")))
+        self.group_size: int = quant_arguments["quant_group_size"]
+        self.use_ue8m0 = bool(quant_arguments.get("quant_scale_ue8m0"))
+        self.layout = (bool(quant_arguments.get("quant_col_major")), bool(quant_arguments.get("quant_tma_aligned")))
         self.rows = codes.new_empty(codes.shape, dtype=dtype)
         self.decoded = 0
         """How many rows, from the first on, have their codes and scales."""
@@ -182,7 +184,7 @@ class _Output:
         return True
 
     def finish(self, count: int) -> None:
-        """Quantise the rows up to `count` that have no codes yet, and zero what is behind them."""
+        """Quantise the rows up to `count` that have no codes yet, and zero those after them."""
         if self.decoded == len(self.codes):
             return  # the op has zeroed the scales' padding; decoding must not wait for one more kernel
         if self.decoded < count:
@@ -220,7 +222,9 @@ def _forward(original: Callable[..., torch.Tensor], layer: Any, *args: Any, **kw
     return codes
 
 
-def _remember(layer: Any, q: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, told: dict[str, Any]) -> None:
+def _remember(
+    layer: Any, q: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, quant_arguments: dict[str, Any]
+) -> None:
     """Tell the warm-up what will be called: vLLM may run no decode step before it serves."""
     if not calls.recording() or not len(codes):
         return
@@ -230,8 +234,8 @@ def _remember(layer: Any, q: torch.Tensor, codes: torch.Tensor, scales: torch.Te
         layer.W_UV,
         codes[:1],
         scales[:1],
-        told["quant_group_size"],
-        bool(told.get("quant_scale_ue8m0")),
+        quant_arguments["quant_group_size"],
+        bool(quant_arguments.get("quant_scale_ue8m0")),
         rounding,
     )
     calls.remember(registry.SIGNATURES["mla_v_up_group_fp8_quant"], (attn_out, *arguments))
@@ -270,7 +274,7 @@ def _why_not(
         if getattr(layer, name, False):
             return f"it runs in another kernel ({name})"
     if getattr(layer, "use_pcp", False) or compat.decode_context_parallel_size(layer.impl) > 1:
-        return "context parallelism puts the output together behind it"
+        return "context parallelism puts the output together after it"
     if compat.batch_invariant():
         return "VLLM_BATCH_INVARIANT asks for vLLM's own matrix product"
     if getattr(layer.impl, "masked_mha_available", False):

@@ -94,8 +94,8 @@ def scale_padding(scales: torch.Tensor) -> tuple[int, int]:
     stride = scales.stride(1)
     if scales.stride(0) != 1 or stride == rows or stride != padded_rows(rows):
         return rows, 0
-    behind = scales.untyped_storage().nbytes() // scales.element_size() - scales.storage_offset()
-    return stride, min(columns, behind // stride)
+    room = scales.untyped_storage().nbytes() // scales.element_size() - scales.storage_offset()
+    return stride, min(columns, room // stride)
 
 
 def mla_v_up_group_fp8_quant_reference(
@@ -164,7 +164,7 @@ def mla_v_up_group_fp8_quant(
         codes: [M, N * V] float8_e4m3fn, written to; rows may be strided, columns not.
         scales: [M, N * V / group_size] fp32 of any strides, written to. If they are TMA-aligned, strides (1, M rounded up to
             4), the rows between M and there are set to zero, as far as the storage goes. So of a larger buffer, write the
-            rows behind these afterwards.
+            rows after these afterwards.
         group_size: 64 or 128.
         use_ue8m0: round each scale up to a power of two.
         quant_rounding: which of vLLM's quantisers to reproduce, custom_op or reciprocal; see ops/quant.py.

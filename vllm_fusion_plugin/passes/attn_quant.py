@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AttnQuantFusionPass: attention and the quantiser behind it become one attention op with quantised output.
+"""AttnQuantFusionPass: attention and the quantiser after it become one attention op with quantised output.
 
 Stands in for vLLM's pass of that name. There is no op of ours here: what replaces a match is vLLM's own attention op,
 handed a quantised output buffer and the scale, for those layers whose backend says that it can write one. The codes are the
@@ -246,7 +246,7 @@ class AttentionQuantPass(FusionPass):
 
 
 class AttnQuantFusionPass(AttentionQuantPass):
-    """Fuses attention with the static FP8 or NVFP4 quantiser behind it, layer by layer, where the layer's backend can write
+    """Fuses attention with the static FP8 or NVFP4 quantiser after it, layer by layer, where the layer's backend can write
     that. The static quantiser may be vLLM's custom op or decomposed to aten. Takes a VllmConfig, as stock does."""
 
     name: ClassVar[str] = "attn_quant_fusion"

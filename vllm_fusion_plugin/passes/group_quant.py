@@ -52,7 +52,7 @@ class LoneGroupQuant(PatternReplacement):
 
 
 class GroupQuantPass(FusionPass):
-    """Puts this package's group FP8 quantiser in the place of vLLM's, wherever one is left. Takes a VllmConfig. Runs behind
+    """Puts this package's group FP8 quantiser in the place of vLLM's, wherever one is left. Takes a VllmConfig. Runs after
     all fusion passes."""
 
     name: ClassVar[str] = "group_quant_pass"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MLAAttnQuantFusionPass: latent attention (MLA) and the quantiser behind it become one attention op with quantised output.
+"""MLAAttnQuantFusionPass: latent attention (MLA) and the quantiser after it become one attention op with quantised output.
 
 Stands in for vLLM's pass of that name, and puts vLLM's own op in place. That op quantises its output at its end, whatever
 the backend: the codes are those of vLLM's quantiser over the output in the model's dtype. For FP8 in groups,
@@ -22,7 +22,7 @@ from .attn_quant import HEADS, ROWS, AttentionOp, AttentionQuant, AttentionQuant
 
 LATENT, NOPE, ROPE, V = 48, 32, 16, 128  # example sizes, as in attn_quant
 
-# What the op is told of a group quantiser; it finds the group size in the scales' shape, too.
+# How the op knows a group quantiser; it finds the group size in the scales' shape, too.
 GROUP_ARGUMENTS = ("quant_group_size", "quant_scale_ue8m0", "quant_col_major", "quant_tma_aligned")
 
 
@@ -43,9 +43,11 @@ class MLAAttentionGroupQuant(AttentionQuant):
         output, q = attention["output"], self.quant
         codes = torch.empty(output.shape, dtype=FP8_DTYPE, device=output.device)
         size, layout, ue8m0 = q.scales
-        told = (size, ue8m0, layout != "row", layout == "tma")
+        values = (size, ue8m0, layout != "row", layout == "tma")
         return self.attend(
-            attention | {"output": codes, "output_block_scale": scales} | dict(zip(GROUP_ARGUMENTS, told, strict=True))
+            attention
+            | {"output": codes, "output_block_scale": scales}
+            | dict(zip(GROUP_ARGUMENTS, values, strict=True))
         )
 
     def refuse(self, match: Match) -> str | None:
@@ -53,7 +55,7 @@ class MLAAttentionGroupQuant(AttentionQuant):
 
 
 class MLAAttnQuantFusionPass(AttentionQuantPass):
-    """Fuses MLA attention with the static FP8, NVFP4 or group FP8 quantiser behind it, layer by layer.
+    """Fuses MLA attention with the static FP8, NVFP4 or group FP8 quantiser after it, layer by layer.
 
     The static quantiser may be vLLM's custom op or decomposed to aten; groups are of 64 or 128, scales in any of the
     layouts. Takes a VllmConfig, as stock does.

@@ -47,7 +47,7 @@ def _build(name: str, stock: Callable[..., Any] | None, config: VllmConfig) -> A
 
 
 class _LeavesGraphs(InductorPass):
-    """For a flag that is set although vLLM has no pass behind it here: demo/cpu.py leaves flags set for passes of ours, and
+    """For a flag that is set although vLLM has no such pass here: demo/cpu.py leaves flags set for passes of ours, and
     then ours may be out."""
 
     def __init__(self, config: VllmConfig) -> None: ...
@@ -100,8 +100,8 @@ class FusionPassManager(PostGradPassManager):
         record.report.rank = config.parallel_config.rank
         if record.inactive:
             return None
-        # vLLM makes its pass manager before it hashes the config, which is where bad settings are told and the plugin is
-        # taken out: then this one is there already, and has to be stock's.
+        # vLLM makes its pass manager before it hashes the config, which is where bad settings are reported and the plugin is
+        # switched off: then this one is there already, and has to be stock's.
         chosen, problem, out = settings.read(config.additional_config)
         if problem or out:
             return None

@@ -127,8 +127,8 @@ def _sum_columns(total: _Sum, native_quant: bool, deterministic: bool) -> int:
         return 1024
     # Inductor makes one kernel of a table's look-up and the norm of what is found there.
     looked_up = called_op(total.x) in LOOK_UPS
-    crowded = not native_quant and total.loads_and_reductions > FEW_LOADS
-    return 2048 if deterministic or looked_up or crowded else 0
+    many_loads = not native_quant and total.loads_and_reductions > FEW_LOADS
+    return 2048 if deterministic or looked_up or many_loads else 0
 
 
 def _is_native(norm: fx.Node) -> bool:

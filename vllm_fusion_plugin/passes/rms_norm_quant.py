@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RMSNormQuantFusionPass: an RMS norm and the quantiser behind it become one op. Stands in for vLLM's pass of that name.
+"""RMSNormQuantFusionPass: an RMS norm and the quantiser after it become one op. Stands in for vLLM's pass of that name.
 
 What comes out of pointwise code that Inductor compiles, a native norm reads before it is rounded, and the fused op does so
 where that is a sum (residual_sums.py). Other pointwise code it reads rounded, as vLLM's own fused ops do.
@@ -235,7 +235,7 @@ class RMSNormNvfp4Quant(RMSNormQuant):
 
 
 class RMSNormQuantFusionPass(FusionPass):
-    """Fuses RMS norms, with an addition before them or without, with the FP8 quantiser behind: group, token or static.
+    """Fuses RMS norms, with an addition before them or without, with the FP8 quantiser after them: group, token or static.
 
     The norm may have the model's weight or Gemma's (weight + 1), and its result and the sum may be used elsewhere too. The
     quantiser may be vLLM's custom op or decomposed to aten. Also in this pass: gated norms (gated_rms_norm_quant.py) and the
