@@ -73,7 +73,13 @@ class StaticQuantMLP(torch.nn.Module):
 
 
 def trace(
-    *makers, custom_ops=("none", "+quant_fp8"), dtype=torch.bfloat16, settings=None, inductor=None, **pass_config
+    *makers,
+    custom_ops=("none", "+quant_fp8"),
+    dtype=torch.bfloat16,
+    settings=None,
+    inductor=None,
+    keep_passes=True,
+    **pass_config,
 ):
     """`makers` are functions that make modules, which are traced side by side."""
     config = make_config(
@@ -81,7 +87,7 @@ def trace(
     )
     config.additional_config = {"fusion_plugin": {"lone_group_quant": False} | (settings or {})}
     config.compilation_config.inductor_compile_config |= inductor or {}
-    recording: Recording = trace_branches(makers, [(64, 2 * WIDTH)], config)
+    recording: Recording = trace_branches(makers, [(64, 2 * WIDTH)], config, keep_passes)
     check_graphs(recording)
     return recording
 
@@ -353,7 +359,7 @@ def test_a_pattern_that_cannot_be_traced_is_left_out(monkeypatch):
         raise TypeError("this vLLM's layer is another one")
 
     monkeypatch.setattr(silu_mul_quant.SiluMulGroupQuant, "pattern", broken)
-    recording = trace(GroupQuantMLP)
+    recording = trace(GroupQuantMLP, keep_passes=False)
     assert recording.matches_by_graph()[PASS] == 0
     (note,) = report.RECORDER.report.notes
     assert "this vLLM's layer is another one" in note
