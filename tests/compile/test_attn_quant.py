@@ -29,6 +29,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (  # noqa:
 from vllm.utils import torch_utils  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 
+from tests.forked import in_a_fork  # noqa: E402
 from vllm_fusion_plugin import compat, plugin, report  # noqa: E402
 
 PASS = "attn_quant_fusion"
@@ -190,6 +191,7 @@ def test_a_part_of_the_model_counts_for_all_layers(other, matches):
     assert recording.matches_by_graph()[PASS] == matches
 
 
+@in_a_fork  # registers ops
 def test_layer_names_as_strings(monkeypatch):
     """With VLLM_USE_LAYERNAME=0 names are strings in the graph, and a pattern matches one layer. vLLM reads that when it is
     imported, so here its ops are replaced by ones of their schema that take strings."""

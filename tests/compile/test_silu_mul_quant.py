@@ -28,6 +28,7 @@ from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8  # 
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
+from tests.forked import in_a_fork  # noqa: E402
 from vllm_fusion_plugin import compat, plugin, report  # noqa: E402
 
 PASS = "activation_quant_fusion_pass"
@@ -313,6 +314,7 @@ def test_a_pass_that_cannot_be_built_leaves_stock(monkeypatch):
     assert "no kernels here" in report.RECORDER.report.passes["ActivationQuantFusionPass"]
 
 
+@in_a_fork  # vLLM remembers what it asked this platform
 def test_another_platform_leaves_stock(monkeypatch):
     from vllm_fusion_plugin.passes.pass_manager import FusionPassManager
 
@@ -325,6 +327,7 @@ def test_another_platform_leaves_stock(monkeypatch):
     assert "CUDA and CPU" in passes["ActivationQuantFusionPass"] and "CUDA and CPU" in passes["GroupQuantPass"]
 
 
+@in_a_fork  # the plugin is off in this process afterwards
 def test_a_manager_that_cannot_be_made_leaves_stock(monkeypatch):
     from vllm.compilation.passes.pass_manager import PostGradPassManager
 
