@@ -292,6 +292,9 @@ def test_is_left_alone_and_explained(changes, reason):
     assert given(node) == []
     ((_, told),) = reasons()
     assert reason in told
+    left = "none of 1 quantisers fused; 1 left, see below"
+    expected = "no quantiser seen in what was compiled" if changes.get("make") is Unquantised else left
+    assert report.FusionReport(ranks=[report.RECORDER.report]).summary() == expected
 
 
 def test_a_layer_that_vllm_does_not_know(monkeypatch):

@@ -254,6 +254,9 @@ def test_is_left_alone_and_explained(act):
     assert len(said) == len(LEFT_ALONE), said
     for reason in LEFT_ALONE.values():
         assert sum(reason in r for r in said) == 1, (reason, said)
+    left = len(LEFT_ALONE) - 1  # Unquantised
+    summary = report.FusionReport(ranks=[report.RECORDER.report]).summary()
+    assert summary == f"none of {left} quantisers fused; {left} left, see below"
 
 
 def test_flag_off_leaves_everything():
