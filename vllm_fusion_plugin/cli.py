@@ -11,12 +11,13 @@ from typing import Annotated
 
 import typer
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from . import __version__
 from .demo import compare
-from .report import sum_match_tables
+from .report import PASS_WORDS, sum_match_tables
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fusion passes and fused kernels for vLLM.")
 
@@ -95,27 +96,25 @@ def _write_checkpoint(folder: Path) -> Path:
     return write_checkpoint(folder)
 
 
-def _tables(comparisons: list[compare.Comparison]) -> list[Table]:
+def _tables(comparisons: list[compare.Comparison]) -> list[RenderableType]:
     summary = Table(title="Fusions on against fusions off", box=box.SIMPLE, pad_edge=False)
     summary.add_column("TP", justify="right")
-    summary.add_column("pass", no_wrap=True)
+    summary.add_column("pass, by its flag", no_wrap=True)
     for column in ("matches", "same tokens", "max |Δlogp|"):
         summary.add_column(column, justify="right")
-    tables = [summary]
+    shown: list[RenderableType] = [summary]
     for c in comparisons:
         for name, matches in sum_match_tables(c.on.match_tables).items() or [("none", 0)]:
             by_rank = " + ".join(str(table.get(name, 0)) for table in c.on.match_tables)
             summary.add_row(
                 str(c.tensor_parallel_size),
-                name,
+                PASS_WORDS.get(name, name),
                 str(matches) if by_rank == str(matches) else f"{by_rank} = {matches}",
                 f"{c.tokens - c.tokens_differing} of {c.tokens}",
                 f"{c.largest_logprob_difference:.6f}",
             )
-        for table in c.report.tables():
-            table.title, table.box = f"{table.title}, TP {c.tensor_parallel_size}", box.SIMPLE
-            tables.append(table)
-    return tables
+        shown += [Text(f"\nFusions, TP {c.tensor_parallel_size}", style="bold"), *c.report.tables()]
+    return shown
 
 
 def _verdict(comparisons: list[compare.Comparison], break_op: bool) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pydantic import BaseModel
@@ -59,6 +59,142 @@ def sum_match_tables(tables: Iterable[dict[str, int]]) -> dict[str, int]:
         for name, count in table.items():
             total[name] = total.get(name, 0) + count
     return total
+
+
+# ---- in words --------------------------------------------------------------------------------------------------------
+
+LONE = "group_quant_pass"
+DUAL = "mla_dual_rms_norm_fusion_pass"
+
+# A pass's name in vLLM's match table -> the flag of vLLM's that asks for it; of a pass that vLLM lacks, our setting.
+PASS_WORDS = {
+    "activation_quant_fusion_pass": "fuse_act_quant",
+    "rmsnorm_quant_fusion_pass": "fuse_norm_quant",
+    DUAL: "fuse_norm_quant",
+    "attn_quant_fusion": "fuse_attn_quant",
+    "mla_attn_quant_fusion": "fuse_attn_quant",
+    LONE: "lone_group_quant",
+    "none": "no pass",
+}
+
+# Parts of a pattern's key.
+_PRODUCERS = {
+    "silu_mul": "SiLU·mul",
+    "situ_mul": "SiTU·mul",
+    "relu2": "relu2",
+    "rms_norm": "RMS norm",
+    "fused_add_rms_norm": "residual add + RMS norm",
+    "gated_rms_norm": "gated RMS norm",
+    "mla_dual_rms_norm": "RMS norms of q and kv",
+    "attention": "attention",
+    "mla_attention": "latent attention (MLA)",
+}
+_QUANTISERS = {
+    "group": "FP8 quantiser, groups",
+    "token": "FP8 quantiser, one scale a token",
+    "static": "FP8 quantiser, static scale",
+    "nvfp4": "NVFP4 quantiser",
+    "quantiser": "quantiser",
+}
+_USES = ("norm", "sum")  # that a norm's result or its sum is read elsewhere, too
+# In reasons and notes.
+_KEY = re.compile(
+    r"(?:[a-z0-9_]+(?:\[[^\]]*\])?\+)?"  # a producer
+    r"(?:(?:group\d+|token|static)\[[^\]]*\]|(?<=\+)nvfp4(?:\[\w+\])?)"  # a quantiser
+    r"(?:\+(?:norm|sum))*(?:\[\w+\])?"
+)
+# Reasons for what no quantiser follows: `explain` of passes that look for what comes before one.
+_NO_QUANTISER = re.compile(
+    r", unquantised$|; no quantiser$|^attention \(.*\) is followed by (?!.*quantiser).*; fused are "
+)
+
+
+def pattern_words(key: str) -> str:
+    """ "silu_mul[native]+group128[custom_op,tma,ue8m0]" -> "SiLU·mul + FP8 quantiser, groups of 128, UE8M0 scales"."""
+    words: list[str] = []
+    for part in re.split(r"\+(?![^\[]*\])", key):
+        name, _, rest = part.partition("[")
+        traits = rest.rstrip("]").split(",")
+        group = re.fullmatch(r"group(\d+)", name)
+        if name in _USES and words:
+            continue
+        word = _PRODUCERS.get(name) or _QUANTISERS.get(name) or name.replace("_", " ")
+        if "gemma" in traits:
+            word = word.replace("RMS norm", "Gemma RMS norm")
+        if group:
+            word = f"{_QUANTISERS['group']} of {group[1]}"
+        words.append(word + (", UE8M0 scales" if "ue8m0" in traits else ""))
+    return " + ".join(words)
+
+
+def _fused(subgraph: Subgraph) -> Iterator[tuple[str, str, str]]:
+    return ((f.pass_name, pattern_words(f.pattern), f.module) for f in subgraph.found if f.pass_name != LONE)
+
+
+def _not_fused(subgraph: Subgraph) -> Iterator[tuple[str, str, str]]:
+    for m in subgraph.missed:
+        yield m.pass_name, _KEY.sub(lambda key: pattern_words(key[0]), m.reason), m.module
+    if not any(
+        "this package's kernel" in m.reason for m in subgraph.missed
+    ):  # else it is told what stands before it, too
+        for f in subgraph.found:
+            if f.pass_name == LONE:
+                yield LONE, f"{pattern_words(f.pattern)}, by itself in this package's kernel", f.module
+
+
+def _state(rank: RankReport) -> list[tuple[str, str]]:
+    return [(rank.manager, ", ".join(f"{count} {name}" for name, count in rank.linear_kernels.items()))]
+
+
+def _notes(rank: RankReport) -> list[tuple[str]]:
+    return [(_KEY.sub(lambda key: pattern_words(key[0]), note),) for note in rank.notes]
+
+
+def _count_quantisers(rank: RankReport) -> tuple[int, int]:
+    """(fused, left) of a rank's quantisers."""
+
+    def count(ask: Callable[[Subgraph], Iterable[tuple[str, str, str]]]) -> int:
+        seen = (((sub.part, *line), sub.compile_range) for sub in rank.subgraphs for line in ask(sub) if is_one(*line))
+        return sum(count_places(seen).values())
+
+    def is_one(pass_name: str, words: str, module: str) -> bool:
+        # The op of two norms has the one quantiser that is found behind the first.
+        return pass_name != DUAL and not _NO_QUANTISER.search(words)
+
+    return count(_fused), count(_not_fused)
+
+
+def _in_words(fused: int, left: int) -> str:
+    if not fused + left:
+        return "no quantiser seen in what was compiled"
+    if not left:
+        return f"all {fused} quantisers fused"
+    return f"{fused or 'none'} of {fused + left} quantisers fused; {left} left, see below"
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {_spans(ranks)}"
+
+
+def _layer(module: str) -> str:
+    """What has a name in the model: "layers.0.mlp.down_proj.quant_method.fp8_linear.quant_fp8" -> "...mlp.down_proj"."""
+    return module.partition(".quant_method")[0]
+
+
+def _tokens(compile_range: str) -> str:
+    """ "(1, 4681)" -> "1-4681"."""
+    return compile_range.strip("()").replace(", ", "-")
+
+
+def _spans(numbers: Iterable[int], separator: str = ",") -> str:
+    """0, 1, 2, 5 -> "0-2,5"."""
+    spans: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if spans and n == spans[-1][1] + 1:
+            spans[-1][1] = n
+        else:
+            spans.append([n, n])
+    return separator.join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
 class FusionReport(BaseModel):
@@ -114,51 +250,99 @@ class FusionReport(BaseModel):
             modules[module] = modules.get(module, 0) + count
         return [(*key, sum(modules.values()), shorten(modules)) for key, modules in sorted(groups.items())]
 
-    def rank_rows(self) -> list[tuple[str, str, str]]:
-        """(ranks, state, kernels of the quantised linear layers): one row for all ranks that say the same."""
-        groups: dict[tuple[str, str], list[str]] = {}
+    def summary(self) -> str:
+        """One line: how many quantisers are fused, of how many. Of each rank, where ranks differ."""
+        counts: dict[tuple[int, int], list[int]] = {}
         for rank in self.ranks:
-            kernels = ", ".join(f"{count} {name}" for name, count in rank.linear_kernels.items())
-            groups.setdefault((rank.manager, kernels), []).append(str(rank.rank))
-        return [(",".join(ranks), *key) for key, ranks in groups.items()]
-
-    def note_rows(self) -> list[tuple[str, str]]:
-        """(ranks, note)."""
-        groups: dict[str, list[str]] = {}
-        for rank in self.ranks:
-            for note in rank.notes:
-                groups.setdefault(note, []).append(str(rank.rank))
-        return [(",".join(ranks), note) for note, ranks in groups.items()]
+            counts.setdefault(_count_quantisers(rank), []).append(rank.rank)
+        lines = [_in_words(fused, left) for fused, left in counts]
+        if len(counts) > 1:
+            return "; ".join(f"{_ranks(ranks)}: {line}" for line, ranks in zip(lines, counts.values(), strict=True))
+        each = f" on each of {len(self.ranks)} ranks" if len(self.ranks) > 1 else ""
+        return "".join(lines).replace(" fused", f" fused{each}", 1)
 
     def tables(self) -> list[Any]:
-        """rich tables: the state of each rank, what fused, what did not and why, and what ranks note."""
-        from rich import box
-        from rich.markup import escape
-        from rich.table import Table
+        """What rich prints, readable from 80 columns on: the summary, then tables of the state of each rank, what fused,
+        what did not and why, and what ranks note.
 
-        def table(title: str, columns: str, rows: Iterable[tuple[Any, ...]], numbers: str = "") -> Table:
-            made = Table(title=title, box=box.SIMPLE, show_edge=False, pad_edge=False)
-            for column in columns.split():
-                right = column in numbers.split()
-                made.add_column(column, justify="right" if right else "left", overflow="fold")
-            for row in rows:
-                made.add_row(*(escape(str(cell)) for cell in row))  # a pattern's [parameters] are no markup
+        Passes are called by vLLM's flag for them, patterns by what they fuse; their keys are in `model_dump()`."""
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        def table(title: str, first: str, second: str, rows: Iterable[tuple[str, str, str, str]]) -> Table:
+            """A number or ranks, and beside it what that is of, with a line below it: two columns, so that the words of the
+            second, which are as long as names of vLLM's ops and variables, are whole in 80 characters."""
+            made = Table(title=f"\n{title}", title_justify="left", box=box.SIMPLE, show_edge=False, pad_edge=False)
+            made.add_column(first, justify="right", no_wrap=True)
+            made.add_column(second, overflow="fold")
+            for number, head, text, below in rows:
+                cell = Text.assemble((f"{head}: ", "bold"), text) if head else Text(text)
+                made.add_row(number, cell.append(f"\n{below}", "dim") if below else cell)
             return made
 
+        states = [(ranks, "", state, kernels) for ranks, state, kernels in self._by_ranks(_state)]
+        notes = [(ranks, "", note, "") for ranks, note in self._by_ranks(_notes)]
         tables = [
-            table("State", "ranks state kernels", self.rank_rows()),
-            table("Fused", "pass pattern range graphs layers ranks modules", self.rows(), "graphs layers"),
-            table("Not fused", "pass why places modules", self.missed_rows(), "places"),
-            table("Notes", "ranks note", self.note_rows()),
+            table("State", "rank", "state, and kernels of the quantised linear layers", states),
+            table("Fused", "places", "what and where", self._places(_fused)),
+            table("Not fused", "places", "why, and where", self._places(_not_fused)),
+            table("Notes", "rank", "note", notes),
         ]
-        return [t for t in tables if t.title == "Fused" or t.row_count]
+        return [Text(self.summary()), *(t for t in tables if t.row_count)]
+
+    def _by_ranks(self, ask: Callable[[RankReport], Iterable[tuple[str, ...]]]) -> list[tuple[str, ...]]:
+        """(ranks, *what they say), one line for all that say the same."""
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for rank in self.ranks:
+            for said in ask(rank):
+                groups.setdefault(said, []).append(rank.rank)
+        return [(_spans(ranks), *said) for said, ranks in groups.items()]
+
+    def _places(self, ask: Callable[[Subgraph], Iterable[tuple[str, str, str]]]) -> list[tuple[str, str, str, str]]:
+        """(places, pass, what, where) of what `ask` says of a subgraph: (pass, what, module). Places of one rank; what is
+        not so on all ranks, or not for all numbers of tokens, says of which it is."""
+        several = len({s.model for rank in self.ranks for s in rank.subgraphs}) > 1
+        rows: dict[tuple[tuple[str, str, str, str], tuple[tuple[str, int], ...]], list[int]] = {}
+        for rank in self.ranks:
+            compiled: dict[tuple[int, int], set[str]] = {}
+            seen: dict[tuple[str, str, str], list[tuple[Subgraph, str]]] = {}
+            for sub in rank.subgraphs:
+                compiled.setdefault((sub.part, sub.index), set()).add(sub.compile_range)
+                for pass_name, what, module in ask(sub):
+                    seen.setdefault((sub.model if several else "", pass_name, what), []).append((sub, module))
+            for key, found in seen.items():
+                places = count_places(((sub.part, module), sub.compile_range) for sub, module in found)
+                modules: dict[str, int] = {}
+                for (_, module), count in places.items():
+                    modules[module] = modules.get(module, 0) + count
+                ranges = {sub.compile_range: None for sub, _ in found}
+                everywhere = all(compiled[sub.part, sub.index] <= ranges.keys() for sub, _ in found)
+                tokens = "" if everywhere else ", ".join(_tokens(r) for r in ranges)
+                rows.setdefault(((*key, tokens), tuple(modules.items())), []).append(rank.rank)
+        return [
+            (
+                str(sum(count for _, count in modules)),
+                PASS_WORDS.get(pass_name, pass_name),
+                what + (f", for {tokens} tokens" if tokens else ""),
+                "; ".join(
+                    filter(None, [model, shorten((_layer(m) for m, _ in modules), spaced_from=60), self._only(ranks)])
+                ),
+            )
+            for ((model, pass_name, what, tokens), modules), ranks in sorted(rows.items(), key=lambda row: row[0][0])
+        ]
+
+    def _only(self, ranks: list[int]) -> str:
+        return f"only on {_ranks(ranks)}" if len(ranks) < len(self.ranks) else ""
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(), indent=1)
 
 
-def shorten(modules: Iterable[str]) -> str:
-    """ "layers.0.mlp, layers.1.mlp, layers.2.mlp" -> "layers.0-2.mlp"."""
+def shorten(modules: Iterable[str], spaced_from: int = 1000) -> str:
+    """ "layers.0.mlp, layers.1.mlp, layers.2.mlp" -> "layers.0-2.mlp".
+
+    spaced_from: the length from which on there is a space behind each comma, where a line may end."""
     groups: dict[tuple[str, str], list[int]] = {}
     for module in modules:
         m = re.search(r"^(.*?)\.(\d+)(?:\.(.*))?$", module)
@@ -169,12 +353,6 @@ def shorten(modules: Iterable[str]) -> str:
         if numbers == [-1]:
             parts.append(head)
             continue
-        spans: list[list[int]] = []
-        for n in sorted(set(numbers)):
-            if spans and n == spans[-1][1] + 1:
-                spans[-1][1] = n
-            else:
-                spans.append([n, n])
-        text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-        parts.append(f"{head}.{text}" + (f".{tail}" if tail else ""))
+        part = f"{head}.{_spans(numbers)}" + (f".{tail}" if tail else "")
+        parts.append(part if len(part) < spaced_from else part.replace(",", ", "))
     return ", ".join(filter(None, parts))

@@ -23,3 +23,12 @@ def trace_model() -> Iterator[Callable[..., dict[str, Any]]]:
                 pytest.fail(str(e), pytrace=False)
 
         yield trace
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plugin, with a report that is a test's own."""
+    from vllm_fusion_plugin import plugin, report
+
+    plugin.register()
+    monkeypatch.setattr(report.RECORDER, "report", report.RankReport())

@@ -29,6 +29,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (  # noqa:
 from vllm.utils import torch_utils  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 
+from tests.forked import in_a_fork  # noqa: E402
 from vllm_fusion_plugin import compat, plugin, report  # noqa: E402
 
 PASS = "attn_quant_fusion"
@@ -190,6 +191,7 @@ def test_a_part_of_the_model_counts_for_all_layers(other, matches):
     assert recording.matches_by_graph()[PASS] == matches
 
 
+@in_a_fork  # registers ops
 def test_layer_names_as_strings(monkeypatch):
     """With VLLM_USE_LAYERNAME=0 names are strings in the graph, and a pattern matches one layer. vLLM reads that when it is
     imported, so here its ops are replaced by ones of their schema that take strings."""
@@ -290,6 +292,9 @@ def test_is_left_alone_and_explained(changes, reason):
     assert given(node) == []
     ((_, told),) = reasons()
     assert reason in told
+    left = "none of 1 quantisers fused; 1 left, see below"
+    expected = "no quantiser seen in what was compiled" if changes.get("make") is Unquantised else left
+    assert report.FusionReport(ranks=[report.RECORDER.report]).summary() == expected
 
 
 def test_a_layer_that_vllm_does_not_know(monkeypatch):

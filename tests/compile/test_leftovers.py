@@ -319,3 +319,20 @@ def test_kinds_are_those_that_passes_have_patterns_for():
     norms = [p for p in patterns if isinstance(p, rms_norm_quant.RMSNormQuant)]
     assert {kinds[type(p.quant)] for p in norms} == set(producers.FUSED["norm"][1])
     assert {kinds[type(p.quant)] for p in patterns if p not in norms} == set(producers.FUSED["gated_norm"][1])
+
+
+def test_every_pattern_has_words():
+    """In the report's tables, alone and as what a refused match's reason begins with."""
+    from vllm_fusion_plugin.passes import pass_manager
+
+    config = make_config(["none"], **ON)
+    keys = [
+        key
+        for name in (*pass_manager.OURS, *pass_manager.BEHIND)
+        for key in pass_manager.our_pass(name)(config).patterns
+    ]
+    assert len(keys) > 600
+    for key in keys:
+        words = report.pattern_words(key)
+        assert "quantiser" in words and not set("[]_") & set(words), (key, words)
+        assert report._KEY.fullmatch(key), key

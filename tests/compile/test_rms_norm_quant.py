@@ -18,80 +18,30 @@ fake_gpu.install()
 
 import torch  # noqa: E402
 from recorder import count_ops  # noqa: E402
-from torch import nn  # noqa: E402
-from trace_module import (  # noqa: E402
-    check_graphs,
-    group_rounding,
-    make_config,
-    our_ops,
-    reasons,
-    trace_branches,
+from rms_norm_modules import (  # noqa: E402
+    EPSILON,
+    LAYOUTS,
+    PASS,
+    WIDTH,
+    Norm,
+    Quant,
+    group,
+    holds,
+    static,
+    token,
+    trace,
 )
-from vllm.compilation.passes.vllm_inductor_pass import VllmPatternMatcherPass  # noqa: E402
-from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm, RMSNormGated  # noqa: E402
-from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8  # noqa: E402
+from torch import nn  # noqa: E402
+from trace_module import group_rounding, make_config, our_ops, reasons  # noqa: E402
+from vllm.model_executor.layers.layernorm import RMSNorm  # noqa: E402
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
-from vllm_fusion_plugin import compat, plugin, report  # noqa: E402
-from vllm_fusion_plugin.passes import mla_dual_rms_norm_quant  # noqa: E402
+from tests.forked import in_a_fork  # noqa: E402
+from vllm_fusion_plugin import compat, report  # noqa: E402
 from vllm_fusion_plugin.passes.rms_norm_quant import RMSNormQuantFusionPass  # noqa: E402
 
-PASS = "rmsnorm_quant_fusion_pass"
-DUAL = "mla_dual_rms_norm_fusion_pass"
-WIDTH = 512
-EPSILON = 1e-6
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    plugin.register()
-    monkeypatch.setattr(report.RECORDER, "report", report.RankReport())
-
-
-def trace(*makers, shapes=((64, WIDTH),), dtype=torch.bfloat16, inductor=None):
-    config = make_config(["none", "+quant_fp8"], dtype=dtype, fuse_norm_quant=True, fuse_act_quant=False)
-    config.additional_config = {"fusion_plugin": {"lone_group_quant": False}}
-    config.compilation_config.inductor_compile_config |= inductor or {}
-    recording = trace_branches(makers, shapes, config)
-    check_graphs(recording)
-    return recording
-
-
-# ---- quantisers ------------------------------------------------------------------------------------------------------
-
-LAYOUTS = {
-    "row": {},
-    "column": {"column_major_scales": True},
-    "tma": {"column_major_scales": True, "tma_aligned_scales": True},
-}
-
-
-class Quant(nn.Module):
-    """vLLM's quantiser: a custom op, or plain torch code if `native`."""
-
-    def __init__(self, native=False, static=False, bounded=False, **arguments):
-        super().__init__()
-        self.layer = QuantFP8(static, **arguments, **compat.uncompiled_layer(QuantFP8))
-        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float32), requires_grad=False)
-        self.static, self.bounded, self.native = static, bounded, native
-
-    def forward(self, y):
-        call = self.layer.forward_native if self.native else self.layer
-        results = call(y, self.scale if self.static else None, scale_ub=self.scale if self.bounded else None)
-        return results[:1] if self.static else results
-
-
-def group(size=128, layout="column", ue8m0=False, native=False):
-    return functools.partial(Quant, native, group_shape=GroupShape(1, size), use_ue8m0=ue8m0, **LAYOUTS[layout])
-
-
-def token(bounded=False, native=False):
-    return functools.partial(Quant, native, bounded=bounded, group_shape=GroupShape.PER_TOKEN)
-
-
-def static(native=False):
-    return functools.partial(Quant, native, static=True, group_shape=GroupShape.PER_TENSOR)
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 def quantisers(native):
@@ -108,24 +58,6 @@ def quantisers(native):
     yield static(native), dict(quant_rounding=variant)
 
 
-# ---- norms -----------------------------------------------------------------------------------------------------------
-
-
-class Norm(nn.Module):
-    """x (+ residual) -> norm -> quantiser, and what `returns` names of the norm's result and the sum."""
-
-    def __init__(self, quant, gemma=False, add=False, returns=(), epsilon=EPSILON, **norm):
-        super().__init__()
-        self.norm = GemmaRMSNorm(WIDTH, epsilon) if gemma else RMSNorm(WIDTH, epsilon, **norm)
-        self.quant = quant()
-        self.add, self.returns = add, returns
-
-    def forward(self, x):
-        normed, total = self.norm(x, torch.relu(x)) if self.add else (self.norm(x), None)
-        results = {"norm": normed, "sum": total}
-        return *self.quant(normed), *(results[name] for name in self.returns)
-
-
 NORMS = [
     dict(gemma=gemma, add=add, returns=returns)
     for gemma in (False, True)
@@ -137,10 +69,6 @@ def told(norm, norm_rounding="native"):
     """What the op is told of the norm."""
     keep_norm = "norm" in norm.get("returns", ())
     return dict(gemma_weight=norm.get("gemma", False), keep_norm=keep_norm, norm_rounding=norm_rounding)
-
-
-def holds(arguments, expected):
-    return {name: arguments[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -267,6 +195,7 @@ class Nvfp4(nn.Module):
         return codes, scales, total
 
 
+@in_a_fork  # vLLM remembers what it asked this platform
 def test_nvfp4_runs_vllms_op(monkeypatch):
     from vllm.compilation.passes.fusion import rms_quant_fusion
 
@@ -274,7 +203,7 @@ def test_nvfp4_runs_vllms_op(monkeypatch):
     if op is None:
         pytest.skip("this vLLM has no fused norm + NVFP4 quantiser")
     monkeypatch.setattr(type(current_platform), "has_device_capability", classmethod(lambda cls, *arguments: True))
-    recording = trace(functools.partial(Nvfp4, True), functools.partial(Nvfp4, False))
+    recording = trace(functools.partial(Nvfp4, True), functools.partial(Nvfp4, False), keep_passes=False)
     assert recording.matches_by_graph()[PASS] == 2
     (subgraph,) = recording.subgraphs
     assert count_ops(subgraph.after)[str(op)] == 2
@@ -401,114 +330,6 @@ def test_unquantised_norms_are_nobodys_business():
     assert not reasons()
 
 
-# ---- the two norms of latent attention -------------------------------------------------------------------------------
-
-Q, KV, ROPE = 256, 128, 128
-FUSED = (Q + KV + ROPE,)
-
-
-class Latents(nn.Module):
-    """What DeepSeek's attention does with its first GEMM's output; slices are cut where they are used."""
-
-    def __init__(self, quant=None, kv_first=False, other=None):
-        super().__init__()
-        self.q_norm, self.kv_norm = RMSNorm(Q, 1e-5), RMSNorm(KV, 1e-6)
-        self.quant = (quant or group())()
-        self.kv_first = kv_first
-
-    def q(self, fused):
-        return self.quant(self.q_norm(fused.split([Q, KV + ROPE], dim=-1)[0]))
-
-    def kv(self, fused):
-        return self.kv_norm(fused.split([Q, KV + ROPE], dim=-1)[1].split([KV, ROPE], dim=-1)[0])
-
-    def forward(self, fused):
-        if self.kv_first:
-            normed = self.kv(fused)
-            return *self.q(fused), normed, torch.relu(normed)
-        codes, scales = self.q(fused)
-        return codes, scales, torch.relu(self.kv(fused)), codes.float()
-
-
-class GemmaLatent(Latents):
-    def __init__(self):
-        super().__init__()
-        self.kv_norm = GemmaRMSNorm(KV, 1e-6)
-
-
-class ThreeLatents(Latents):
-    def forward(self, fused):
-        return *super().forward(fused), self.kv_norm(fused[:, :KV])
-
-
-class LateWeight(Latents):
-    """The second norm's weight is made from the first one's result."""
-
-    def forward(self, fused):
-        codes, scales = self.q(fused)
-        weight = self.kv_norm.weight * scales.sum().bfloat16()
-        return codes, scales, torch.ops.vllm_ir.rms_norm.default(fused[:, Q : Q + KV], weight, EPSILON)
-
-
-class NoSlice(Latents):
-    """Both norms read all of one tensor."""
-
-    def __init__(self):
-        super().__init__()
-        self.q_norm, self.kv_norm = RMSNorm(*FUSED), RMSNorm(*FUSED)
-
-    def forward(self, fused):
-        return *self.quant(self.q_norm(fused)), torch.relu(self.kv_norm(fused))
-
-
-def latents(*makers):
-    return trace(*makers, shapes=((64, *FUSED),))
-
-
-def test_both_norms_of_latent_attention_are_one_op():
-    layouts = [group(128, layout, ue8m0) for layout in LAYOUTS for ue8m0 in (False, True)]
-    makers = [functools.partial(Latents, quant, kv_first=i % 2 == 1) for i, quant in enumerate(layouts)]
-    recording = latents(*makers)
-    found = our_ops(recording)
-    assert [op for op, _ in found] == ["mla_dual_rms_norm_group_fp8_quant"] * len(makers)
-    for (_, arguments), (layout, ue8m0) in zip(found, itertools.product(LAYOUTS, (False, True)), strict=True):
-        expected = dict(q_epsilon=1e-5, kv_epsilon=1e-6, group_size=128, use_ue8m0=ue8m0, scale_layout=layout)
-        assert holds(arguments, expected | dict(norm_rounding="native", quant_rounding=group_rounding("custom_op")))
-        assert [arguments[name].meta["val"].shape[1] for name in ("q", "kv")] == [Q, KV]
-    (subgraph,) = recording.subgraphs
-    assert not {"vllm_ir.rms_norm.default", "aten.pow.Tensor_Scalar"} & count_ops(subgraph.after).keys()
-    patterns = [f.pattern for s in report.RECORDER.report.subgraphs for f in s.found if f.pass_name == DUAL]
-    assert patterns.count("mla_dual_rms_norm+group128[custom_op,column]") == 1 and len(patterns) == len(makers)
-    assert report.RECORDER.report.match_table()[PASS] == len(makers)
-
-
-@pytest.mark.skipif(not hasattr(torch._inductor.config, "deterministic"), reason="this torch cannot")
-def test_both_norms_are_one_op_where_inductor_times_nothing():
-    """The first norm is told the order of its sum then; there is only one for so few columns."""
-    (found,) = our_ops(trace(Latents, shapes=((64, *FUSED),), inductor={"deterministic": True}))
-    assert found[0] == "mla_dual_rms_norm_group_fp8_quant"
-
-
-def test_a_pass_that_fails_leaves_the_graph_as_it_was(monkeypatch, caplog):
-    def fail(graph):
-        for node in reversed(list(graph.nodes)):  # half-way through a change
-            if not node.users and node.op == "call_function":
-                graph.erase_node(node)
-        raise KeyError("no such thing")
-
-    monkeypatch.setattr(mla_dual_rms_norm_quant, "merge", fail)
-    table = dict(VllmPatternMatcherPass.match_table)
-    config = make_config(["none", "+quant_fp8"], fuse_norm_quant=False, fuse_act_quant=False)
-    config.additional_config = {"fusion_plugin": {"lone_group_quant": False}}
-    without, failed = trace_branches([Latents], ((64, *FUSED),), config), latents(Latents)
-    ops = [count_ops(recording.subgraphs[0].after) for recording in (without, failed)]
-    assert ops[0] == ops[1]
-    assert {k: v for k, v in VllmPatternMatcherPass.match_table.items() if v} == {k: v for k, v in table.items() if v}
-    assert not any(s.found for s in report.RECORDER.report.subgraphs)
-    what = f"{PASS} left a graph as it was, because it failed: KeyError: 'no such thing'"
-    assert what in report.RECORDER.report.notes and what in caplog.text
-
-
 class AllReduced(nn.Module):
     """What vLLM's AllReduceFusionPass leaves of an all-reduce, a norm and a quantiser."""
 
@@ -525,6 +346,7 @@ class AllReduced(nn.Module):
         return *self.quant(x if self.in_place else normed), residual
 
 
+@in_a_fork  # registers vLLM's op
 def test_norms_that_an_all_reduce_has_taken_are_explained():
     pytest.importorskip("flashinfer")
     import vllm.compilation.passes.fusion.allreduce_rms_fusion  # noqa: F401  (registers its op)
@@ -533,96 +355,3 @@ def test_norms_that_an_all_reduce_has_taken_are_explained():
     assert not our_ops(trace(*makers, shapes=((64, WIDTH),) * 2))
     assert [r for r in reasons() if "the all-reduce before it (fuse_allreduce_rms)" in r] == reasons()
     assert len(reasons()) == 2
-
-
-def test_pairs_of_norms_that_are_left_are_explained():
-    recording = latents(GemmaLatent, ThreeLatents, LateWeight, NoSlice)
-    assert {op for op, _ in our_ops(recording)} == {"rms_norm_group_fp8_quant"}
-    said = reasons()
-    for reason in ("second norm's weight is Gemma's", "2 more norms read", "made between the two"):
-        assert sum(reason in r for r in said) == 1, said
-    assert len(said) == 3, said
-
-
-# ---- gated norms -----------------------------------------------------------------------------------------------------
-
-
-class Gated(nn.Module):
-    """RMSNormGated head by head, then quantised side by side: what follows linear attention."""
-
-    def __init__(self, quant=None, flattens=False, head=128, dtype=None, **norm):
-        super().__init__()
-        self.norm = RMSNormGated(head, eps=EPSILON, **{"norm_before_gate": True} | norm, dtype=dtype)
-        self.quant = (quant or group())()
-        self.flattens, self.head = flattens, head
-
-    def forward(self, x, z):
-        shape = x.shape
-        x, z = (t.reshape(shape[0], -1, self.head) for t in (x, z))
-        heads = x.shape
-        if self.flattens:
-            x, z = (t.reshape(-1, self.head) for t in (x, z))
-        return self.quant(self.norm(x, z).reshape(heads).flatten(-2))
-
-
-def gated(*makers, inductor=None):
-    return trace(*makers, shapes=((64, 4, 128), (64, 4, 128)), inductor=inductor)
-
-
-@pytest.mark.parametrize("native", [False, True])
-def test_gated_norms_are_fused(native):
-    kinds = [
-        dict(flattens=flattens, activation=activation, norm_before_gate=norm_before_gate, head=head, dtype=dtype)
-        for activation, norm_before_gate, dtype in (
-            ("swish", True, None),
-            ("sigmoid", True, torch.float32),
-            ("silu", False, None),
-        )
-        for flattens, head in ((False, 128), (False, 256), (True, 128), (True, 256))
-        if activation == "swish" or flattens == (head == 256)  # a trace takes a second a kind
-    ]
-    recording = gated(*(functools.partial(Gated, group(128, native=native), **kind) for kind in kinds))
-    assert recording.matches_by_graph()[PASS] == len(kinds)
-    (subgraph,) = recording.subgraphs
-    assert not {"aten.rsqrt.default", "aten.exp.default", "aten.sigmoid.default"} & count_ops(subgraph.after).keys()
-    for (op, arguments), kind in zip(our_ops(recording), kinds, strict=True):
-        assert op == "gated_rms_norm_group_fp8_quant"
-        head = kind["head"]
-        expected = dict(
-            epsilon=EPSILON,
-            num_heads=512 // head,
-            norm_before_gate=kind["norm_before_gate"],
-            activation="sigmoid" if kind["activation"] == "sigmoid" else "silu",
-            norm_rounding="native",
-            quant_rounding=group_rounding("native" if native else "custom_op"),
-            scale_layout="column",
-        )
-        assert holds(arguments, expected), kind
-        assert [arguments[name].meta["val"].shape[-1] for name in ("x", "z", "weight")] == [head] * 3
-
-
-def test_gated_norms_with_every_layout():
-    quants = [group(size, layout, ue8m0) for size in (64, 128) for layout in LAYOUTS for ue8m0 in (False, True)]
-    recording = gated(
-        *(functools.partial(Gated, quant) for quant in quants), inductor={"emulate_precision_casts": True}
-    )
-    told = [(a["group_size"], a["scale_layout"], a["use_ue8m0"]) for _, a in our_ops(recording)]
-    assert told == [(size, layout, ue8m0) for size in (64, 128) for layout in LAYOUTS for ue8m0 in (False, True)]
-    assert {arguments["norm_rounding"] for _, arguments in our_ops(recording)} == {"eager"}
-
-
-class Ungated(Gated):
-    def forward(self, x, z):
-        return super().forward(x, None) if z is None else self.quant(self.norm(x).flatten(-2))
-
-
-def test_gated_norms_that_are_left_are_explained():
-    recording = gated(
-        functools.partial(Gated, head=64),  # heads are no whole groups
-        functools.partial(Gated, token()),
-        Ungated,
-    )
-    assert not our_ops(recording)
-    said = reasons()
-    for reason in ("heads of 64", "_C.dynamic_per_token_scaled_fp8_quant"):
-        assert sum(reason in r for r in said) == 1, said

@@ -28,6 +28,7 @@ from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8  # 
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
+from tests.forked import in_a_fork  # noqa: E402
 from vllm_fusion_plugin import compat, plugin, report  # noqa: E402
 
 PASS = "activation_quant_fusion_pass"
@@ -73,7 +74,13 @@ class StaticQuantMLP(torch.nn.Module):
 
 
 def trace(
-    *makers, custom_ops=("none", "+quant_fp8"), dtype=torch.bfloat16, settings=None, inductor=None, **pass_config
+    *makers,
+    custom_ops=("none", "+quant_fp8"),
+    dtype=torch.bfloat16,
+    settings=None,
+    inductor=None,
+    keep_passes=True,
+    **pass_config,
 ):
     """`makers` are functions that make modules, which are traced side by side."""
     config = make_config(
@@ -81,7 +88,7 @@ def trace(
     )
     config.additional_config = {"fusion_plugin": {"lone_group_quant": False} | (settings or {})}
     config.compilation_config.inductor_compile_config |= inductor or {}
-    recording: Recording = trace_branches(makers, [(64, 2 * WIDTH)], config)
+    recording: Recording = trace_branches(makers, [(64, 2 * WIDTH)], config, keep_passes)
     check_graphs(recording)
     return recording
 
@@ -247,6 +254,9 @@ def test_is_left_alone_and_explained(act):
     assert len(said) == len(LEFT_ALONE), said
     for reason in LEFT_ALONE.values():
         assert sum(reason in r for r in said) == 1, (reason, said)
+    left = len(LEFT_ALONE) - 1  # Unquantised
+    summary = report.FusionReport(ranks=[report.RECORDER.report]).summary()
+    assert summary == f"none of {left} quantisers fused; {left} left, see below"
 
 
 def test_flag_off_leaves_everything():
@@ -307,6 +317,7 @@ def test_a_pass_that_cannot_be_built_leaves_stock(monkeypatch):
     assert "no kernels here" in report.RECORDER.report.passes["ActivationQuantFusionPass"]
 
 
+@in_a_fork  # vLLM remembers what it asked this platform
 def test_another_platform_leaves_stock(monkeypatch):
     from vllm_fusion_plugin.passes.pass_manager import FusionPassManager
 
@@ -319,6 +330,7 @@ def test_another_platform_leaves_stock(monkeypatch):
     assert "CUDA and CPU" in passes["ActivationQuantFusionPass"] and "CUDA and CPU" in passes["GroupQuantPass"]
 
 
+@in_a_fork  # the plugin is off in this process afterwards
 def test_a_manager_that_cannot_be_made_leaves_stock(monkeypatch):
     from vllm.compilation.passes.pass_manager import PostGradPassManager
 
@@ -353,7 +365,7 @@ def test_a_pattern_that_cannot_be_traced_is_left_out(monkeypatch):
         raise TypeError("this vLLM's layer is another one")
 
     monkeypatch.setattr(silu_mul_quant.SiluMulGroupQuant, "pattern", broken)
-    recording = trace(GroupQuantMLP)
+    recording = trace(GroupQuantMLP, keep_passes=False)
     assert recording.matches_by_graph()[PASS] == 0
     (note,) = report.RECORDER.report.notes
     assert "this vLLM's layer is another one" in note

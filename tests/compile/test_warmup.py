@@ -17,6 +17,7 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.runtime import jit  # noqa: E402
 
+from tests.forked import in_a_fork  # noqa: E402
 from vllm_fusion_plugin import report, seams, warmup  # noqa: E402
 from vllm_fusion_plugin.kernels import mla_v_up_quant  # noqa: E402
 from vllm_fusion_plugin.kernels.compile_keys import compile_key, keys_of  # noqa: E402
@@ -142,6 +143,7 @@ def monitor(monkeypatch):
     return order
 
 
+@in_a_fork  # the warm-up stays installed
 def test_before_the_monitor(monitor, launched):
     from vllm.v1.worker import gpu_worker
 
@@ -186,6 +188,7 @@ def test_the_worker_arms_its_monitor_last():
     assert "self.model_runner.capture_model()" in warming
 
 
+@in_a_fork  # as above
 def test_what_fails_is_told_and_vllm_goes_on(monitor, monkeypatch, caplog):
     from vllm.utils import jit_monitor
 
@@ -197,6 +200,7 @@ def test_what_fails_is_told_and_vllm_goes_on(monitor, monkeypatch, caplog):
     assert "ZeroDivisionError" in caplog.text
 
 
+@in_a_fork  # as above
 def test_a_vllm_without_a_seam_is_told(monkeypatch, caplog):
     monkeypatch.setattr(seams, "hook_warm_up", lambda before_serving: "this vLLM has no such thing")
     with caplog.at_level(logging.WARNING):

@@ -4,7 +4,8 @@
 The numbers of the stock runs are those that vLLM 0.32.0 reports on an H200: they are what makes the others credible.
 
 A trace takes half a minute on two cores when nothing else runs, and there are eight: four models and settings, each with
-and without the plugin. So a new question should be put to one of these traces; the fixture makes each once.
+and without the plugin. So a new question should be put to one of these traces; the fixture makes each once in a process, and
+a test is marked with the case whose traces it asks.
 """
 
 from __future__ import annotations
@@ -62,7 +63,12 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES)
+def of(name: str) -> pytest.MarkDecorator:
+    """For a test of a case's traces."""
+    return pytest.mark.xdist_group(f"traces of {name}")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=of(name)) for name in CASES])
 def case(request) -> Case:
     return CASES[request.param]
 
@@ -151,6 +157,7 @@ def test_report_counts_graphs_and_layers(case, trace_model):
         assert report.passes[name] == "ours"
 
 
+@of("qwen3")
 def test_report_names_the_layers(trace_model):
     trace = trace_model("qwen3-8b-8layers", plugin=True, env=dict(CUTLASS))
     # For six of them vLLM compiled nothing: they run what it compiled for the first.
@@ -163,6 +170,7 @@ def module(found: dict, depth: int) -> str:
     return ".".join(found["module"].split(".")[:depth])
 
 
+@of("qwen3-next")
 def test_report_names_gated_norms(trace_model):
     trace = trace_model("qwen3-next-8layers", plugin=True, env=dict(CUTLASS))
     gated = [f for f in found(trace, NORM) if f["pattern"].startswith("gated_rms_norm[silu,norm first]")]
@@ -173,11 +181,13 @@ def test_report_names_gated_norms(trace_model):
     assert sum("+norm" in rest for _, rest in patterns) == 6
 
 
+@of("deepseek-v3")
 def test_report_names_both_norms_of_latent_attention(trace_model):
     trace = trace_model("deepseek-v3-5layers", plugin=True, env=dict(CUTLASS))
     assert [module(f, 3) for f in found(trace, DUAL)] == [f"layers.{i}.self_attn" for i in range(5)]
 
 
+@of("deepseek-v3-defaults")
 def test_report_says_why_nothing_was_fused(trace_model):
     case = CASES["deepseek-v3-defaults"]
     trace = trace_model(case.model, plugin=True)

@@ -95,10 +95,19 @@ def import_vllm() -> None:
         "vllm.engine.arg_utils",
         "vllm.model_executor.model_loader.utils",
         "vllm.model_executor.models.deepseek_v2",
+        "vllm.model_executor.models.gemma3",
+        "vllm.model_executor.models.glm4_moe",
+        "vllm.model_executor.models.llama",
         "vllm.model_executor.models.qwen3",
         "vllm.model_executor.models.qwen3_next",
     ):
         importlib.import_module(module)
+    # vLLM asks every method whether a checkpoint is its own: it imports them all, for each trace 4 s otherwise.
+    from vllm.model_executor.layers import quantization
+
+    for method in quantization.QUANTIZATION_METHODS:
+        with contextlib.suppress(Exception):  # what a trace needs it will ask for itself
+            quantization.get_quantization_config(method)
 
 
 def trace(options: argparse.Namespace) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from recorder import Recording, record_subgraphs
@@ -43,8 +44,46 @@ def make_config(custom_ops: list[str], dtype: torch.dtype = torch.bfloat16, **pa
     )
 
 
-def trace_module(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], config: Any) -> Recording:
-    """Compile `module` on `inputs`, whose first dimension is the number of tokens, and record what the passes did."""
+# Passes whose patterns do not depend on the layers of the model. To trace patterns is most of a small trace's time.
+_KEEPABLE = ("ActivationQuantFusionPass", "RMSNormQuantFusionPass", "GroupQuantPass")
+_kept: dict[Any, Any] = {}
+
+
+@contextlib.contextmanager
+def passes_kept() -> Iterator[None]:
+    """A pass built for a config like an earlier one's is the earlier one, with the patterns that it has traced: as if
+    both graphs were of one model. Not for tests that change what a pass registers or traces."""
+    from vllm_fusion_plugin import report, settings
+    from vllm_fusion_plugin.passes import pass_manager
+    from vllm_fusion_plugin.passes.base import FusionPass
+
+    build = pass_manager._build
+
+    def build_once(name: str, stock: Any, config: Any) -> Any:
+        if name not in _KEEPABLE or config.compilation_config.debug_dump_path is not None:
+            return build(name, stock, config)
+        inductor = config.compilation_config.inductor_compile_config
+        plain = {option: value for option, value in inductor.items() if isinstance(value, bool | int | float | str)}
+        chosen = settings.load(config.additional_config)
+        key = (name, config.model_config.dtype, repr(chosen), repr(sorted(plain.items())))
+        if key not in _kept:
+            made = build(name, stock, config)
+            if not isinstance(made, FusionPass):
+                return made
+            _kept[key] = made
+        report.RECORDER.report.passes[name] = "ours"
+        return _kept[key]
+
+    with mock.patch.object(pass_manager, "_build", build_once):
+        yield
+
+
+def trace_module(
+    module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], config: Any, keep_passes: bool = True
+) -> Recording:
+    """Compile `module` on `inputs`, whose first dimension is the number of tokens, and record what the passes did.
+
+    keep_passes: see passes_kept."""
     from vllm.compilation.backends import VllmBackend
     from vllm.config import set_current_vllm_config
     from vllm.utils import deep_gemm
@@ -54,7 +93,8 @@ def trace_module(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], conf
     for tensor in inputs:
         torch._dynamo.mark_dynamic(tensor, 0)
     torch._dynamo.reset()
-    with set_current_vllm_config(config), torch.no_grad(), record_subgraphs() as recording:
+    kept = passes_kept() if keep_passes else contextlib.nullcontext()
+    with kept, set_current_vllm_config(config), torch.no_grad(), record_subgraphs() as recording:
         torch.compile(module, backend=VllmBackend(config), fullgraph=True)(*inputs)
     return recording
 
@@ -82,7 +122,10 @@ class Branches(torch.nn.Module):
 
 
 def trace_branches(
-    makers: Sequence[Callable[[], torch.nn.Module]], shapes: Sequence[tuple[int, ...]], config: Any
+    makers: Sequence[Callable[[], torch.nn.Module]],
+    shapes: Sequence[tuple[int, ...]],
+    config: Any,
+    keep_passes: bool = True,
 ) -> Recording:
     """Trace what `makers` make, each on tensors of `shapes` in the model's dtype. They are called late because layers choose
     their form under the config that compiles them."""
@@ -91,7 +134,8 @@ def trace_branches(
 
     with set_current_vllm_config(config), on_device("cuda"), set_default_torch_dtype(config.model_config.dtype):
         branches = Branches([make() for make in makers])
-        return trace_module(branches, tuple(torch.empty(shape) for _ in makers for shape in shapes), config)
+        inputs = tuple(torch.empty(shape) for _ in makers for shape in shapes)
+        return trace_module(branches, inputs, config, keep_passes)
 
 
 def outputs(graph: torch.fx.Graph) -> list[tuple[Any, ...]]:

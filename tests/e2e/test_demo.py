@@ -19,12 +19,13 @@ from vllm_fusion_plugin.demo.checkpoint import BLOCK, CONFIG, write_checkpoint
 from vllm_fusion_plugin.demo.engine import EngineJob, EngineResult
 from vllm_fusion_plugin.report import Found, RankReport, Subgraph
 
-PASS = "activation_quant_fusion_pass"
+PASS, KERNEL = "activation_quant_fusion_pass", "CPUReferenceFp8BlockScaledMM"
 
 
 def result(tokens=((5, 6), (7, 8)), matches=(2,)) -> EngineResult:
     found = [Found(pass_name=PASS, pattern="p", module="layers.0.mlp")]
-    report = RankReport(subgraphs=[Subgraph(index=0, compile_range="(1, 512)", found=found)])
+    subgraphs = [Subgraph(index=0, compile_range="(1, 512)", found=found)]
+    report = RankReport(manager="active", linear_kernels={KERNEL: 8}, subgraphs=subgraphs)
     return EngineResult(
         tokens=[list(t) for t in tokens],
         logprobs=[[-1.0 for _ in t] for t in tokens],
@@ -118,16 +119,20 @@ def test_logprobs_are_compared_up_to_the_first_token_that_differs():
     ],
     ids=["same", "one rank without a match", "another token"],
 )
+@pytest.mark.parametrize("columns", ["80", "120"])
 def test_the_command_succeeds_only_if_tokens_are_the_same_and_every_rank_fused(
-    on, status, words, tmp_path, monkeypatch
+    on, status, words, columns, tmp_path, monkeypatch
 ):
     off = result(matches=(0, 0))
     monkeypatch.setattr(compare, "compare", lambda size, *args, **kwargs: compare.Comparison(size, on, off))
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", columns)
     run = CliRunner().invoke(cli.app, ["demo", "--tensor-parallel-size", "1", "--keep", str(tmp_path)])
     assert run.exit_code == status, run.output
-    for word in [*words, "Nothing here measures speed", PASS]:
+    for word in [*words, "Nothing here measures speed", "fuse_act_quant", "layers.0.mlp", KERNEL, "1 quantisers fused"]:
         assert word in run.output
+    assert PASS not in run.output
+    lines = run.output.partition("Logs, results and compiled code: ")[0].splitlines()
+    assert max(map(len, lines)) <= int(columns)
 
 
 def test_the_command_says_what_to_install(monkeypatch):
