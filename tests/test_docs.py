@@ -61,7 +61,7 @@ def test_the_readme_prints_what_the_report_prints():
     from vllm_fusion_plugin.report import FusionReport
 
     report = ROOT / "benchmarks/results/h200/0.32.0/end_to_end/qwen3-8b-8layers.cutlass.report.json"
-    console = Console(width=140, file=io.StringIO())
+    console = Console(width=80, file=io.StringIO())
     console.print(*FusionReport.from_ranks(json.loads(report.read_text())).tables())
     printed = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
     assert f"```\n{printed}\n```" in (ROOT / "README.md").read_text()
