@@ -36,6 +36,12 @@ class Workload(ABC):
         self.mode = mode
         self.words = mode.split(",")
 
+    @property
+    def form(self) -> str:
+        """Which of vLLM's roundings comes before the quantiser, of ops that have both: Inductor's of the native layer with
+        the word `native`, otherwise the CUDA op's."""
+        return "native" if "native" in self.words else "custom_op"
+
     @abstractmethod
     def inputs(self, rows: int, width: int, dtype: torch.dtype) -> Tensors:
         """What an implementation is called with, outputs to write to included."""

@@ -143,6 +143,41 @@ def test_every_case_of_every_op_is_another():
     assert len({c.quant for c in cases()}) == len({(c.kind, c.mode) for c in cases()})
 
 
+def test_what_is_replaced_leaves_the_inputs_of_ours_alone(monkeypatch):
+    from exactness import PRODUCERS
+
+    class Ops:  # vLLM's, which write outputs, or in place
+        def silu_and_mul(self, y, x):
+            y.fill_(1.0)
+
+        def rms_norm(self, y, x, weight, epsilon):
+            y.fill_(2.0)
+
+        def fused_add_rms_norm(self, x, residual, weight, epsilon):
+            x.fill_(3.0)
+            residual.fill_(4.0)
+
+    monkeypatch.setattr(torch.ops, "_C", Ops(), raising=False)
+    found = {}
+    for producer in PRODUCERS:
+        if "custom_op" not in (form for form, _ in producer.forms):
+            continue
+        inputs = producer.inputs(2, producer.widths[0], torch.bfloat16, torch.Generator().manual_seed(0))
+        before = [t.clone() for t in inputs]
+        y, more = producer.custom_op(*inputs)
+        assert y.shape == (2, producer.widths[0])
+        assert all(map(torch.equal, inputs, before)), producer.stem
+        values = {"": y} | more
+        assert all((t == t.flatten()[0]).all() for t in values.values())
+        found[producer.stem] = {name: float(t.flatten()[0]) for name, t in values.items()}
+    assert found == {
+        "silu_mul": {"": 1.0},
+        "rms_norm": {"": 2.0, "normed": 2.0},
+        "add_rms_norm": {"": 3.0, "normed": 3.0, "residual": 4.0},
+        "mla_dual_rms_norm": {"": 2.0, "kv_normed": 2.0},
+    }
+
+
 # ---- end_to_end.py ---------------------------------------------------------------------------------------------------
 
 
