@@ -87,7 +87,7 @@ class MeasuredEngine:
         return {"ms": statistics.median(self.generate(1, self.prefill_tokens, 1)[0] for _ in range(3))}
 
     def decode(self, batch: int) -> dict[str, float | None]:
-        """Milliseconds of one step of `batch` requests, on the clock and on the GPU (None if a step is not one CUDA graph)."""
+        """Milliseconds of one step of `batch` requests, on the clock and on the GPU (None if it is not one CUDA graph)."""
         self.generate(batch, 16, 8)
         self.generate(batch, 16, self.steps + 8)
         # Without prefill and the steps after it, and without the last, when requests leave: all steps alike.

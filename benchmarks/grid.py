@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every benchmark of an op shares: the grid of shapes, the result file, where ours is slower, and `--tune`.
 
-A benchmark is a `Workload` an op and a call of `main`.
+A benchmark has a `Workload` for each op and calls `main`. For exactness.py it also has a `Producer` (producer.py).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Workload(ABC):
 
     @property
     def form(self) -> str:
-        """Which of vLLM's roundings comes before the quantiser, of ops that have both: Inductor's of the native layer with
-        the word `native`, otherwise the CUDA op's."""
+        """What comes before the quantiser rounds as vLLM's native layer does (if the mode has the word) or as its CUDA op
+        does. Only for ops that have both."""
         return "native" if "native" in self.words else "custom_op"
 
     @abstractmethod
