@@ -12,11 +12,14 @@ import itertools
 import grid
 import torch
 import torch.nn.functional as F
+from producer import Producer, named, random_rows, random_weight
 from quantisers import Group
 
 from vllm_fusion_plugin.kernels import gated_rms_norm_quant as kernels
+from vllm_fusion_plugin.ops import gated_rms_norm_quant as ops
 
 HEAD_DIM = 128
+WIDTHS = tuple(heads * HEAD_DIM for heads in (32, 16, 8))
 EPSILON = 1e-6
 
 
@@ -94,5 +97,28 @@ class GatedRMSNormGroup(grid.Workload):
         )
 
 
+class GatedRMSNorm(Producer):
+    """What exactness.py compares."""
+
+    stem = "gated_rms_norm"
+    forms = (("native", "custom_op"), ("native", "native"), ("eager", "custom_op"))
+    widths = WIDTHS
+
+    def inputs(self, rows, width, dtype, generator):
+        shape = (rows, width // HEAD_DIM, HEAD_DIM)
+        x, z = (random_rows(rows, width, dtype, generator).view(shape) for _ in range(2))
+        return x, z, random_weight(HEAD_DIM, generator).to(dtype)
+
+    def native(self, x, z, weight):
+        from vllm.model_executor.layers.layernorm import RMSNormGated
+
+        y = RMSNormGated.forward_static(x, z, weight, EPSILON, x.dtype, None, True, "silu")
+        return y.reshape(x.shape[0], -1), {}
+
+    def ours(self, kind, inputs, form, **quant):
+        op = ops.gated_rms_norm_group_fp8_quant
+        return named(op(*inputs, EPSILON, inputs[0].shape[1], norm_rounding=form, **quant))
+
+
 if __name__ == "__main__":
-    grid.main(__doc__, [GatedRMSNormGroup], widths=tuple(heads * HEAD_DIM for heads in (32, 16, 8)))
+    grid.main(__doc__, [GatedRMSNormGroup], widths=WIDTHS)

@@ -11,9 +11,11 @@ import itertools
 
 import grid
 import torch
+from producer import Producer, named, random_rows
 from quantisers import Group
 
 from vllm_fusion_plugin.kernels import group_quant as kernels
+from vllm_fusion_plugin.ops import group_quant as ops
 
 
 class GroupQuant(grid.Workload):
@@ -54,6 +56,24 @@ class GroupQuant(grid.Workload):
 
     def tile(self, rows, width):
         return kernels.group_tile(rows, width // self.quant.group_size, self.quant.group_size)
+
+
+class Nothing(Producer):
+    """What exactness.py compares: nothing comes before the quantiser."""
+
+    forms = (("", "custom_op"), ("", "native"))
+
+    def op(self, kind: str) -> str:
+        return f"{kind}_fp8_quant"
+
+    def inputs(self, rows, width, dtype, generator):
+        return (random_rows(rows, width, dtype, generator),)
+
+    def native(self, x):
+        return x, {}
+
+    def ours(self, kind, inputs, form, **quant):
+        return named(ops.group_fp8_quant(*inputs, **quant))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ from vllm_fusion_plugin.ops.mla_v_up_quant import scale_padding
 HEADS = (128, 64, 32, 16, 8)  # DeepSeek-V3's, whole and sharded
 L, P, V = 512, 128, 128
 SHARED = 227 * 1024  # what a program can have on Hopper
+# What exactness.py compares, for each of HEADS
+EXACTNESS_MODES = ("column", "column,input_first", "group64")
+EXACTNESS_TOKENS = (1, 2, 8, 16, 32, 64, 100, 128, 512, 2048, 8192)
 
 
 class MLAVUp(grid.Workload):

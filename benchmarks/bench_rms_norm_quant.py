@@ -16,10 +16,13 @@ from typing import Any, ClassVar
 
 import grid
 import torch
+from producer import Producer, named, native_op, random_rows, random_weight
 from quantisers import Group, Static, Token
 
 from vllm_fusion_plugin.kernels import rms_norm_quant as kernels
+from vllm_fusion_plugin.kernels.rounding import is_native
 from vllm_fusion_plugin.kernels.row_order import Tile, folded, row_tile
+from vllm_fusion_plugin.ops import rms_norm_quant as ops
 from vllm_fusion_plugin.ops.rms_norm_quant import NormInputs
 
 EPSILON = 1e-6
@@ -31,7 +34,7 @@ SMALL = 2.0**-6
 def rms_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, gemma: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Normed rows and x + residual, as vLLM's native form computes them."""
+    """Normed rows and x + residual, as vLLM's native layer computes them: what the benchmarks let Inductor compile."""
     s = x.float() if residual is None else x.float() + residual.float()
     y = s * torch.rsqrt(s.pow(2).mean(dim=-1, keepdim=True) + EPSILON)
     if gemma:
@@ -39,7 +42,19 @@ def rms_norm(
     return (y.to(weight.dtype) * weight).to(x.dtype), None if residual is None else s.to(x.dtype)
 
 
-class RMSNorm(grid.Workload):
+def custom_op_norm(
+    y: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor
+) -> torch.Tensor:
+    """Normed rows, by vLLM's CUDA ops. Without a residual they are written to y. With one they are written to x, and
+    the sum to the residual."""
+    if residual is None:
+        torch.ops._C.rms_norm(y, x, weight, EPSILON)
+        return y
+    torch.ops._C.fused_add_rms_norm(x, residual, weight, EPSILON)
+    return x
+
+
+class RMSNormWorkload(grid.Workload):
     """Common to all: a norm, then one of the quantisers."""
 
     quantiser: ClassVar[Any]
@@ -50,7 +65,6 @@ class RMSNorm(grid.Workload):
         self.add = self.op.startswith("add_") or "add" in self.words
         self.gemma = "gemma" in self.words
         self.keep_norm = "keep_norm" in self.words
-        self.norm_rounding = "native" if "native" in self.words else "custom_op"
 
     def inputs(self, rows: int, width: int, dtype: torch.dtype) -> grid.Tensors:
         residual = torch.randn(rows, width, device="cuda", dtype=dtype)
@@ -65,7 +79,7 @@ class RMSNorm(grid.Workload):
         return each * rows * width + (4 if self.gemma else 2) * width + self.quant.moved_bytes(rows, width)
 
     def ours(self, tile, x, residual, weight, y, residual_out, codes, scales):
-        norm = NormInputs(x, weight, EPSILON, residual, self.gemma, self.keep_norm, norm_rounding=self.norm_rounding)
+        norm = NormInputs(x, weight, EPSILON, residual, self.gemma, self.keep_norm, norm_rounding=self.form)
         self.launch(norm, codes, scales, (y if self.keep_norm else None, residual_out), tile)
 
     @abstractmethod
@@ -77,15 +91,10 @@ class RMSNorm(grid.Workload):
         """vLLM's fused op."""
 
     def others(self) -> dict[str, grid.Launch]:
-        quant, gemma, keep_norm, c = self.quant, self.gemma, self.keep_norm, torch.ops._C
+        quant, gemma, keep_norm = self.quant, self.gemma, self.keep_norm
 
         def unfused(x, residual, weight, y, residual_out, codes, scales):
-            if residual is None:
-                c.rms_norm(y, x, weight, EPSILON)
-                quant.custom_op(y, codes, scales)
-            else:  # in place: x becomes the normed rows
-                c.fused_add_rms_norm(x, residual, weight, EPSILON)
-                quant.custom_op(x, codes, scales)
+            quant.custom_op(custom_op_norm(y, x, residual, weight), codes, scales)
 
         norm = grid.compiled(lambda x, residual, weight: rms_norm(x, residual, weight, gemma))
 
@@ -124,7 +133,7 @@ class RMSNorm(grid.Workload):
         return folded(row_tile(width, native_quant=False), rows, self.add)
 
 
-class RMSNormGroup(RMSNorm):
+class RMSNormGroup(RMSNormWorkload):
     op = "rms_norm_group_fp8_quant"
     modes = (
         "column,native",
@@ -152,7 +161,7 @@ class AddRMSNormGroup(RMSNormGroup):
     op = "add_rms_norm_group_fp8_quant"
 
 
-class RMSNormToken(RMSNorm):
+class RMSNormToken(RMSNormWorkload):
     op = "rms_norm_token_fp8_quant"
     modes = ("add,native", "native", "add,custom_op", "custom_op")
     quantiser = Token
@@ -164,7 +173,7 @@ class RMSNormToken(RMSNorm):
         torch.ops._C.rms_norm_dynamic_per_token_quant(codes, x, weight, scales, EPSILON, None, residual)
 
 
-class RMSNormStatic(RMSNorm):
+class RMSNormStatic(RMSNormWorkload):
     op = "rms_norm_static_fp8_quant"
     modes = ("add,native", "native", "add,custom_op", "custom_op")
     quantiser = Static
@@ -177,6 +186,57 @@ class RMSNormStatic(RMSNorm):
             torch.ops._C.rms_norm_static_fp8_quant(codes, x, weight, scale, EPSILON)
         else:
             torch.ops._C.fused_add_rms_norm_static_fp8_quant(codes, x, residual, weight, scale, EPSILON)
+
+
+class RMSNorm(Producer):
+    """What exactness.py compares.
+
+    gemma: fp32 weight, to which 1 is added. addend: the residual is a sum too, that of the layer's norm before. Inductor
+    compiles the two norms together and does not round that sum.
+    """
+
+    kinds = ("group", "token", "static")
+
+    def __init__(self, add: bool, *, gemma: bool = False, addend: bool = False) -> None:
+        self.add, self.gemma, self.addend = add, gemma, addend
+        self.stem = "add_rms_norm" if add else "rms_norm"
+        self.words = ("gemma",) * gemma + ("addend",) * addend
+        if self.words:  # vLLM's ops take a weight of x's dtype only, and round every sum
+            self.forms = (("native", "custom_op"),)
+
+    def inputs(self, rows, width, dtype, generator):
+        weight = random_weight(width, generator)
+        weight = weight - 1.0 if self.gemma else weight.to(dtype)
+        x, *more = (random_rows(rows, width, dtype, generator) for _ in range(1 + self.add + self.addend))
+        return x, weight, *more
+
+    def native(self, x, weight, residual=None, addend=None):
+        norm, add_norm = native_op("rms_norm"), native_op("fused_add_rms_norm")
+        if self.gemma:
+            weight = weight.float() + 1.0
+        if residual is None:
+            y = norm(x, weight, EPSILON)
+            return y, {"normed": y}
+        if addend is not None:
+            _, residual = add_norm(addend, residual, weight, EPSILON)
+        y, residual = add_norm(x, residual, weight, EPSILON)
+        return y, {"normed": y, "residual": residual}
+
+    def custom_op(self, x, weight, residual=None):
+        if residual is None:
+            y = custom_op_norm(torch.empty_like(x), x, None, weight)
+            return y, {"normed": y}
+        residual = residual.clone()
+        y = custom_op_norm(torch.empty_like(x), x.clone(), residual, weight)
+        return y, {"normed": y, "residual": residual}
+
+    def ours(self, kind, inputs, form, **quant):
+        x, weight, *more = inputs
+        sums = dict(zip(("residual", "residual_addend"), more, strict=False))
+        keep_norm = not is_native(quant["quant_rounding"])  # a native quantiser never rounds what would be kept
+        norm = NormInputs(x, weight, EPSILON, gemma_weight=self.gemma, keep_norm=keep_norm, norm_rounding=form, **sums)
+        outputs = getattr(ops, f"rms_norm_{kind}_fp8_quant")(norm, **quant)
+        return named(outputs, *["normed"] * keep_norm, *["residual"] * self.add)
 
 
 if __name__ == "__main__":

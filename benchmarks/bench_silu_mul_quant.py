@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SiLU·mul + FP8 quantiser against vLLM's fused op, vLLM's unfused pair and Inductor.
+"""SiLU·mul + FP8 quantiser against vLLM's fused op, vLLM's two separate ops and Inductor.
 
 python benchmarks/bench_silu_mul_quant.py                  # the grid, to results/silu_mul_quant.json
 python benchmarks/bench_silu_mul_quant.py --tune           # tiles by shape, best first
@@ -12,9 +12,16 @@ import itertools
 import grid
 import torch
 import torch.nn.functional as F
+from producer import Producer, named, random_rows
 from quantisers import Group
 
 from vllm_fusion_plugin.kernels import silu_mul_quant as kernels
+from vllm_fusion_plugin.ops import silu_mul_quant as ops
+
+
+def silu_and_mul(y: torch.Tensor, x: torch.Tensor) -> None:
+    """vLLM's CUDA op, which writes y."""
+    torch.ops._C.silu_and_mul(y, x)
 
 
 class SiluMulGroup(grid.Workload):
@@ -24,8 +31,7 @@ class SiluMulGroup(grid.Workload):
     def __init__(self, mode: str) -> None:
         super().__init__(mode)
         self.quant = Group.of(mode)
-        act_rounding = "native" if "native" in self.words else "custom_op"
-        self.how = (self.quant.group_size, self.quant.ue8m0, act_rounding, self.quant.rounding())
+        self.how = (self.quant.group_size, self.quant.ue8m0, self.form, self.quant.rounding())
 
     def inputs(self, rows: int, width: int, dtype: torch.dtype) -> grid.Tensors:
         x = torch.randn(rows, 2 * width, device="cuda", dtype=dtype)
@@ -38,14 +44,15 @@ class SiluMulGroup(grid.Workload):
         kernels.silu_mul_group_fp8_quant(x, codes, scales, *self.how, tile)
 
     def others(self) -> dict[str, grid.Launch]:
-        quant, c = self.quant, torch.ops._C
+        quant = self.quant
 
         def unfused(x, y, codes, scales):
-            c.silu_and_mul(y, x)
+            silu_and_mul(y, x)
             quant.custom_op(y, codes, scales)
 
         def stock_fused(x, y, codes, scales):
-            c.silu_and_mul_per_block_quant(codes, x, scales, quant.group_size, None, quant.column_major)
+            group = (quant.group_size, None, quant.column_major)
+            torch.ops._C.silu_and_mul_per_block_quant(codes, x, scales, *group)
 
         def silu_mul(x):
             half = x.shape[-1] // 2
@@ -72,6 +79,29 @@ class SiluMulGroup(grid.Workload):
 
     def tile(self, rows, width):
         return kernels.group_tile(rows, width // self.quant.group_size, self.quant.group_size)
+
+
+class SiluMul(Producer):
+    """What exactness.py compares."""
+
+    stem = "silu_mul"
+    kinds = ("group", "static")
+
+    def inputs(self, rows, width, dtype, generator):
+        return (random_rows(rows, 2 * width, dtype, generator),)
+
+    def native(self, x):
+        from vllm.model_executor.layers.activation import SiluAndMul
+
+        return SiluAndMul.forward_native(x), {}
+
+    def custom_op(self, x):
+        y = x.new_empty((x.shape[0], x.shape[1] // 2))
+        silu_and_mul(y, x)
+        return y, {}
+
+    def ours(self, kind, inputs, form, **quant):
+        return named(getattr(ops, self.op(kind))(*inputs, act_rounding=form, **quant))
 
 
 if __name__ == "__main__":

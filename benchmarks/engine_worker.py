@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What end_to_end.py asks of an engine's worker: weights, what was selected and fused, the GPU's time of a decode step."""
+"""What engine_process.py asks of vLLM's workers: weights, what was selected and fused, the GPU's time of a decode step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class EngineWorker(RandomWeights):
     """vLLM worker extension: `LLM(..., worker_extension_cls="engine_worker.EngineWorker")`."""
 
     def linear_kernels(self) -> dict[str, int]:
-        """Class of the kernel behind each quantised linear layer, counted; without the plugin too."""
+        """Class of the kernel of each quantised linear layer, counted; without the plugin too."""
         from vllm_fusion_plugin import compat
 
         return compat.linear_kernels(self)

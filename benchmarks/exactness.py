@@ -4,8 +4,8 @@
     python benchmarks/exactness.py                       # 2**30 elements a case, to results/<gpu>/<vllm>/exactness/all.json
     python benchmarks/exactness.py --ops silu_mul_group_fp8_quant --elements 1e8
 
-What is replaced is vLLM's own code (producers.py): its CUDA ops, or its native layers run by torch or compiled by Inductor,
-and then its quantiser.
+What is replaced is vLLM's own code: its CUDA ops, or its native layers run by torch or compiled by Inductor, and then its
+quantiser. Each op has it in a `Producer` beside its benchmark. For MLA's up-projection it is the benchmark's `unfused`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,29 @@ from typing import Any, NamedTuple
 import grid
 import timing
 import torch
-from bench_mla_v_up_quant import HEADS, MLAVUp, V
-from producers import PRODUCERS, Producer, Tensors, named
+from bench_gated_rms_norm_quant import GatedRMSNorm
+from bench_group_quant import Nothing
+from bench_mla_dual_rms_norm_quant import MLADualRMSNorm
+from bench_mla_v_up_quant import EXACTNESS_MODES, EXACTNESS_TOKENS, HEADS, MLAVUp, V
+from bench_rms_norm_quant import RMSNorm
+from bench_silu_mul_quant import SiluMul
+from producer import Producer, Tensors, named
 from quantisers import STATIC_SCALE, Group, Static, Token
 
 ROWS = 8192
-MLA_TOKENS = (1, 2, 8, 16, 32, 64, 100, 128, 512, 2048, 8192)
 QUANTISERS = {"group": Group, "token": Token, "static": Static}
 LAYOUTS = {"group": ("column", "tma,ue8m0", "group64"), "token": ("",), "static": ("",)}
+PRODUCERS = (
+    SiluMul(),
+    RMSNorm(add=True),
+    RMSNorm(add=True, addend=True),
+    RMSNorm(add=True, gemma=True),
+    RMSNorm(add=False),
+    RMSNorm(add=False, gemma=True),
+    GatedRMSNorm(),
+    MLADualRMSNorm(),
+    Nothing(),
+)
 
 Outputs = dict[str, torch.Tensor]
 
@@ -39,9 +54,12 @@ class Case(NamedTuple):
 
     producer: Producer
     kind: str
+    """Of quantiser: a key of QUANTISERS."""
     mode: str
     form: str
+    """Of what comes before the quantiser: `native` (compiled by Inductor), `eager` or `custom_op`."""
     quant_rounding: str
+    """The quantiser's form: `native` or `custom_op`."""
 
     @property
     def op(self) -> str:
@@ -57,14 +75,16 @@ class Case(NamedTuple):
         return self.quant.rounding(self.quant_rounding) if self.kind == "group" else self.quant_rounding
 
     def ours(self, inputs: Tensors) -> Outputs:
-        quant, told = self.quant, {"quant_rounding": self.rounding}
+        """What our op returns."""
+        quant, arguments = self.quant, {"quant_rounding": self.rounding}
         if isinstance(quant, Group):
-            told["scales"] = quant.scales
+            arguments["scales"] = quant.scales
         elif isinstance(quant, Static):
-            told["scale"] = static_scale()
-        return self.producer.ours(self.kind, inputs, self.form, **told)
+            arguments["scale"] = static_scale()
+        return self.producer.ours(self.kind, inputs, self.form, **arguments)
 
     def replaced(self, inputs: Tensors) -> Outputs:
+        """What vLLM's own code returns."""
         if self.quant_rounding == "native":  # one graph, in which nothing is rounded before the quantiser
             outputs, more = whole_graph(self.producer, self.quant)(*inputs)
             return named(outputs) | {name: t for name, t in more.items() if name != "normed"}
@@ -75,6 +95,7 @@ class Case(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
+    """All but MLA's up-projection, for which see `compare_mla_v_up`."""
     for producer in PRODUCERS:
         for form, quant_rounding in producer.forms:
             for kind in producer.kinds:
@@ -91,6 +112,7 @@ def cases() -> Iterator[Case]:
 
 @functools.cache
 def before_quantiser(producer: Producer, form: str) -> Callable[..., Any]:
+    """What computes the quantiser's input: a function of the producer's inputs."""
     if form == "custom_op":
         return producer.custom_op
     return grid.compiled(producer.native) if form == "native" else producer.native
@@ -98,6 +120,7 @@ def before_quantiser(producer: Producer, form: str) -> Callable[..., Any]:
 
 @functools.cache
 def whole_graph(producer: Producer, quant: Any) -> Callable[..., Any]:
+    """vLLM's native layers before the quantiser and of it, compiled together."""
     layer = native_layer(quant)
 
     def run(*inputs: torch.Tensor) -> Any:
@@ -231,7 +254,7 @@ def main() -> None:
         )
         timing.write(args.out, rows)  # what is there by now survives a run cut short
     if MLAVUp.op in args.ops:
-        for mode, heads, tokens in itertools.product(("column", "column,input_first", "group64"), HEADS, MLA_TOKENS):
+        for mode, heads, tokens in itertools.product(EXACTNESS_MODES, HEADS, EXACTNESS_TOKENS):
             rows.append(compare_mla_v_up(mode, tokens, heads, dtype, args.elements // 16))
             print(*rows[-1].values(), flush=True)
             timing.write(args.out, rows)

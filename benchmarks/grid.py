@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every benchmark of an op shares: the grid of shapes, the result file, where ours is slower, and `--tune`.
 
-A benchmark is a `Workload` an op and a call of `main`.
+A benchmark has a `Workload` for each op and calls `main`. For exactness.py it also has a `Producer` (producer.py).
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ class Workload(ABC):
     def __init__(self, mode: str) -> None:
         self.mode = mode
         self.words = mode.split(",")
+
+    @property
+    def form(self) -> str:
+        """What comes before the quantiser rounds as vLLM's native layer does (if the mode has the word) or as its CUDA op
+        does. Only for ops that have both."""
+        return "native" if "native" in self.words else "custom_op"
 
     @abstractmethod
     def inputs(self, rows: int, width: int, dtype: torch.dtype) -> Tensors:

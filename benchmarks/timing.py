@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 import pathlib
 import statistics
 import subprocess
@@ -55,24 +54,6 @@ def set_count(bytes_per_set: int) -> int:
     """How many input sets to go round. Large ones exceed the L2 four times over, so that every byte comes from memory; of
     those under 2 MiB, which the GEMM before has just written and left in L2 when served, there are 8."""
     return 8 if bytes_per_set < 2 * 2**20 else max(4, -(-256 * 2**20 // bytes_per_set))
-
-
-def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """The interval that the median of what `values` are drawn from lies in with at least that confidence.
-
-    From order statistics: how many of n values lie below the median is a matter of n coins, however they are distributed.
-
-    Raises:
-        ValueError: too few values: 5 and fewer hold no median with 95 %.
-    """
-    ordered, n = sorted(values), len(values)
-    # Values left out at each end: as many as keep the chance that the median is beyond the ones that stay small enough.
-    outside, left_out = 2 * 0.5**n, 0
-    if outside > 1 - confidence:
-        raise ValueError(f"{n} values hold no median with {confidence:.0%} confidence")
-    while (more := outside + 2 * math.comb(n, left_out + 1) * 0.5**n) <= 1 - confidence:
-        outside, left_out = more, left_out + 1
-    return ordered[left_out], ordered[n - 1 - left_out]
 
 
 def copy_bandwidth() -> tuple[float, dict[str, float]]:

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import importlib
+import json
 import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -21,32 +23,6 @@ def benchmarks_on_path(monkeypatch):
 
 
 # ---- timing.py -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("n", "left_out"), [(6, 0), (8, 0), (9, 1), (12, 2), (20, 5)])
-def test_interval_of_the_median_leaves_out_what_tables_of_the_sign_test_say(n, left_out):
-    from timing import median_interval
-
-    values = random.Random(n).sample(range(100), n)
-    assert median_interval(values) == (sorted(values)[left_out], sorted(values)[-1 - left_out])
-
-
-def test_interval_holds_the_median_as_often_as_it_says():
-    from timing import median_interval
-
-    draw = random.Random(0)
-    inside = 0
-    for _ in range(2000):
-        low, high = median_interval([draw.expovariate(1.0) for _ in range(12)])
-        inside += low <= 0.6931 <= high
-    assert inside >= 0.95 * 2000
-
-
-def test_too_few_values_for_an_interval_are_refused():
-    from timing import median_interval
-
-    with pytest.raises(ValueError, match="5 values hold no median with 95% confidence"):
-        median_interval([1.0, 2.0, 3.0, 4.0, 5.0])
 
 
 @pytest.mark.parametrize(
@@ -64,7 +40,7 @@ def test_results_go_to_a_folder_of_their_gpu_and_vllm(name, folder, monkeypatch)
 # ---- grid.py ---------------------------------------------------------------------------------------------------------
 
 
-def test_shapes_where_ours_is_slower_are_told(capsys):
+def test_shapes_where_ours_is_slower_are_printed(capsys):
     from grid import verdict
 
     at = {"op": "some_op", "mode": "column", "dtype": "bfloat16", "floor_us": 1.0}
@@ -143,11 +119,72 @@ def test_every_case_of_every_op_is_another():
     assert len({c.quant for c in cases()}) == len({(c.kind, c.mode) for c in cases()})
 
 
-# ---- end_to_end.py ---------------------------------------------------------------------------------------------------
+def test_what_is_replaced_leaves_the_inputs_of_ours_alone(monkeypatch):
+    from exactness import PRODUCERS
+
+    class Ops:  # vLLM's, which write outputs, or in place
+        def silu_and_mul(self, y, x):
+            y.fill_(1.0)
+
+        def rms_norm(self, y, x, weight, epsilon):
+            y.fill_(2.0)
+
+        def fused_add_rms_norm(self, x, residual, weight, epsilon):
+            x.fill_(3.0)
+            residual.fill_(4.0)
+
+    monkeypatch.setattr(torch.ops, "_C", Ops(), raising=False)
+    found = {}
+    for producer in PRODUCERS:
+        if "custom_op" not in (form for form, _ in producer.forms):
+            continue
+        inputs = producer.inputs(2, producer.widths[0], torch.bfloat16, torch.Generator().manual_seed(0))
+        before = [t.clone() for t in inputs]
+        y, more = producer.custom_op(*inputs)
+        assert y.shape == (2, producer.widths[0])
+        assert all(map(torch.equal, inputs, before)), producer.stem
+        values = {"": y} | more
+        assert all((t == t.flatten()[0]).all() for t in values.values())
+        found[producer.stem] = {name: float(t.flatten()[0]) for name, t in values.items()}
+    assert found == {
+        "silu_mul": {"": 1.0},
+        "rms_norm": {"": 2.0, "normed": 2.0},
+        "add_rms_norm": {"": 3.0, "normed": 3.0, "residual": 4.0},
+        "mla_dual_rms_norm": {"": 2.0, "kv_normed": 2.0},
+    }
+
+
+# ---- comparisons.py --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "left_out"), [(6, 0), (8, 0), (9, 1), (12, 2), (20, 5)])
+def test_interval_of_the_median_leaves_out_what_tables_of_the_sign_test_say(n, left_out):
+    from comparisons import median_interval
+
+    values = random.Random(n).sample(range(100), n)
+    assert median_interval(values) == (sorted(values)[left_out], sorted(values)[-1 - left_out])
+
+
+def test_interval_holds_the_median_as_often_as_it_says():
+    from comparisons import median_interval
+
+    draw = random.Random(0)
+    inside = 0
+    for _ in range(2000):
+        low, high = median_interval([draw.expovariate(1.0) for _ in range(12)])
+        inside += low <= 0.6931 <= high
+    assert inside >= 0.95 * 2000
+
+
+def test_too_few_values_for_an_interval_are_refused():
+    from comparisons import median_interval
+
+    with pytest.raises(ValueError, match="5 values hold no median with 95% confidence"):
+        median_interval([1.0, 2.0, 3.0, 4.0, 5.0])
 
 
 def test_differences_of_configurations_are_taken_round_by_round():
-    import end_to_end
+    import comparisons
 
     drift = [1.0, 1.2, 1.5, 1.1, 1.4, 1.3, 1.0]
     times = {
@@ -156,14 +193,35 @@ def test_differences_of_configurations_are_taken_round_by_round():
             "ours": [t - d for t, d in zip(drift, (0.1, 0.2, 0.1, 0.1, 0.1, 0.0, 0.1), strict=True)],
         }
     }
-    (row,) = end_to_end.paired(times)
+    (row,) = comparisons.paired(times)
     assert (row["pair"], row["clock"], row["batch"]) == ("ours - stock_unfused", "gpu_ms", 8)
     assert (row["median_ms"], row["low_ms"], row["high_ms"]) == (-0.1, -0.2, 0.0)
     assert row["percent"] == pytest.approx(-100 * 0.1 / 1.2, abs=0.01)
-    assert end_to_end.summaries("m", times) == [
+    assert comparisons.summaries("m", times) == [
         {"model": "m", "phase": "decode", "batch": 8, "config": "stock_unfused", "gpu_ms": 1.2},
         {"model": "m", "phase": "decode", "batch": 8, "config": "ours", "gpu_ms": 1.0},
     ]
+
+
+def test_agreement_of_tokens_and_logprobs():
+    import comparisons
+
+    a = [[[5, 6], [{"5": -0.1}, {"6": -0.2}]]]
+    b = [[[5, 7], [{"5": -0.1}, {"7": -0.2}]]]
+    same, other = (
+        {"tokens": 2, "equal_tokens": n, "equal_logprobs": n == 2, "equal_logprobs_first": [n]} for n in (2, 1)
+    )
+    asked = {"ours": a, "stock_unfused": b, "control": b}
+    assert comparisons.compare(asked, asked | {"control": a}) == {
+        "ours and stock_unfused": other,
+        "control and stock_unfused": same,
+        "ours twice": same,
+        "stock_unfused twice": same,
+        "control twice": other,
+    }
+
+
+# ---- end_to_end.py ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -210,30 +268,6 @@ def test_every_round_asks_each_engine_for_each_case_and_begins_with_another():
     assert asked[6:8] == [(two, "prefill", 1), (one, "prefill", 1)]
 
 
-def test_counts_of_ranks_are_summed_and_a_count_of_none_stays():
-    import end_to_end
-
-    assert end_to_end.over_ranks([{"a": 5, "b": 0}, {"a": 5, "b": 0}]) == {"a": 10, "b": 0}
-
-
-def test_agreement_of_tokens_and_logprobs():
-    import end_to_end
-
-    a = [[[5, 6], [{"5": -0.1}, {"6": -0.2}]]]
-    b = [[[5, 7], [{"5": -0.1}, {"7": -0.2}]]]
-    same, other = (
-        {"tokens": 2, "equal_tokens": n, "equal_logprobs": n == 2, "equal_logprobs_first": [n]} for n in (2, 1)
-    )
-    asked = {"ours": a, "stock_unfused": b, "control": b}
-    assert end_to_end.compare(asked, asked | {"control": a}) == {
-        "ours and stock_unfused": other,
-        "control and stock_unfused": same,
-        "ours twice": same,
-        "stock_unfused twice": same,
-        "control twice": other,
-    }
-
-
 def parsed(monkeypatch, model: Path, *arguments: str):
     import end_to_end
 
@@ -256,6 +290,24 @@ def test_the_command_line_wins_over_what_a_model_needs(monkeypatch):
     assert args.engine == {"gdn_prefill_backend": "triton", "seed": 1}
 
 
+def test_the_command_line_says_what_vllm_is_called_with(monkeypatch):
+    from configurations import CONFIGS, engine_arguments
+
+    model = ROOT / "tests" / "models" / "qwen3-8b-8layers"
+    options = ["--attention", "--deterministic", "--engine", '{"max_num_seqs": 3}', "--pass-config", '{"a": 1}']
+    args = parsed(monkeypatch, model, *options)
+    found = {name: engine_arguments(name, args) for name in CONFIGS}
+    assert json.loads(json.dumps(found)) == found  # an engine's process gets it as JSON
+    assert {name for name, of in found.items() if of["additional_config"]} == {"ours_act"}
+    for name, arguments in found.items():
+        compilation = arguments["compilation_config"]
+        attention = {"fuse_attn_quant": True} if name in ("stock", "ours") else {}
+        assert compilation["pass_config"] == CONFIGS[name]["pass_config"] | {"a": 1} | attention
+        assert compilation["use_inductor_graph_partition"]
+        assert compilation["inductor_compile_config"] == {"deterministic": True}
+        assert (arguments["max_num_seqs"], arguments["gpu_memory_utilization"]) == (3, 0.9 / 5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [(["--rounds", "5"], "--rounds 5: no interval of fewer than 6"), (["--engine", "{"], "argument --engine")],
@@ -270,6 +322,51 @@ def test_a_model_that_is_not_there_is_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         parsed(monkeypatch, tmp_path)
     assert "allowed: a folder with a config.json" in capsys.readouterr().err
+
+
+# ---- engine_process.py -----------------------------------------------------------------------------------------------
+
+
+def test_counts_of_ranks_are_summed_and_a_count_of_none_stays():
+    import engine_process
+
+    assert engine_process.over_ranks([{"a": 5, "b": 0}, {"a": 5, "b": 0}]) == {"a": 10, "b": 0}
+
+
+class FakeLLM:
+    """vLLM's engine whose steps take the milliseconds given, on a clock of its own."""
+
+    durations: ClassVar[list[float]] = []
+
+    def __init__(self, **arguments) -> None:
+        self.arguments, self.now, self.llm_engine = arguments, 0.0, SimpleNamespace(step=self.step)
+
+    def step(self) -> None:
+        self.now += self.durations[self.done] * 1e-3
+        self.done += 1
+
+    def collective_rpc(self, method, args=()):
+        return {"fill_random_weights": [3], "watch_graphs": [None], "decode_graph_ms": [len(args and args[0]) / 4]}[
+            method
+        ]
+
+    def generate(self, prompts, params, use_tqdm):
+        self.done = 0
+        for _ in range(params[0]["max_tokens"]):
+            self.llm_engine.step()
+
+
+def test_a_decode_step_is_one_of_those_that_are_alike(monkeypatch):
+    import engine_process
+
+    # the prefill, a step and its difference to the one before each; the last four are of requests that leave
+    monkeypatch.setattr(FakeLLM, "durations", [90.0] * 5 + [2.0, 3.0, 7.0] + [90.0] * 4)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=FakeLLM, SamplingParams=dict))
+    settings = {"llm": {"model": "m"}, "plugin": False, "vocabulary": 100, "prefill": 32, "steps": 4}
+    engine = engine_process.MeasuredEngine(settings)
+    monkeypatch.setattr(engine_process.time, "perf_counter", lambda: engine.llm.now)
+    assert (engine.filled, engine.llm.arguments) == (3, {"model": "m"})
+    assert engine.decode(2) == {"ms": pytest.approx(3.0), "gpu_ms": 0.5}
 
 
 # ---- engine_worker.py ------------------------------------------------------------------------------------------------
