@@ -91,12 +91,7 @@ def generate(
     return compare.run_engine(job, folder / name, folder / f"{name}-cache", environment=environment, command=command)
 
 
-@pytest.mark.parametrize(
-    "model",
-    # they share nothing
-    [pytest.param(model, marks=pytest.mark.xdist_group(model.real)) for model in (QWEN3_NEXT, DEEPSEEK_V3)],
-    ids=lambda model: model.real,
-)
+@pytest.mark.parametrize("model", [QWEN3_NEXT, DEEPSEEK_V3], ids=lambda model: model.real)
 def test_same_text_as_vllm_without_the_plugin(model: Model, tmp_path: Path) -> None:
     config = json.loads((ROOT / "tests" / "models" / model.real / "config.json").read_text()) | model.sizes
     config["quantization_config"].setdefault("modules_to_not_convert", []).append(
