@@ -35,7 +35,7 @@ UNFIT_FOR_CPU = ("torchvision", "torchaudio", "torchcodec")
 TIMEOUT = "--timeout=3600"
 # Neither an interpreted kernel nor a trace nor an engine keeps two cores busy. tests/conftest.py tells which tests share one
 # process, and puts what takes longest first.
-TWO_AT_A_TIME = ("--numprocesses=2", "--dist=loadgroup", "--no-loadscope-reorder")
+TWO_AT_A_TIME = ("--numprocesses=2", "--dist=loadscope", "--no-loadscope-reorder")
 
 
 def uv_settings() -> dict[str, str]:

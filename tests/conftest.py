@@ -1,23 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-# With `--dist=loadgroup`, one of pytest-xdist's processes runs all tests of a group. A file is one, unless its tests say
-# otherwise; these files share what is made once a process: engine runs, or the import of vLLM.
+# Which tests share one of pytest-xdist's processes, and with it what is made once a process. A file's do, if nothing else is
+# said here: these files share engine runs or the import of vLLM,
 GROUPS = {
     "test_compile_cache.py": "engine",
     "test_cpu_engine.py": "engine",
     "test_benchmarks.py": "imports vLLM",
     "test_linear_kernels.py": "imports vLLM",
 }
+# and in these files, tests share nothing but with those of the same parameter.
+BY_PARAMETER = ("test_whole_models.py", "test_silent_models.py", "test_cpu_models.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
+def group_of(nodeid: str) -> str:
+    path, _, test = nodeid.partition("::")
+    name = path.rpartition("/")[2]
+    return f"{name}[{test.partition('[')[2]}" if name in BY_PARAMETER else GROUPS.get(name, path)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For `--dist=loadscope`. Not by xdist_group: pytest-xdist 3.8 puts it into a place that pytest 9.2 does not read."""
+    if config.getoption("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return Groups(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(GROUPS.get(item.path.name, item.path.stem)))
     # What takes long comes first, so that no process has it left when the others are done.
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 

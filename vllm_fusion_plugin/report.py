@@ -29,6 +29,7 @@ from .recorder import RECORDER, EngineRecord, Recorder
 
 __all__ = [
     "MODEL_CODE",
+    "PASS_WORDS",
     "RECORDER",
     "VLLMS_PASS",
     "EngineRecord",
@@ -41,6 +42,7 @@ __all__ = [
     "get_fusion_report",
     "module_of",
     "modules_of",
+    "pattern_words",
     "shorten",
     "sum_match_tables",
 ]

@@ -309,7 +309,6 @@ def test_patterns():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("traces of deepseek-v3, attention fused")
 def test_deepseek_v3(trace_model):
     """All layers, as with vLLM's own pass on an H200. The whole model is one graph, or attention would not be in any."""
     trace = trace_model(

@@ -66,12 +66,7 @@ def count(trace: dict, pass_name: str, *words: str) -> int:
     return sum(m["pass_name"] == pass_name and all(w in m["reason"] for w in words) for m in lines(trace, "missed"))
 
 
-def of(name: str):
-    """A model whose traces other tests may ask, too."""
-    return pytest.param(name, marks=pytest.mark.xdist_group(f"traces of {name}"))
-
-
-@pytest.mark.parametrize("model", map(of, CASES))
+@pytest.mark.parametrize("model", CASES)
 def test_defaults(model, trace_model):
     case, trace = CASES[model], trace_model(model, plugin=True)
     told = trace["plugin"]
@@ -96,7 +91,7 @@ def test_defaults(model, trace_model):
     assert lines(trace, "found") == by_model_code
 
 
-@pytest.mark.parametrize("model", map(of, ["llama31-8b-fp8-static", "gemma3-fp8-dynamic"]))
+@pytest.mark.parametrize("model", ["llama31-8b-fp8-static", "gemma3-fp8-dynamic"])
 def test_flags_set(model, trace_model):
     case, trace = CASES[model], trace_model(model, plugin=True, pass_config=FLAGS)
     assert trace["matches_by_layer"][NORM] == case.norms

@@ -5,7 +5,7 @@ The numbers of the stock runs are those that vLLM 0.32.0 reports on an H200: the
 
 A trace takes half a minute on two cores when nothing else runs, and there are eight: four models and settings, each with
 and without the plugin. So a new question should be put to one of these traces; the fixture makes each once in a process, and
-a test is marked with the case whose traces it asks.
+a test has the case whose traces it asks as its parameter.
 """
 
 from __future__ import annotations
@@ -63,12 +63,7 @@ CASES = {
 }
 
 
-def of(name: str) -> pytest.MarkDecorator:
-    """For a test of a case's traces."""
-    return pytest.mark.xdist_group(f"traces of {name}")
-
-
-@pytest.fixture(params=[pytest.param(name, marks=of(name)) for name in CASES])
+@pytest.fixture(params=CASES)
 def case(request) -> Case:
     return CASES[request.param]
 
@@ -157,9 +152,9 @@ def test_report_counts_graphs_and_layers(case, trace_model):
         assert report.passes[name] == "ours"
 
 
-@of("qwen3")
-def test_report_names_the_layers(trace_model):
-    trace = trace_model("qwen3-8b-8layers", plugin=True, env=dict(CUTLASS))
+@pytest.mark.parametrize("case", ["qwen3"], indirect=True)
+def test_report_names_the_layers(case, trace_model):
+    trace = trace_model(case.model, plugin=True, env=dict(case.env))
     # For six of them vLLM compiled nothing: they run what it compiled for the first.
     assert [module(f, 3) for f in found(trace, ACT)] == [f"layers.{i}.mlp" for i in range(8)]
     # post-attention norm and the next input norm, whose quantiser belongs to the next module
@@ -170,9 +165,9 @@ def module(found: dict, depth: int) -> str:
     return ".".join(found["module"].split(".")[:depth])
 
 
-@of("qwen3-next")
-def test_report_names_gated_norms(trace_model):
-    trace = trace_model("qwen3-next-8layers", plugin=True, env=dict(CUTLASS))
+@pytest.mark.parametrize("case", ["qwen3-next"], indirect=True)
+def test_report_names_gated_norms(case, trace_model):
+    trace = trace_model(case.model, plugin=True, env=dict(case.env))
     gated = [f for f in found(trace, NORM) if f["pattern"].startswith("gated_rms_norm[silu,norm first]")]
     assert [module(f, 2) for f in gated] == [f"layers.{i}" for i in (0, 1, 2, 4, 5, 6)]
     # Input norms: a GEMM in the model's dtype reads those of linear attention too.
@@ -181,16 +176,15 @@ def test_report_names_gated_norms(trace_model):
     assert sum("+norm" in rest for _, rest in patterns) == 6
 
 
-@of("deepseek-v3")
-def test_report_names_both_norms_of_latent_attention(trace_model):
-    trace = trace_model("deepseek-v3-5layers", plugin=True, env=dict(CUTLASS))
+@pytest.mark.parametrize("case", ["deepseek-v3"], indirect=True)
+def test_report_names_both_norms_of_latent_attention(case, trace_model):
+    trace = trace_model(case.model, plugin=True, env=dict(case.env))
     assert [module(f, 3) for f in found(trace, DUAL)] == [f"layers.{i}.self_attn" for i in range(5)]
 
 
-@of("deepseek-v3-defaults")
-def test_report_says_why_nothing_was_fused(trace_model):
-    case = CASES["deepseek-v3-defaults"]
-    trace = trace_model(case.model, plugin=True)
+@pytest.mark.parametrize("case", ["deepseek-v3-defaults"], indirect=True)
+def test_report_says_why_nothing_was_fused(case, trace_model):
+    trace = trace_model(case.model, plugin=True, env=dict(case.env))
     # The dense layer is the only one whose SiLU·mul is in the graph; the other four have theirs inside the MoE op.
     [dense] = [m for m in missed(trace, ACT) if "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0" in m["reason"]]
     assert module(dense, 4) == "layers.0.mlp.down_proj"

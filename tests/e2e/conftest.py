@@ -8,6 +8,7 @@ test_compile_cache.py is about.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from vllm_fusion_plugin.demo.engine import FUSED_OPS, EngineJob, EngineResult
 
 from .agreement import other_vectors
 
+# Each compiles on one core. pytest-xdist's processes, of which there are as many as cores, have one each.
+ENGINES_AT_A_TIME = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 CHILD = str(Path(__file__).parent / "engine_child.py")
 SAVED = re.compile(r"saved AOT compiled function to \S*/torch_aot_compile/(\w+)/")
 
@@ -102,14 +105,14 @@ def with_plugin(engine: Engine) -> EngineRun:
 
 @pytest.fixture(scope="session")
 def other_states(engine: Engine, with_plugin: EngineRun) -> dict[str, EngineRun]:
-    """Runs that find the cache as with_plugin has left it. Two at a time, as each compiles on one core."""
+    """Runs that find the cache as with_plugin has left it."""
     states = {
         "upgraded": {"change": "upgraded"},
         "switched_off": {"change": "stock", "environment": {"VLLM_FUSION_PLUGIN": "0"}},
         # By environment: unlike additional_config, vLLM's own hash knows nothing of it.
         "reconfigured": {"environment": {"VLLM_FUSION_PLUGIN_SETTINGS": '{"use_pdl": false}'}},
     }
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(ENGINES_AT_A_TIME) as pool:
         runs = {name: pool.submit(engine.run_in_one_rank_cache, name, **state) for name, state in states.items()}
         unlike = {"VLLM_FUSION_PLUGIN": "0"} | other_vectors()
         runs["control"] = pool.submit(engine.run, "control", change="stock", environment=unlike)

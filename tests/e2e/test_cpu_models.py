@@ -15,7 +15,7 @@ from vllm_fusion_plugin.demo import compare
 from vllm_fusion_plugin.demo.engine import EngineJob, EngineResult
 
 from .agreement import check_agreement, other_vectors
-from .conftest import CHILD
+from .conftest import CHILD, ENGINES_AT_A_TIME
 
 pytestmark = pytest.mark.slow
 
@@ -91,12 +91,7 @@ def generate(
     return compare.run_engine(job, folder / name, folder / f"{name}-cache", environment=environment, command=command)
 
 
-@pytest.mark.parametrize(
-    "model",
-    # they share nothing
-    [pytest.param(model, marks=pytest.mark.xdist_group(model.real)) for model in (QWEN3_NEXT, DEEPSEEK_V3)],
-    ids=lambda model: model.real,
-)
+@pytest.mark.parametrize("model", [QWEN3_NEXT, DEEPSEEK_V3], ids=lambda model: model.real)
 def test_same_text_as_vllm_without_the_plugin(model: Model, tmp_path: Path) -> None:
     config = json.loads((ROOT / "tests" / "models" / model.real / "config.json").read_text()) | model.sizes
     config["quantization_config"].setdefault("modules_to_not_convert", []).append(
@@ -105,7 +100,7 @@ def test_same_text_as_vllm_without_the_plugin(model: Model, tmp_path: Path) -> N
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     engines = {"fused": (True, {}), "unfused": (False, {}), "control": (False, other_vectors())}
-    with ThreadPoolExecutor(2) as pool:  # each compiles on one core
+    with ThreadPoolExecutor(ENGINES_AT_A_TIME) as pool:
         runs = [pool.submit(generate, tmp_path, model, name, *engine) for name, engine in engines.items()]
     fused, unfused, control = (run.result() for run in runs)
     (table,) = fused.match_tables
