@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: F811  (a fixture is imported, and an argument)
 """Codes and scales after norms, on a GPU: what vLLM's ops make of the normed rows, or Inductor of its native code."""
 
 from __future__ import annotations
@@ -26,7 +27,18 @@ from .checks import (
 )
 from .installed import installed
 from .norm_checks import BF16, DEEPSEEK, EPSILON, Layout, Norm, inputs, layouts
-from .test_rms_norm_quant_gpu import ELEMENTS, ROWS, STATIC_SCALES, WIDTHS, Ops, compiled, torch_norm
+from .test_rms_norm_quant_gpu import (
+    ELEMENTS,
+    ROWS,
+    STATIC_SCALES,
+    WIDTHS,
+    Ops,
+    compiled,
+    ops,  # noqa: F401  (a fixture)
+    torch_norm,
+)
+
+pytestmark = pytest.mark.gpu
 
 # ---- quantisers ------------------------------------------------------------------------------------------------------
 
