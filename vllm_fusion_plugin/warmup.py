@@ -46,7 +46,7 @@ def install(config: Any) -> None:
     engine, before its worker runs the model."""
     global _most_tokens
     try:
-        _most_tokens = compat.most_tokens(config)
+        _most_tokens = max(_most_tokens, compat.most_tokens(config))  # a second engine may have fewer
         reason = seams.hook_warm_up(before_serving)
     except Exception as e:  # must never stop vLLM
         reason = f"{type(e).__name__}: {e}"
