@@ -466,8 +466,8 @@ def _part(node: fx.Node) -> _Part | None:
     """What columns of what tensor a node is; None if it is none, or if their numbers are no numbers."""
     made: Any = node
     if made.target is aten.slice.Tensor:
-        defaults: tuple[Any, ...] = (None, 0, None, None, 1)
-        source, dim, start, stop, step = (*made.args, *defaults[len(made.args) :])
+        arguments = [*made.args, *(None, 0, None, None, 1)[len(made.args) :]]
+        source, dim, start, stop, step = arguments
         width = source.meta["val"].shape[-1]
         if dim not in (-1, source.meta["val"].dim() - 1) or step != 1:
             return None
