@@ -37,6 +37,7 @@ _POINTWISE: set[Any] = {
 _BUFFERS: set[Any] = {aten.empty.memory_format, aten.empty_strided.default}
 _WITH_DIM: set[Any] = {aten.slice.Tensor, aten.max.dim, aten.unsqueeze.default, aten.squeeze.dim}
 _WITH_DIMS: set[Any] = {aten.amax.default, aten.mean.dim}
+_SPLITS: set[Any] = {aten.split.Tensor, aten.split_with_sizes.default}
 # Ops that treat a tensor row by row, whatever its number of dimensions.
 _BY_ROW = {
     *("vllm_ir.rms_norm", "vllm_ir.fused_add_rms_norm", "_C.fused_add_rms_norm", "_C.silu_and_mul"),
@@ -210,6 +211,11 @@ class Spelling:
             if args[1] in (0, -dims - (node.target is aten.unsqueeze.default)):
                 return None
             args[1] = _without_first(args[1])
+        elif node.target in _SPLITS:
+            dim = args[2] if len(args) > 2 else node.kwargs.get("dim", 0)
+            if dim in (0, -dims):
+                return None
+            return (*args[:2], _without_first(dim)), {}
         elif node.target in _WITH_DIMS:
             if not args[1] or any(d in (0, -dims) for d in args[1]):
                 return None
@@ -289,7 +295,10 @@ class Spelling:
         """Write whatever no pass has replaced or changed as it was."""
         changed = {n for n, seen in self._seen.items() if not n._erased and (n.args, n.kwargs) != seen}
         kept = {n for n in changed if self._flat.get(n) is n}
-        mine = [n for n in self._order if not n._erased and n not in changed]
+        kept |= {
+            u for n in kept if _several(n) for u in n.users if self._flat.get(u) is u and u.target is operator.getitem
+        }
+        mine = [n for n in self._order if not n._erased and n not in changed and n not in kept]
 
         def now(node: fx.Node) -> fx.Node:
             if node in kept and not _several(node):
@@ -476,7 +485,7 @@ def _part(node: fx.Node) -> _Part | None:
             return None
         start, stop, _ = slice(start, stop).indices(width)
         return _Part(source, start, stop)
-    if made.target is operator.getitem and made.args[0].target in (aten.split.Tensor, aten.split_with_sizes.default):
+    if made.target is operator.getitem and made.args[0].target in _SPLITS:
         split, at = made.args
         source, sizes = split.args[:2]
         dim = split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)
