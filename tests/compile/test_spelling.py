@@ -31,6 +31,7 @@ from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8  # 
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape  # noqa: E402
 
 from vllm_fusion_plugin import compat, plugin, report  # noqa: E402
+from vllm_fusion_plugin.graph import same_shape, same_strides  # noqa: E402
 from vllm_fusion_plugin.passes.base import FusionPass  # noqa: E402
 from vllm_fusion_plugin.passes.normalise import Spelling  # noqa: E402
 
@@ -191,12 +192,14 @@ def trace(
     custom_ops: Sequence[str] = FORMS["native+custom op"],
     eliminate_noops: bool = True,
     precision_casts: bool = False,
+    check: bool = True,
 ) -> Recording:
     config = make_config(list(custom_ops), fuse_act_quant=True, fuse_norm_quant=True, eliminate_noops=eliminate_noops)
     config.additional_config = {"fusion_plugin": {"lone_group_quant": False}}
     config.compilation_config.inductor_compile_config |= {"emulate_precision_casts": precision_casts}
     recording = trace_branches(makers, [(64, 2 * WIDTH)] * 2, config)
-    check_graphs(recording)  # shapes, dtypes and strides of what is returned
+    if check:
+        check_graphs(recording)  # shapes, dtypes and strides of what is returned
     assert not [note for note in report.RECORDER.report.notes if "left a graph" in note or "cannot be t" in note]
     return recording
 
@@ -213,8 +216,9 @@ def text(graph: fx.Graph) -> list[tuple[Any, ...]]:
 # ---- fused -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("eliminate_noops", [True, False])
-@pytest.mark.parametrize("forms", FORMS)
+@pytest.mark.parametrize(
+    ("forms", "eliminate_noops"), [*((forms, True) for forms in FORMS), ("native+custom op", False), ("native", False)]
+)
 def test_silu_mul_is_fused(forms, eliminate_noops):
     written = {"as vLLM has it": as_vllm} | HALVES | SHAPES
     if forms.startswith("custom"):
@@ -234,7 +238,7 @@ def test_rank_3_is_fused_with_its_layout(forms):
     column = {"column_major_scales": True} | ({} if native else {"tma_aligned_scales": True})
     each = [*makers(RANK_3), *makers(RANK_3, functools.partial(Group, **column)), *makers(NORMS_RANK_3)]
     if native:  # vLLM's own op for one scale takes rank 2
-        each += [*makers(RANK_3, Static), *makers(NORMS_RANK_3, Static), *makers(NORMS_RANK_3, Token)]
+        each += [*makers(RANK_3, Static), *makers(NORMS_RANK_3, Static)]  # with a scale a token, vLLM's layer fails
     recording = trace(each, FORMS[forms])
     assert len(our_ops(recording)) == len(each)
     assert not reasons()
@@ -291,12 +295,11 @@ def compared_passes():
         yield runs
 
 
-@pytest.mark.parametrize("eliminate_noops", [True, False])
 @pytest.mark.parametrize("forms", FORMS)
-def test_is_left_node_for_node(forms, eliminate_noops):
+def test_is_left_node_for_node(forms):
     left = {k: v for k, v in LEFT.items() if not (k == "leading rows" and forms == "custom ops")}
     with compared_passes() as runs:
-        recording = trace(makers(left), FORMS[forms], eliminate_noops)
+        recording = trace(makers(left), FORMS[forms], eliminate_noops=False)
     assert not our_ops(recording)
     assert len(runs) >= 2
     for name, matches, before, after in runs:
@@ -309,11 +312,23 @@ def test_says_why_sigmoid_is_left():
     assert "x * sigmoid(x)" in reason
 
 
+def reading_both(written):
+    """A graph has no input for a tensor that nothing reads, and then they could not be told apart."""
+
+    def with_inputs(m, x, z):
+        made = written(m, x, z)
+        return (*(made if isinstance(made, tuple) else (made,)), x * 2, z * 2)
+
+    return with_inputs
+
+
 def test_what_is_left_beside_fusions_is_as_it_was():
     """Nodes of branches that are not fused, beside some that are."""
     fused = {"chunk": HALVES["chunk"], "leading 1": SHAPES["leading 1"], "norm": NORMS["two norms"]}
     with compared_passes() as runs:
-        recording = trace(makers(LEFT | fused), eliminate_noops=False)
+        recording = trace(
+            makers({name: reading_both(one) for name, one in (LEFT | fused).items()}), eliminate_noops=False
+        )
     assert len(our_ops(recording)) == len(fused)
     (subgraph,) = recording.subgraphs
     alone = _of_inputs(subgraph.before, 2 * len(LEFT))
@@ -334,7 +349,7 @@ def _of_inputs(graph: fx.Graph, count: int) -> set[str]:
     return {n.name for n in found if n not in others}
 
 
-@pytest.mark.parametrize("forms", FORMS)
+@pytest.mark.parametrize("forms", ["native", "custom ops"])
 def test_writing_it_another_way_and_back_changes_nothing(forms):
     everything = {**HALVES, **SHAPES, **RANK_3, **NORMS, **NORMS_RANK_3, **GATED}
     recording = trace(makers(everything), FORMS[forms], eliminate_noops=False)
@@ -360,19 +375,20 @@ def lowered(recording: Recording) -> fx.Graph:
     return graph
 
 
-@pytest.mark.parametrize("kind", ["normal", "special"])
 @pytest.mark.parametrize("forms", ["custom ops", "native+custom op"])
-def test_bytes_are_those_without_passes(forms, kind):
+def test_bytes_are_those_without_passes(forms):
     written = HALVES | SHAPES | {"rank 3": RANK_3["rank 3"]} | NORMS | GATED
     recording = trace(makers(written), FORMS[forms], precision_casts=True)
     assert len(our_ops(recording)) >= len(written) - 1
     (subgraph,) = recording.subgraphs
-    inputs = inputs_of(subgraph.before, 5, seed=5, kind=kind)
-    after, before = run_on_cpu(subgraph.after, inputs), run_on_cpu(lowered(recording), inputs)
-    for number, (one, other) in enumerate(zip(after, before, strict=True)):
-        assert one.dtype == other.dtype and one.shape == other.shape
-        a, b = one.float(), other.float()
-        assert bool(((a.view(torch.int32) == b.view(torch.int32)) | (a.isnan() & b.isnan())).all()), number
+    without = lowered(recording)
+    for kind in ("normal", "special"):
+        inputs = inputs_of(subgraph.before, 5, seed=5, kind=kind)
+        after, before = run_on_cpu(subgraph.after, inputs), run_on_cpu(without, inputs)
+        for number, (one, other) in enumerate(zip(after, before, strict=True)):
+            assert one.dtype == other.dtype and one.shape == other.shape
+            a, b = one.float(), other.float()
+            assert bool(((a.view(torch.int32) == b.view(torch.int32)) | (a.isnan() & b.isnan())).all()), (kind, number)
 
 
 # ---- symbols that nothing may be asked of ----------------------------------------------------------------------------
@@ -382,9 +398,10 @@ class Unbacked(Module):
     """On a number of rows that is found in a tensor: u0."""
 
     def forward(self, x, z):
-        rows = (x[0, 0] > 0).to(torch.int64).item()
-        torch._check(rows >= 0)
-        return super().forward(x.new_ones(rows, 2 * WIDTH) * 2, z.new_ones(rows, 2 * WIDTH) * 3)
+        rows = (x[0, 0] > 0).to(torch.int64).item() + 2
+        torch._check(rows >= 2)  # vLLM's own layers compare it with 1
+        torch._check(rows <= x.shape[0])
+        return super().forward(x[:rows], z[:rows])
 
 
 SYMBOLIC = {"as vLLM has it": as_vllm, "chunk": HALVES["chunk"], **SHAPES, **NORMS, **GATED}
@@ -394,12 +411,20 @@ SYMBOLIC = {"as vLLM has it": as_vllm, "chunk": HALVES["chunk"], **SHAPES, **NOR
 def test_unbacked_rows(forms):
     left = ["norm, used elsewhere"] if forms == "native" else []  # see test_norms_are_fused
     written = {k: v for k, v in SYMBOLIC.items() if k not in left}
-    recording = trace([functools.partial(Unbacked, one) for one in written.values()], FORMS[forms])
+    recording = trace([functools.partial(Unbacked, one) for one in written.values()], FORMS[forms], check=False)
     (subgraph,) = recording.subgraphs
+    for one, other in zip(_returned(subgraph.after), _returned(subgraph.before), strict=True):
+        # of a dimension of 1 torch itself gives the stride once as 1024 * u0 and once as 1024 * max(1, u0)
+        assert one.dtype == other.dtype and same_shape(one, other) and same_strides(one, other)
     symbols = {str(s) for n in subgraph.before.nodes if (s := _rows(n)) is not None}
-    assert any(s.startswith("u") for s in symbols)
+    assert any("u" in s for s in symbols)
     assert sum("group_fp8_quant" in str(node.target) for node in subgraph.after.nodes) == len(written)
     assert not reasons()
+
+
+def _returned(graph: fx.Graph) -> list[torch.Tensor]:
+    (results,) = next(n for n in graph.nodes if n.op == "output").args
+    return [n.meta["val"] for n in results if isinstance(n.meta["val"], torch.Tensor)]
 
 
 def _rows(node: fx.Node) -> Any:

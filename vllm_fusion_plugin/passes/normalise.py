@@ -294,10 +294,9 @@ class Spelling:
     def restore(self) -> None:
         """Write whatever no pass has replaced or changed as it was."""
         changed = {n for n, seen in self._seen.items() if not n._erased and (n.args, n.kwargs) != seen}
-        kept = {n for n in changed if self._flat.get(n) is n}
-        kept |= {
-            u for n in kept if _several(n) for u in n.users if self._flat.get(u) is u and u.target is operator.getitem
-        }
+        kept = {n for n in changed if n in self._flat and self._flat[n] is n}
+        for node in [node for node in kept if _several(node)]:
+            kept |= {user for user in node.users if user.target is operator.getitem and user in self._flat}
         mine = [n for n in self._order if not n._erased and n not in changed and n not in kept]
 
         def now(node: fx.Node) -> fx.Node:
