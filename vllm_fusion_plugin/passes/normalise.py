@@ -136,13 +136,31 @@ class Spelling:
 
     def unify(self) -> bool:
         """Take leading dimensions of 1 away, and write SiLU·mul one way; whether there was anything to do."""
+        read_early = self._read_sizes_early()
         self._flatten()
         merge_reshapes(self.graph, self._take)
         self._drop_unread()
         halved = [self._write_halves(silu) for silu in _silus(self.graph)]
         self._drop_unread()
         self._look()
-        return bool(self._flat) or any(halved)
+        return read_early or bool(self._flat) or any(halved)
+
+    def _read_sizes_early(self) -> bool:
+        """Take sizes off the first tensor that has them: one taken off a producer's result makes a reader of it."""
+        first: dict[Any, tuple[fx.Node, int]] = {}
+        found = False
+        for node in self._order:
+            value = None if node._erased else node.meta.get("val")
+            if node.target is aten.sym_size.int and isinstance(value, torch.SymInt):
+                wanted = first.get(value.node.expr)
+                if wanted is not None and wanted[0] is not node.args[0]:
+                    node.args = wanted
+                    found = True
+            elif isinstance(value, torch.Tensor) and not self._leads(node):
+                for dim, size in enumerate(value.shape):
+                    if isinstance(size, torch.SymInt):
+                        first.setdefault(size.node.expr, (node, dim))
+        return found
 
     def _flatten(self) -> None:
         for node in list(self.graph.nodes):
@@ -212,7 +230,7 @@ class Spelling:
                 return None
             args[1] = _without_first(args[1])
         elif node.target in _SPLITS:
-            dim = args[2] if len(args) > 2 else node.kwargs.get("dim", 0)
+            dim: Any = args[2] if len(args) > 2 else node.kwargs.get("dim", 0)
             if dim in (0, -dims):
                 return None
             return (*args[:2], _without_first(dim)), {}
@@ -315,6 +333,8 @@ class Spelling:
 
         for node in mine:
             was = self._was[node]
+            if node.target is aten.sym_size.int and was.args[0]._erased and not self._has_again(was.args[0]):
+                continue  # what it was taken off is inside of an op
             node.args, node.kwargs = fx.map_arg((was.args, was.kwargs), now)
         here = {*mine, *self._again.values()}
         for node, flat in list(self._flat.items()):
@@ -342,6 +362,14 @@ class Spelling:
         while node._erased:
             node = self._instead[node]
         return node
+
+    def _has_again(self, node: fx.Node) -> bool:
+        """Whether there is a node for one that is not there."""
+        while node._erased and node in self._taken:
+            node = self._was[node].args[0]
+        while node._erased and node in self._instead:
+            node = self._instead[node]
+        return not node._erased
 
     def _view_of_replaced(self, node: fx.Node) -> fx.Node | None:
         """What replaced a tensor that a reshape read, if it has the reshape's shape already."""
