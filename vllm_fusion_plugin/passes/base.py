@@ -18,14 +18,13 @@ from vllm.platforms import current_platform
 
 from .. import fingerprint, report, roundings, settings
 from ..graph import OpIndex, innermost_common
+from .normalise import Spelling
 from .pattern import (
     DuplicatePatternError,
     PatternReplacement,
     bind,
     copy_nodes,
     no_match_on_error,
-    normalise,
-    restore,
     trace,
 )
 
@@ -183,17 +182,24 @@ class FusionPass(VllmPatternMatcherPass):
     def _run(self, graph: fx.Graph) -> None:
         self.refused.clear()
         self.seen_in_refused.clear()
-        sizes = normalise(graph)
+        spelling = Spelling(graph)
         self.prepare(graph)
-        self.trace_possible_patterns(OpIndex(graph))
-        self.matched_count = self.pm_pass.apply(graph)
-        restore(sizes)
+        self.matched_count = self._replace(graph)
+        spelling.note()
+        if spelling.unify():
+            self.matched_count += self._replace(graph)
+            spelling.note()
         VllmPatternMatcherPass.match_table[self.pass_name] += self.matched_count
         self.finish(graph)
+        spelling.restore()
         try:
             self.explain(graph)
         except Exception as e:  # a report must never stop a model from compiling
             logger.warning("vllm-fusion-plugin: %s cannot say what it left: %r", self.name, e)
+
+    def _replace(self, graph: fx.Graph) -> int:
+        self.trace_possible_patterns(OpIndex(graph))
+        return self.pm_pass.apply(graph)
 
     def uuid(self) -> str:
         """Changes with the pass, its patterns and their parameters, trace preprocessing, ops, kernels and settings: the

@@ -18,7 +18,8 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.platforms import current_platform
 
 from .. import compat
-from ..graph import OpIndex, same_shape
+from ..graph import OpIndex
+from .normalise import merge_reshapes
 
 aten = torch.ops.aten
 
@@ -68,46 +69,6 @@ class PatternReplacement(ABC):
         return None
 
 
-def normalise(graph: fx.Graph) -> dict[fx.Node, Any]:
-    """Bring a traced pattern, or a graph before matching, into one form.
-
-    Consecutive reshapes become one; reshapes to the same shape and identity permutations go; the only size of a reshape that
-    is no number becomes -1. make_fx records every one that the Python code makes, vLLM drops some and keeps others (all of
-    them without `eliminate_noops`), and a single difference on either side keeps a pattern from ever matching.
-
-    Returns the sizes that became -1. vLLM's patterns know nothing of that, so a graph gets them back: see `restore`.
-    """
-    sizes = {}
-    for node in list(graph.nodes):
-        if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
-            continue
-        source = node.args[0]
-        if node.target is aten.reshape.default:
-            if source.target is aten.reshape.default and len(source.users) == 1:
-                node.update_arg(0, source.args[0])
-                graph.erase_node(source)
-                source = node.args[0]
-            if not same_shape(source.meta["val"], node.meta["val"]):
-                continue
-        elif node.target is not aten.permute.default or list(node.args[1]) != sorted(node.args[1]):
-            continue
-        node.replace_all_uses_with(source)
-        graph.erase_node(node)
-    for node in graph.find_nodes(op="call_function", target=aten.reshape.default):
-        size: Any = node.args[1]
-        if -1 not in size and sum(isinstance(n, fx.Node) for n in size) == 1:
-            sizes[node] = size
-            node.update_arg(1, [-1 if isinstance(n, fx.Node) else n for n in size])
-    return sizes
-
-
-def restore(sizes: dict[fx.Node, Any]) -> None:
-    """Give reshapes that are still there the sizes that `normalise` took."""
-    for node, size in sizes.items():
-        if not node._erased:
-            node.update_arg(1, size)
-
-
 def copy_nodes(source: fx.Graph, target: fx.Graph) -> fx.Graph:
     """Give `target` the nodes of `source`, metadata included, instead of its own."""
     for node in reversed(list(target.nodes)):
@@ -121,7 +82,7 @@ def copy_nodes(source: fx.Graph, target: fx.Graph) -> fx.Graph:
 def trace(*args: Any, **kwargs: Any) -> fx.GraphModule:
     gm = pm.fwd_only(*args, **kwargs)
     view_to_reshape(gm)
-    normalise(gm.graph)
+    merge_reshapes(gm.graph)
     return gm
 
 
