@@ -178,6 +178,20 @@ def test_report_names_both_norms_of_latent_attention(trace_model):
     assert [module(f, 3) for f in found(trace, DUAL)] == [f"layers.{i}.self_attn" for i in range(5)]
 
 
+def test_transformers_backend(trace_model):
+    """Tensors there are [1, tokens, width]."""
+    case = CASES["qwen3"]
+    trace = trace_model(case.model, plugin=True, env=dict(CUTLASS), engine_args={"model_impl": "transformers"})
+    ops = {
+        "silu_mul_group_fp8_quant": case.act_layers,
+        "rms_norm_group_fp8_quant": case.norms,
+        "group_fp8_quant": case.lone,
+    }
+    assert {op: by_layer(trace, "ops_after", OP.format(op)) for op in ops} == ops
+    assert [module(f, 3) for f in found(trace, ACT)] == [f"layers.{i}.mlp" for i in range(8)]
+    assert by_layer(trace, "ops_after", "_C.per_token_group_fp8_quant.default") == 0
+
+
 def test_report_says_why_nothing_was_fused(trace_model):
     case = CASES["deepseek-v3-defaults"]
     trace = trace_model(case.model, plugin=True)
