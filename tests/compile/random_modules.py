@@ -47,7 +47,12 @@ class Step:
 INPUTS = (Shape(WIDTH), Shape(WIDTH))
 NORMS = ("norm", "gemma_norm")
 ADDING_NORMS = ("add_norm", "add_gemma_norm")
-VIEWS = ("view_minus_one", "view_rows", "view_and_back", "halve_rows", "leading_one", "no_leading_one")
+VIEWS = (
+    *("view_minus_one", "view_rows", "view_last", "view_and_back", "halve_rows"),
+    *("leading_one", "unsqueeze", "no_leading_one", "select"),
+)
+# How gate and up are taken, besides the two ways of vLLM's layer.
+HALVES = ("chunk", "split", "sizes", "select", "up_first", "up_and_gate")
 POINTWISE = ("gelu", "relu", "double", "through_fp32", "through_other")
 
 
@@ -97,15 +102,15 @@ def programs(draw: st.DrawFn, most_steps: int = 5) -> tuple[Step, ...]:
         elif kind == "silu_mul":
             if shape.width < 128:
                 continue
-            options = (draw(st.booleans()),)
+            options = (draw(st.sampled_from([True, False, *HALVES])),)
             made = [dataclasses.replace(shape, width=shape.width // 2)]
         elif kind == "halve_rows":
             if shape.leading or shape.width < 128:
                 continue
             made = [Shape(shape.width // 2, shape.times * 2)]
-        elif kind == "leading_one":
+        elif kind in ("leading_one", "unsqueeze"):
             made = [dataclasses.replace(shape, leading=True)]
-        elif kind == "no_leading_one":
+        elif kind in ("no_leading_one", "select"):
             made = [dataclasses.replace(shape, leading=False)]
         elif kind == "slice":
             width = draw(st.sampled_from([w for w in (128, 64, 96) if w < shape.width] or [shape.width]))
@@ -147,7 +152,10 @@ class Program(nn.Module):
             elif step.kind in NORMS:
                 values.append(layer(value))
             elif step.kind == "silu_mul":
-                values.append(layer(value) if step.options[0] else layer.forward_native(value))
+                (way,) = step.options
+                values.append(
+                    _silu_mul(way, value) if way in HALVES else (layer if way else layer.forward_native)(value)
+                )
             else:
                 values.append(_plain(step, value))
         return results
@@ -187,6 +195,26 @@ def _layer(step: Step) -> nn.Module:
     return nn.Identity()
 
 
+def _silu_mul(way: str, value: torch.Tensor) -> torch.Tensor:
+    half = value.shape[-1] // 2
+    match way:
+        case "chunk" | "up_and_gate":
+            gate, up = value.chunk(2, dim=-1)
+        case "split":
+            gate, up = value.split(half, dim=-1)
+        case "sizes":
+            gate, up = value.split([half, half], dim=-1)
+        case "select":
+            gate, up = value.unflatten(-1, (2, half)).unbind(-2)
+        case _:
+            gate, up = value.narrow(-1, 0, half), value.narrow(-1, half, half)
+    if way == "up_and_gate":
+        return torch.nn.functional.silu(up) * gate
+    if way == "up_first":
+        return up * torch.nn.functional.silu(gate)
+    return torch.nn.functional.silu(gate) * up
+
+
 def _plain(step: Step, value: torch.Tensor) -> torch.Tensor:
     width = value.shape[-1]
     other = torch.float16 if value.dtype == torch.bfloat16 else torch.bfloat16
@@ -208,12 +236,18 @@ def _plain(step: Step, value: torch.Tensor) -> torch.Tensor:
             return value.reshape(*value.shape[:-2], -1, width)
         case "view_rows":
             return value.reshape(value.shape)
+        case "view_last":
+            return value.reshape(*value.shape[:-1], -1)
         case "view_and_back":
             return value.reshape(*value.shape[:-1], 2, width // 2).reshape(value.shape)
         case "halve_rows":
             return value.reshape(-1, width // 2)
         case "leading_one":
             return value.reshape(1, -1, width)
+        case "unsqueeze":
+            return value.unsqueeze(0) if value.dim() == 2 else value
         case "no_leading_one":
             return value.reshape(-1, width)
+        case "select":
+            return value if value.dim() == 2 else value[0]
     raise AssertionError(step.kind)

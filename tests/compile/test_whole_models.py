@@ -182,6 +182,20 @@ def test_report_names_both_norms_of_latent_attention(case, trace_model):
     assert [module(f, 3) for f in found(trace, DUAL)] == [f"layers.{i}.self_attn" for i in range(5)]
 
 
+@pytest.mark.parametrize("case", ["qwen3"], indirect=True)
+def test_transformers_backend(case, trace_model):
+    """Tensors there are [1, tokens, width]."""
+    trace = trace_model(case.model, plugin=True, env=dict(case.env), engine_args={"model_impl": "transformers"})
+    ops = {
+        "silu_mul_group_fp8_quant": case.act_layers,
+        "rms_norm_group_fp8_quant": case.norms,
+        "group_fp8_quant": case.lone,
+    }
+    assert {op: by_layer(trace, "ops_after", OP.format(op)) for op in ops} == ops
+    assert [module(f, 3) for f in found(trace, ACT)] == [f"layers.{i}.mlp" for i in range(8)]
+    assert by_layer(trace, "ops_after", "_C.per_token_group_fp8_quant.default") == 0
+
+
 @pytest.mark.parametrize("case", ["deepseek-v3-defaults"], indirect=True)
 def test_report_says_why_nothing_was_fused(case, trace_model):
     trace = trace_model(case.model, plugin=True, env=dict(case.env))
