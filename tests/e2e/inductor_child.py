@@ -25,7 +25,7 @@ from vllm.plugins import load_general_plugins
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_fusion_plugin import fingerprint, settings
-from vllm_fusion_plugin.ops.silu_mul_quant import silu_mul_group_fp8_quant_reference
+from vllm_fusion_plugin.ops import registry, silu_mul_quant  # noqa: F401  (registers the op)
 
 # state: version, settings, qualified name of the pass manager (None: the one that the plugin has named to vLLM)
 STATES = {
@@ -62,12 +62,12 @@ def pass_manager_of(state: str):
 def main(result_file: str) -> None:
     load_general_plugins()
     stock_pass_manager.ActivationQuantFusionPass = DoesNothing
-    calls = 0
+    calls, implementation = 0, registry.CPU_IMPLEMENTATIONS["silu_mul_group_fp8_quant"]
 
     def counted(*args):
         nonlocal calls
         calls += 1
-        return silu_mul_group_fp8_quant_reference(*args)
+        return implementation(*args)
 
     library = torch.library.Library("vllm_fusion_plugin", "IMPL")
     library.impl("silu_mul_group_fp8_quant", counted, "CPU", allow_override=True)

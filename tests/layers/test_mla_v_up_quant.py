@@ -17,7 +17,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from vllm_fusion_plugin import compat, report
 from vllm_fusion_plugin.layers import mla_v_up_quant
 from vllm_fusion_plugin.ops import calls, registry
-from vllm_fusion_plugin.ops.quant import group_fp8_quant_reference
+from vllm_fusion_plugin.ops.quant import GroupScales, group_fp8_quant_reference
 
 from . import mla_layer
 from .mla_layer import (
@@ -45,7 +45,7 @@ def vllm_group_quant(x, codes, scales, group_size, eps, low, high, ue8m0, column
     assert (eps, low, high) == (1e-10, -448.0, 448.0)
     if len(x) == 0:  # 0.20.2 asks even then
         return
-    new_codes, new_scales = group_fp8_quant_reference(x, group_size, False, False, ue8m0, eps, "custom_op")
+    new_codes, new_scales = group_fp8_quant_reference(x, GroupScales(group_size, ue8m0=ue8m0), "custom_op")
     codes.copy_(new_codes)
     scales.copy_(new_scales)
 
