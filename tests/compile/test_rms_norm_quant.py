@@ -264,7 +264,7 @@ class Direct(nn.Module):
 
 class ThreeDimensions(Direct):
     def forward(self, x):
-        return super().forward(x.unsqueeze(0))
+        return super().forward(torch.stack([x, x]))
 
 
 class ThreeDimensionsStatic(Norm):
@@ -272,7 +272,7 @@ class ThreeDimensionsStatic(Norm):
         super().__init__(static(native=True))
 
     def forward(self, x):
-        return super().forward(x.unsqueeze(0))
+        return super().forward(torch.stack([x, x]))
 
 
 class PerTensor(Norm):

@@ -242,6 +242,7 @@ def test_a_note_is_in_the_report_of_the_layers_engine(monkeypatch):
     mine.static_forward_context = {layer.layer_name: layer}
     other.static_forward_context = {layer.layer_name: make_layer()}
     record = recorder.engine(mine)
+    record.mla_v_up_quant = True
     assert recorder.engine(other) is not record  # compiled last
     run(layer, "decode")
     assert record.report.notes == ["MLA's V up-projection quantises decode rows"]
@@ -254,7 +255,7 @@ def test_context_parallelism_that_is_not_known_yet(monkeypatch):
 
     codes, scales = buffers(7, 128, "row")
     q = torch.zeros(7, HEADS, NOPE + ROPE, dtype=torch.bfloat16)
-    for size, reason in ((1, None), (2, "context parallelism puts the output together behind it")):
+    for size, reason in ((1, None), (2, "context parallelism puts the output together after it")):
         layer = make_layer()
         layer.impl.dcp_world_size = -1
         monkeypatch.setattr(parallel_state, "get_dcp_group", lambda size=size: SimpleNamespace(world_size=size))

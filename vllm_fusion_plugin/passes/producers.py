@@ -172,9 +172,10 @@ def _silu_mul(product: fx.Node) -> tuple[str, str] | None:
     """Kind and words of a product that has the SiLU of something in it, by what gate and up are; None if it has not."""
     for silu, up in (product.args, reversed(product.args)):
         if isinstance(silu, fx.Node) and (gate := _silu_of(silu)) is not None:
-            if _before_conversions(silu).target is aten.mul.Tensor:
+            kind, words = _gated(gate, _before_conversions(up))
+            if kind and _before_conversions(silu).target is aten.mul.Tensor:
                 return "", "SiLU·mul by x * sigmoid(x), which rounds unlike the x / (1 + exp(-x)) of SiLU,"
-            return _gated(gate, _before_conversions(up))
+            return kind, words
     return None
 
 
