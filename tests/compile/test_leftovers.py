@@ -26,7 +26,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm  # noqa: E402
 from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8  # noqa: E402
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape  # noqa: E402
 
-from vllm_fusion_plugin import compat, plugin, report  # noqa: E402
+from vllm_fusion_plugin import compat, fusions, plugin, report  # noqa: E402
 
 WIDTH = 512
 ACT, NORM, NONE = "activation_quant_fusion_pass", "rmsnorm_quant_fusion_pass", "none"
@@ -328,8 +328,9 @@ def test_every_pattern_has_words():
     config = make_config(["none"], **ON)
     keys = [
         key
-        for name in (*pass_manager.OURS, *pass_manager.BEHIND)
-        for key in pass_manager.our_pass(name)(config).patterns
+        for fusion in fusions.FUSIONS
+        if fusion.enters != "layer"
+        for key in pass_manager.our_pass(fusion.name)(config).patterns
     ]
     assert len(keys) > 600
     for key in keys:
