@@ -270,6 +270,8 @@ LEFT = {
     "leading rows": lambda m, x, z: m.act(x[:, None]),
     "up and gate": halves_of(lambda x: x.chunk(2, -1)[::-1]),
     "unequal": halves_of(lambda x: x.split([256, 512, 256], -1)[::2]),
+    "overlapping": halves_of(lambda x: (x[..., :WIDTH], x[..., WIDTH // 2 : 3 * WIDTH // 2])),
+    "gate from the middle": halves_of(lambda x: (x[..., WIDTH // 2 : 3 * WIDTH // 2], x[..., WIDTH:])),
     "a quarter": halves_of(lambda x: (x[..., :256], x[..., 256:512])),
     "other tensor": lambda m, x, z: F.silu(x[..., :WIDTH]) * z[..., WIDTH:],
     "select of the other dimension": halves_of(lambda x: x.view(-1, WIDTH, 2).unbind(2)),
