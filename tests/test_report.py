@@ -226,10 +226,10 @@ def test_the_summary_counts_quantisers():
     assert summary(sub([], A_QUANTISER)) == "none of 3 quantisers fused; 3 left, see below"
     dual = FOUND.model_copy(update={"pass_name": "mla_dual_rms_norm_fusion_pass"})  # no quantiser of its own
     assert summary(sub([FOUND, dual], A_QUANTISER)) == "1 of 4 quantisers fused; 3 left, see below"
-    # alone in a kernel of ours: told once, by its reason or, where there is none, by itself
+    # alone in a kernel of ours: reported once, by its reason or, where there is none, by itself
     alone = Found(pass_name="group_quant_pass", pattern="group128[custom_op,row]", module="m")
-    told = ("none", "no pass fuses GELU·mul with a quantiser; it runs this package's kernel, by itself")
-    for report in (sub([FOUND, alone]), sub([FOUND, alone], [told])):
+    reason = ("none", "no pass fuses GELU·mul with a quantiser; it runs this package's kernel, by itself")
+    for report in (sub([FOUND, alone]), sub([FOUND, alone], [reason])):
         assert summary(report) == "1 of 2 quantisers fused; 1 left, see below"
     assert "FP8 quantiser, groups of 128, by itself in this package's kernel" in render(
         FusionReport(ranks=[RankReport(subgraphs=[sub([alone])])])

@@ -88,7 +88,7 @@ def registered(tmp_path_factory) -> dict[str, dict[str, Any]]:
     return json.loads(result.read_text())
 
 
-def told(registered: dict[str, dict[str, Any]], case: str) -> dict[str, Any]:
+def outcome(registered: dict[str, dict[str, Any]], case: str) -> dict[str, Any]:
     """What is known after a case in which nothing was raised."""
     assert not registered[case]["error"], registered[case]["error"]
     return registered[case]
@@ -97,14 +97,14 @@ def told(registered: dict[str, dict[str, Any]], case: str) -> dict[str, Any]:
 def test_register_is_quick_and_can_be_called_again(registered):
     """Quick: it imports neither torch's compiler nor our passes and kernels, which take seconds. Every process of vLLM's
     calls it."""
-    after = told(registered, "twice")
+    after = outcome(registered, "twice")
     assert after["manager"] == "vllm_fusion_plugin.plugin.make_pass_manager"
     assert not after["untouched"]
     assert set(after["imported"]) <= {"vllm_fusion_plugin.compat", "vllm_fusion_plugin.seams"}
 
 
 def test_switched_off_touches_nothing(registered):
-    after = told(registered, "switched off")
+    after = outcome(registered, "switched off")
     assert after["untouched"]
     assert after["state"] == "off: VLLM_FUSION_PLUGIN=0"
 
@@ -119,11 +119,11 @@ def test_switched_off_touches_nothing(registered):
     ],
 )
 def test_what_fails_is_one_warning_and_stock_vllm(registered, case, cause):
-    after = told(registered, case)
+    after = outcome(registered, case)
     assert cause in after["state"]
     assert after["log"].count("vllm-fusion-plugin is not active") == 1
 
 
 def test_vllm_knows_our_environment(registered):
     assert "VLLM_FUSION_PLUGIN" in registered["unknown environment"]["error"]  # without the plugin, vLLM would refuse
-    told(registered, "known environment")
+    outcome(registered, "known environment")

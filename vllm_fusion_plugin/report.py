@@ -136,9 +136,8 @@ def _fused(subgraph: Subgraph) -> Iterator[tuple[str, str, str]]:
 def _not_fused(subgraph: Subgraph) -> Iterator[tuple[str, str, str]]:
     for m in subgraph.missed:
         yield m.pass_name, _KEY.sub(lambda key: pattern_words(key[0]), m.reason), m.module
-    if not any(
-        "this package's kernel" in m.reason for m in subgraph.missed
-    ):  # else it is told what stands before it, too
+    # A reason that names the kernel says what stands before the quantiser, too.
+    if not any("this package's kernel" in m.reason for m in subgraph.missed):
         for f in subgraph.found:
             if f.pass_name == LONE:
                 yield LONE, f"{pattern_words(f.pattern)}, by itself in this package's kernel", f.module
@@ -160,7 +159,7 @@ def _count_quantisers(rank: RankReport) -> tuple[int, int]:
         return sum(count_places(seen).values())
 
     def is_one(pass_name: str, words: str, module: str) -> bool:
-        # The op of two norms has the one quantiser that is found behind the first.
+        # The op of two norms has the one quantiser that is found after the first.
         return pass_name != DUAL and not _NO_QUANTISER.search(words)
 
     return count(_fused), count(_not_fused)
@@ -344,7 +343,7 @@ class FusionReport(BaseModel):
 def shorten(modules: Iterable[str], spaced_from: int = 1000) -> str:
     """ "layers.0.mlp, layers.1.mlp, layers.2.mlp" -> "layers.0-2.mlp".
 
-    spaced_from: the length from which on there is a space behind each comma, where a line may end."""
+    spaced_from: the length from which on there is a space after each comma, where a line may end."""
     groups: dict[tuple[str, str], list[int]] = {}
     for module in modules:
         m = re.search(r"^(.*?)\.(\d+)(?:\.(.*))?$", module)

@@ -73,7 +73,7 @@ class Nvfp4Quant(StaticQuant):
 
 
 class Layers(torch.nn.Module):
-    """Attention layers and a quantiser behind each; `able` says what each layer's backend can write."""
+    """Attention layers and a quantiser after each; `able` says what each layer's backend can write."""
 
     def __init__(self, config, *able, quant=StaticQuant, backend="TRITON_ATTN", **attention):
         super().__init__()
@@ -290,8 +290,8 @@ def test_is_left_alone_and_explained(changes, reason):
     assert recording.matches_by_graph()[PASS] == 0
     (node,) = attention_calls(recording)
     assert given(node) == []
-    ((_, told),) = reasons()
-    assert reason in told
+    ((_, explained),) = reasons()
+    assert reason in explained
     left = "none of 1 quantisers fused; 1 left, see below"
     expected = "no quantiser seen in what was compiled" if changes.get("make") is Unquantised else left
     assert report.FusionReport(ranks=[report.RECORDER.report]).summary() == expected
@@ -301,8 +301,8 @@ def test_a_layer_that_vllm_does_not_know(monkeypatch):
     monkeypatch.setattr(compat, "attention_layers", lambda config, kind: {})
     recording = trace(STATIC)
     assert recording.matches_by_graph()[PASS] == 0
-    ((_, told),) = reasons()
-    assert "no layer 'model.layers.0.self_attn.attn'" in told
+    ((_, explained),) = reasons()
+    assert "no layer 'model.layers.0.self_attn.attn'" in explained
 
 
 # ---- the pass --------------------------------------------------------------------------------------------------------

@@ -81,8 +81,8 @@ def test_gated_norms_with_every_layout():
     recording = gated(
         *(functools.partial(Gated, quant) for quant in quants), inductor={"emulate_precision_casts": True}
     )
-    told = [(a["group_size"], a["scale_layout"], a["use_ue8m0"]) for _, a in our_ops(recording)]
-    assert told == [(size, layout, ue8m0) for size in (64, 128) for layout in LAYOUTS for ue8m0 in (False, True)]
+    scales = [(a["group_size"], a["scale_layout"], a["use_ue8m0"]) for _, a in our_ops(recording)]
+    assert scales == [(size, layout, ue8m0) for size in (64, 128) for layout in LAYOUTS for ue8m0 in (False, True)]
     assert {arguments["norm_rounding"] for _, arguments in our_ops(recording)} == {"eager"}
 
 

@@ -88,7 +88,7 @@ def test_every_layout_runs_our_kernel():
 
 
 class MLP(Lone):
-    """One quantiser behind SiLU·mul, one that is alone."""
+    """One quantiser after SiLU·mul, one that is alone."""
 
     def forward(self, x):
         return *super().forward(x), *self.quant(SiluAndMul.forward_native(x))

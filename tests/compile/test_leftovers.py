@@ -45,7 +45,7 @@ def quantiser(group_shape: GroupShape, static: bool = False) -> QuantFP8:
 
 
 class Before(nn.Module):
-    """Something, and a quantiser behind it: FP8 in groups of `size`, 0 for one scale a token."""
+    """Something, and a quantiser after it: FP8 in groups of `size`, 0 for one scale a token."""
 
     def __init__(self, make=lambda: nn.Identity(), size=128, static=False, between=lambda y: y):
         super().__init__()
@@ -158,7 +158,7 @@ def missed() -> list[tuple[str, str]]:
     return [(m.pass_name, m.reason) for s in report.RECORDER.report.subgraphs for m in s.missed]
 
 
-def told(*expected: tuple[str, str, str]) -> None:
+def assert_missed(*expected: tuple[str, str, str]) -> None:
     """The report has one line for each of these (pass, what stands before, why), and no other."""
     lines = missed()
     for pass_name, before, why in expected:
@@ -179,7 +179,9 @@ def test_activations_that_no_pass_fuses(variant, act_op):
             f"+{name}" for name in ("gelu_and_mul", "relu2", "mul_and_silu", "silu_and_mul_with_clamp", "situ_and_mul")
         ]
     trace(*(functools.partial(Before, make) for make in ACTIVATIONS), custom_ops=ops)
-    told(*((NONE, f"no pass fuses {words}", "FP8 quantiser in groups of 128") for words in ACTIVATIONS.values()))
+    assert_missed(
+        *((NONE, f"no pass fuses {words}", "FP8 quantiser in groups of 128") for words in ACTIVATIONS.values())
+    )
     together = sum("Inductor compiles this quantiser together" in reason for _, reason in missed())
     if variant == "op":
         assert together == 0
@@ -197,7 +199,7 @@ def test_quantisers_that_a_pass_does_not_fuse(variant):
         functools.partial(Twice, SiluAndMul),
         custom_ops=VARIANTS[variant],
     )
-    told(
+    assert_missed(
         (ACT, "SiLU·mul is followed by an FP8 quantiser with one scale a token", "fused: group, static, nvfp4"),
         (NORM, "RMSNorm is followed by an FP8 quantiser in groups of 32", "fused for group sizes (64, 128)"),
         (ACT, "SiLU·mul is followed by an FP8 quantiser in groups of 32", "fused for group sizes (64, 128)"),
@@ -214,7 +216,7 @@ def test_quantisers_of_every_kind():
         functools.partial(Int8, norm),
         functools.partial(Before, functools.partial(GeluAndMul, approximate="tanh"), static=True),
     )
-    told(
+    assert_missed(
         (ACT, "SiLU·mul", "in a Triton kernel, per_token_group_quant_kernel"),
         (ACT, "SiLU·mul", "with packed scales"),
         (NORM, "RMSNorm is followed by an NVFP4 quantiser", "fused: group, token, static"),
@@ -232,7 +234,7 @@ def test_a_lone_quantiser_that_runs_our_kernel():
     recording = trace(functools.partial(Before, Product), functools.partial(Before, MulAndSilu), lone=True)
     assert recording.matches_by_graph()["group_quant_pass"] == 2
     ours = "it runs this package's kernel, by itself"
-    told((NONE, "no pass fuses a matrix product", ours), (NONE, "no pass fuses mul·SiLU, up first", ours))
+    assert_missed((NONE, "no pass fuses a matrix product", ours), (NONE, "no pass fuses mul·SiLU, up first", ours))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -240,7 +242,7 @@ def test_flags_that_are_off(variant):
     makers = [functools.partial(Before, make) for make in (SiluAndMul, norm, MulAndSilu)]
     trace(*makers, custom_ops=VARIANTS[variant], flags=OFF)
     off = {"op": "=false was asked for", "native": "neither custom op"}[variant]
-    told(
+    assert_missed(
         (ACT, "SiLU·mul is followed by", "ActivationQuantFusionPass is off"),
         (NORM, "RMSNorm is followed by", "RMSNormQuantFusionPass is off"),
         (NONE, "no pass fuses mul·SiLU", "FP8 quantiser"),
@@ -287,7 +289,7 @@ def test_a_pass_that_fails_is_the_reason(monkeypatch):
 
     monkeypatch.setattr(silu_mul_quant.ActivationQuantFusionPass, "prepare", broken)
     trace(functools.partial(Before, SiluAndMul))
-    told((ACT, "activation_quant_fusion_pass left a graph as it was", "no such thing"))
+    assert_missed((ACT, "activation_quant_fusion_pass left a graph as it was", "no such thing"))
 
 
 def test_a_report_that_fails_stops_nothing(monkeypatch):
@@ -303,7 +305,7 @@ def test_a_report_that_fails_stops_nothing(monkeypatch):
 
 
 def test_kinds_are_those_that_passes_have_patterns_for():
-    """What is told to be fused, for each pass: patterns of the pass itself."""
+    """The report says what each pass fuses: that of which the pass has patterns."""
     from vllm_fusion_plugin.passes import producers, quantisers, rms_norm_quant, silu_mul_quant
 
     kinds = {

@@ -83,7 +83,7 @@ class Impl:
 
 
 class Layers(torch.nn.Module):
-    """MLA layers, without what their forward does not need, and a quantiser behind each."""
+    """MLA layers, without what their forward does not need, and a quantiser after each."""
 
     def __init__(self, config, *able, quant=GroupQuant, quants=()):
         super().__init__()
@@ -282,8 +282,8 @@ def test_is_left_alone_and_explained(changes, reason):
     assert recording.matches_by_graph()[PASS] == 0
     (node,) = attention_calls(recording)
     assert node.kwargs["output_block_scale"] is None
-    ((_, told),) = reasons()
-    assert reason in told
+    ((_, explained),) = reasons()
+    assert reason in explained
 
 
 # ---- the pass --------------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def test_a_sum_of_three_is_stored_unrounded():
 
 
 class LastNormUnquantised(Layer):
-    """As behind a model's last layer."""
+    """As after a model's last layer."""
 
     def forward(self, x, residual, x2):
         y, residual = self.first(x, residual)

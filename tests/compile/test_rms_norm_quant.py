@@ -45,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("registered")
 
 
 def quantisers(native):
-    """Every quantiser, with what the op that fuses it is told."""
+    """Every quantiser, with the arguments of the op that fuses it."""
     variant = "native" if native else "custom_op"
     for size, layout, ue8m0 in itertools.product((64, 128), LAYOUTS, (False, True)):
         # forward_native knows no TMA alignment: it makes the column-major graph
@@ -65,8 +65,8 @@ NORMS = [
 ]
 
 
-def told(norm, norm_rounding="native"):
-    """What the op is told of the norm."""
+def norm_arguments(norm, norm_rounding="native"):
+    """The op's arguments that describe the norm."""
     keep_norm = "norm" in norm.get("returns", ())
     return dict(gemma_weight=norm.get("gemma", False), keep_norm=keep_norm, norm_rounding=norm_rounding)
 
@@ -79,7 +79,7 @@ def test_every_quantiser_is_fused(native):
     for (op, arguments), ((_, expected), norm) in zip(our_ops(recording), cases, strict=True):
         kind = "group" if "group_size" in expected else "static" if "scale" in arguments else "token"
         assert op == f"rms_norm_{kind}_fp8_quant"
-        assert holds(arguments, expected | told(norm)), norm
+        assert holds(arguments, expected | norm_arguments(norm)), norm
         assert (arguments["residual"] is not None) == norm["add"]
     (subgraph,) = recording.subgraphs
     left = {op.partition(".default")[0] for op in count_ops(subgraph.after)}
@@ -93,7 +93,7 @@ def test_every_norm_is_fused_whatever_else_uses_it():
     recording = trace(*(functools.partial(Norm, quant, **norm) for norm, quant in zip(norms, quants, strict=False)))
     assert recording.matches_by_graph()[PASS] == len(norms)
     for (_, arguments), norm in zip(our_ops(recording), norms, strict=True):
-        assert holds(arguments, told(norm)), norm
+        assert holds(arguments, norm_arguments(norm)), norm
     patterns = [f.pattern for s in report.RECORDER.report.subgraphs for f in s.found]
     assert len(set(patterns)) == len(norms)
 

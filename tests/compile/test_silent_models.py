@@ -35,7 +35,7 @@ class Case:
     """Quantised linear layers."""
     layers: int
     norms: int
-    """Norms with a quantiser behind them."""
+    """Norms with a quantiser after them."""
     activations: tuple[tuple[str, str, int], ...]
     """(pass, what stands before a quantiser, how many)."""
     shared: int = 0
@@ -69,11 +69,11 @@ def count(trace: dict, pass_name: str, *words: str) -> int:
 @pytest.mark.parametrize("model", CASES)
 def test_defaults(model, trace_model):
     case, trace = CASES[model], trace_model(model, plugin=True)
-    told = trace["plugin"]
-    assert told["linear_kernels"] == {KERNEL: case.linears}
+    plugin = trace["plugin"]
+    assert plugin["linear_kernels"] == {KERNEL: case.linears}
     for name in ("RMSNormQuantFusionPass", "ActivationQuantFusionPass"):
-        assert told["passes"][name].startswith("off, as by vLLM's default (-O2): neither custom op ")
-        assert "quant_fp8 is enabled" in told["passes"][name]
+        assert plugin["passes"][name].startswith("off, as by vLLM's default (-O2): neither custom op ")
+        assert "quant_fp8 is enabled" in plugin["passes"][name]
 
     together = "Inductor compiles this quantiser together with what stands before it"
     assert count(trace, NORM, "Norm is followed by", "RMSNormQuantFusionPass is off", together) == case.norms

@@ -111,7 +111,7 @@ def halves_of(take):
 
 HALVES = {
     "slices": halves_of(lambda x: (x[..., :WIDTH], x[..., WIDTH:])),
-    "slices from behind": halves_of(lambda x: (x[:, :-WIDTH], x[:, -WIDTH:])),
+    "slices from the end": halves_of(lambda x: (x[:, :-WIDTH], x[:, -WIDTH:])),
     "narrow": halves_of(lambda x: (x.narrow(-1, 0, WIDTH), x.narrow(-1, WIDTH, WIDTH))),
     "chunk": halves_of(lambda x: x.chunk(2, -1)),
     "split": halves_of(lambda x: x.split(WIDTH, dim=-1)),
@@ -200,7 +200,7 @@ def trace(
     recording = trace_branches(makers, [(64, 2 * WIDTH)] * 2, config)
     if check:
         check_graphs(recording)  # shapes, dtypes and strides of what is returned
-    assert not [note for note in report.RECORDER.report.notes if "left a graph" in note or "cannot be t" in note]
+    assert not [note for note in report.RECORDER.report.notes if "left a graph" in note or "cannot be " in note]
     return recording
 
 

@@ -39,7 +39,7 @@ class Case:
     dual: int = 0
     """Norms that went into the op of another one."""
     lone: int = 0
-    """Quantisers that are fused with nothing: behind attention."""
+    """Quantisers that are fused with nothing: after attention."""
     env: tuple[tuple[str, str], ...] = ()
 
 

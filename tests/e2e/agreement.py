@@ -29,7 +29,7 @@ def other_vectors() -> dict[str, str]:
 
 def distance(tokens: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]], other: EngineResult) -> float:
     """Root mean square of the differences of the tokens' logprobs, each prompt up to the first token that differs: what
-    comes behind that continues another text. It counts with the least that could have made it differ, half of what it was
+    comes after it that continues another text. It counts with the least that could have made it differ, half of what it was
     better by than the next best."""
     differences = []
     for i, (prompt, values) in enumerate(zip(tokens, logprobs, strict=True)):

@@ -38,7 +38,7 @@ STEPS = ("with plugin", "with plugin", "upgraded", "switched off", "reconfigured
 
 
 class DoesNothing(VllmInductorPass):
-    """For stock's manager, which has no pass of its own behind this flag on CPU."""
+    """For stock's manager, which has no pass of its own for this flag on CPU."""
 
     def __call__(self, graph): ...
 

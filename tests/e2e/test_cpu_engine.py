@@ -14,7 +14,7 @@ from .agreement import bound, check_agreement, distance, wrong_distances
 pytestmark = pytest.mark.slow
 
 LAYERS = CONFIG["num_hidden_layers"]
-# A layer quantises three times: before attention and before the MLP, behind a norm, and in the MLP.
+# A layer quantises three times: before attention and before the MLP, after a norm, and in the MLP.
 MATCHES = {"activation_quant_fusion_pass": LAYERS, "rmsnorm_quant_fusion_pass": 2 * LAYERS}
 MODULES = {
     *(("activation_quant_fusion_pass", f"layers.{i}.mlp") for i in range(LAYERS)),
@@ -44,7 +44,7 @@ def test_every_layer_fuses(with_plugin):
     report = FusionReport.from_ranks(with_plugin.result.reports)
     assert report.layer_table() == MATCHES
     assert matched_modules(report) == [MODULES]
-    # the quantiser behind attention, where vLLM splits the model
+    # the quantiser after attention, where vLLM splits the model
     ((pass_name, reason, places, _),) = report.missed_rows()
     assert (pass_name, places) == ("none", LAYERS)
     assert "made outside this compiled graph: vLLM splits the model at attention" in reason

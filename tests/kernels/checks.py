@@ -114,7 +114,7 @@ class Guarded:
 
     def check(self) -> None:
         assert bool((self.bytes[:GUARD] == POISON).all()), "written before the tensor"
-        assert bool((self.bytes[GUARD + self.size :] == POISON).all()), "written behind the tensor"
+        assert bool((self.bytes[GUARD + self.size :] == POISON).all()), "written past the end of the tensor"
 
 
 def guarded_codes(x: torch.Tensor) -> Guarded:

@@ -143,7 +143,7 @@ def exact_input(
     if mode.residual:
         odd = torch.arange(rows) % 2 == 1
         ulp = torch.finfo(mode.dtype).eps
-        # 2 * 18 bits behind the point of 32 squares, or 2 * 11 of two
+        # 2 * 18 bits after the point of 32 squares, or 2 * 11 of two
         count, unit = (32, ulp / 4) if mode.dtype == torch.bfloat16 else (2, ulp / 2)
         near_one = torch.where(torch.arange(width) < count, 1.0, 0.0).double()
         x[odd], residual[odd] = near_one, near_one * (integers(3) * unit)[odd]
@@ -203,7 +203,7 @@ def expected_norm(
     epsilon: float = EPSILON,
     tile: Tile | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """What is quantised, and the outputs behind codes and scales, with the kernels' rsqrt."""
+    """What is quantised, and the outputs after codes and scales, with the kernels' rsqrt."""
     norm = mode.inputs(x, weight, residual, epsilon)
     s, residual_out = add_residual(norm)
     inverse = inverse_rms(x, residual, mode, epsilon, tile)

@@ -26,7 +26,7 @@ Q_EPSILON, KV_EPSILON = 1e-6, 1e-5
 def projection(
     rows: int, q_width: int, kv_width: int, mode: Norm, device: torch.device, seed: int
 ) -> list[torch.Tensor]:
-    """q and kv as the first projection gives them: views of its rows, with NaN for k's rotary part behind them."""
+    """q and kv as the first projection gives them: views of its rows, with NaN for k's rotary part after them."""
     parts = [exact_input(rows, width, mode, device, seed + i)[0] for i, width in enumerate((q_width, kv_width))]
     rotary = torch.full((rows, 64), float("nan"), dtype=mode.dtype, device=device)
     return list(torch.cat([*parts, rotary], dim=1).split([q_width, kv_width, 64], dim=1)[:2])

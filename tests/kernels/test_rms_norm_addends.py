@@ -190,7 +190,7 @@ def _(y: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
 def two_norms(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, x2: torch.Tensor, expert: torch.Tensor | None
 ) -> tuple[torch.Tensor, ...]:
-    """vLLM's native code of the norms of a layer and of the one behind it, with the addition of experts between."""
+    """vLLM's native code of the norms of a layer and of the one after it, with the addition of experts between."""
 
     def norm(total: torch.Tensor) -> torch.Tensor:
         y = total * torch.rsqrt(total.pow(2).mean(dim=-1, keepdim=True) + EPSILON)
@@ -236,7 +236,7 @@ def test_sums_are_inductors(width: int, experts: bool, device: torch.device) -> 
 def four_norms(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, *more: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """As above, of norms one behind the other in one graph."""
+    """As above, of norms one after the other in one graph."""
     normed = []
     for next_x in (*more, None):
         total = x.float() + residual.float()

@@ -217,8 +217,8 @@ def test_other_weights_are_looked_at_again():
     q = torch.zeros(7, HEADS, NOPE + ROPE, dtype=torch.bfloat16)
     for weight, reason in ((layer.W_UV, None), (layer.W_UV.half(), "torch.float16"), (layer.W_UV, None)):
         layer.W_UV = weight
-        told = mla_v_up_quant.why_not(layer, q, codes, scales, 128)
-        assert told is reason or reason in told
+        said = mla_v_up_quant.why_not(layer, q, codes, scales, 128)
+        assert said is reason or reason in said
     assert "torch.float16" in mla_v_up_quant.why_not(layer, q.half(), codes, scales, 128)
     assert "groups of 96" in mla_v_up_quant.why_not(layer, q, codes, scales, 96)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A gated RMS norm, head by head, and the group quantiser behind it: what follows linear attention. The patterns are
+"""A gated RMS norm, head by head, and the group quantiser after it: what follows linear attention. The patterns are
 RMSNormQuantFusionPass's."""
 
 from __future__ import annotations

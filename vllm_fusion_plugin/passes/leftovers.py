@@ -50,7 +50,7 @@ class Leftovers(InductorPass):
             self._before = {fused.node.name for fused in find(graph)[1]}
         except Exception as e:  # a report must never stop a model from compiling
             self._before = set()
-            logger.warning("vllm-fusion-plugin: what vLLM's model code has fused cannot be told: %r", e)
+            logger.warning("vllm-fusion-plugin: what vLLM's model code has fused cannot be found out: %r", e)
 
     def __call__(self, graph: fx.Graph) -> None:
         mark = report.RECORDER.mark()
@@ -58,7 +58,7 @@ class Leftovers(InductorPass):
             self._report(graph)
         except Exception as e:  # a report must never stop a model from compiling
             report.RECORDER.take_back(mark)
-            what = f"what is left in a graph cannot be told: {type(e).__name__}: {e}"
+            what = f"what is left in a graph cannot be reported: {type(e).__name__}: {e}"
             logger.warning("vllm-fusion-plugin: %s", what, exc_info=True)
             report.RECORDER.note(what)
 
@@ -66,28 +66,28 @@ class Leftovers(InductorPass):
         self._quantisers, fused = find(graph)
         for boundary in fused:
             self._report_fused(boundary)
-        told: set[tuple[int, fx.Node]] = set()
+        reported: set[tuple[int, fx.Node]] = set()
         for quantiser in self._quantisers:
             if called_op(quantiser.node) in compat.OPAQUE_MLPS and not compat.experts_quantise(self.config):
                 continue
             producer = self._made(quantiser.value)
-            pass_name, reason = self._why(quantiser, producer, told)
+            pass_name, reason = self._why(quantiser, producer, reported)
             report.RECORDER.missed(pass_name, reason, _module(quantiser, producer))
-        self._report_refused(graph, told)
+        self._report_refused(graph, reported)
 
     def _report_fused(self, boundary: Fused) -> None:
         by = report.MODEL_CODE if boundary.node.name in self._before else report.VLLMS_PASS
         if by == report.VLLMS_PASS and report.RECORDER.report.passes.get(boundary.owner) == "ours":
-            return  # put there by our pass, which has told
+            return  # put there by our pass, which has reported it
         pattern = f"{boundary.pattern}[{called_op(boundary.node)}]"
         report.RECORDER.found(by, pattern, report.module_of(boundary.node))
 
-    def _report_refused(self, graph: fx.Graph, told: set[tuple[int, fx.Node]]) -> None:
+    def _report_refused(self, graph: fx.Graph, reported: set[tuple[int, fx.Node]]) -> None:
         """Matches that were refused where this module sees no quantiser."""
         here = set(graph.nodes)
         for p in self._ours():
             for place, reason in p.refused.items():
-                if place in here and (id(p), place) not in told:
+                if place in here and (id(p), place) not in reported:
                     report.RECORDER.missed(p.pass_name, reason, report.module_of(place))
 
     def _ours(self) -> list[FusionPass]:
@@ -106,7 +106,7 @@ class Leftovers(InductorPass):
 
     # -- reasons --
 
-    def _why(self, q: Quantiser, made: Producer, told: set[tuple[int, fx.Node]]) -> tuple[str, str]:
+    def _why(self, q: Quantiser, made: Producer, reported: set[tuple[int, fx.Node]]) -> tuple[str, str]:
         """The pass that a leftover concerns, and why it is left."""
         owner, _ = producers.FUSED.get(made.kind, (NO_PASS, ()))
         pass_name = PASS_NAMES.get(owner, NO_PASS)
@@ -115,7 +115,7 @@ class Leftovers(InductorPass):
         if q.variant == "inside":
             return pass_name, f"{compat.OPAQUE_QUANTISERS[called_op(q.node)]}; before it: {made.words}"
         alone = "; it runs this package's kernel, by itself" if q.variant == "ours" else ""
-        if refused := self._refused(q, made, told):
+        if refused := self._refused(q, made, reported):
             return refused[0], refused[1] + alone
         reason = self._structure(q, made)
         if reason is None:
@@ -123,7 +123,7 @@ class Leftovers(InductorPass):
             reason = f"{made.words} is followed by {q}, and {state}"
         return pass_name, reason + (alone or self._by_itself(q, made))
 
-    def _refused(self, q: Quantiser, made: Producer, told: set[tuple[int, fx.Node]]) -> tuple[str, str] | None:
+    def _refused(self, q: Quantiser, made: Producer, reported: set[tuple[int, fx.Node]]) -> tuple[str, str] | None:
         """The first pass that has found a pattern here and refused it, and why."""
         # Where our op has replaced the quantiser, what made its value is still there.
         nodes = [q.value, *made.chain, made.node] if q.variant == "ours" else [q.node]
@@ -132,7 +132,7 @@ class Leftovers(InductorPass):
             for node in nodes:
                 place = p.seen_in_refused.get(node)
                 if place in p.refused:
-                    told.add((id(p), place))
+                    reported.add((id(p), place))
                     found = found or (p.pass_name, p.refused[place])
         return found
 
@@ -222,11 +222,11 @@ def _unlike(q: Quantiser) -> str | None:
     codes = q.node.kwargs.get("output_q")
     if isinstance(codes, fx.Node) and (reason := quantisers.refuse_codes(codes.meta["val"])):
         return reason
-    told = _numbers(q.node)
-    if (told.get("fp8_min"), told.get("fp8_max")) != (-FP8_MAX, FP8_MAX):
-        return f"called with {told}; fused for the whole range of {FP8_DTYPE}"
-    if told.get("eps") != EPS:
-        return f"called with {told}; fused for eps {EPS}"
+    numbers = _numbers(q.node)
+    if (numbers.get("fp8_min"), numbers.get("fp8_max")) != (-FP8_MAX, FP8_MAX):
+        return f"called with {numbers}; fused for the whole range of {FP8_DTYPE}"
+    if numbers.get("eps") != EPS:
+        return f"called with {numbers}; fused for eps {EPS}"
     return None
 
 

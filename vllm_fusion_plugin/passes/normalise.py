@@ -5,7 +5,7 @@ A pattern knows one way to write a computation; models have several. Of a graph,
 
 - chains of reshapes, which become one, and reshapes that change nothing, which go (as `pattern.trace` does with patterns);
 - with `unify`: tensors with a leading dimension of 1 ([1, tokens, width], as vLLM's Transformers backend has them), which
-  lose it; gate and up of SiLU·mul, which become two slices, however they were taken; and the order of their product.
+  lose it; gate and up of SiLU·mul, which become two slices, however a model takes them; and the order of their product.
 
 All of it is about views and shapes: no number is computed in another way. What no pass replaced is put back: the same nodes
 with the same arguments in the same places.
@@ -43,7 +43,7 @@ _BY_ROW = {
     *("vllm_ir.rms_norm", "vllm_ir.fused_add_rms_norm", "_C.fused_add_rms_norm", "_C.silu_and_mul"),
     *("_C.per_token_group_fp8_quant", "_C.static_scaled_fp8_quant", "_C.dynamic_per_token_scaled_fp8_quant"),
 }
-# What may be taken out of a graph as soon as nothing reads it.
+# What may leave a graph as soon as nothing reads it.
 _FREE: set[Any] = {
     *(aten.reshape.default, aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int),
     *(aten.select.int, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, operator.getitem),
@@ -100,24 +100,24 @@ class Spelling:
         self._order = list(graph.nodes)
         self._places = {node: i for i, node in enumerate(self._order)}
         self._was = {node: _Was.of(node) for node in self._order}
-        self._taken: set[fx.Node] = set()
-        """Nodes that went, and that nobody replaced."""
-        self._again: dict[fx.Node, fx.Node] = {}
+        self._removed: set[fx.Node] = set()
+        """Nodes that are gone, and that nothing replaced."""
+        self._restored: dict[fx.Node, fx.Node] = {}
         """Of those the ones that came back."""
-        self._instead: dict[fx.Node, fx.Node] = {}
+        self._replacement: dict[fx.Node, fx.Node] = {}
         """What nodes were replaced with."""
         self._flat: dict[fx.Node, fx.Node] = {}
         """Nodes with a leading 1 -> the node that has it no longer; the same node, if it was changed."""
         self._made: dict[fx.Node, None] = {}
         self._leading: dict[fx.Node, fx.Node] = {}
-        merge_reshapes(graph, self._take)
+        merge_reshapes(graph, self._remove)
         self._look()
 
-    def _take(self, node: fx.Node) -> None:
+    def _remove(self, node: fx.Node) -> None:
         self.graph.erase_node(node)
         self._made.pop(node, None)
         if node in self._was:
-            self._taken.add(node)
+            self._removed.add(node)
 
     def _look(self) -> None:
         self._seen = {node: (node.args, node.kwargs) for node in self.graph.nodes}
@@ -129,7 +129,7 @@ class Spelling:
                 continue
             for old, new in zip(_read(before), _read((node.args, node.kwargs)), strict=False):
                 if old is not new and old._erased:
-                    self._instead[old] = new
+                    self._replacement[old] = new
         self._look()
 
     # -- one way of writing --
@@ -138,7 +138,7 @@ class Spelling:
         """Take leading dimensions of 1 away, and write SiLU·mul one way; whether there was anything to do."""
         read_early = self._read_sizes_early()
         self._flatten()
-        merge_reshapes(self.graph, self._take)
+        merge_reshapes(self.graph, self._remove)
         self._drop_unread()
         halved = [self._write_halves(silu) for silu in _silus(self.graph)]
         self._drop_unread()
@@ -173,7 +173,7 @@ class Spelling:
                 if any(source in user.all_input_nodes for user in node.users):
                     continue  # which is with the 1 in one place and without it in the other
                 node.replace_all_uses_with(self._flat[source])
-                self._take(node)
+                self._remove(node)
             elif self._leads(node) and (arguments := self._without_leading(node, source)) is not None:
                 node.args, node.kwargs = fx.map_arg(arguments, functools.partial(self._flat_input, user=node))
                 node.meta = node.meta | {"val": _map_values(_drop, node.meta["val"])}
@@ -265,15 +265,17 @@ class Spelling:
             value = node.meta["val"]
             at = node
             if value.dim() == 2 and not _same(value.unsqueeze(0), wanted):
-                at, value = self._behind(at, aten.permute.default, [1, 0], value.t())
-                at, value = self._behind(at, aten.unsqueeze.default, 0, value.unsqueeze(0))
-                at, value = self._behind(at, aten.permute.default, [0, 2, 1], value.permute(0, 2, 1))
+                at, value = self._insert_after(at, aten.permute.default, [1, 0], value.t())
+                at, value = self._insert_after(at, aten.unsqueeze.default, 0, value.unsqueeze(0))
+                at, value = self._insert_after(at, aten.permute.default, [0, 2, 1], value.permute(0, 2, 1))
             else:
-                at, value = self._behind(at, aten.unsqueeze.default, 0, value.unsqueeze(0))
+                at, value = self._insert_after(at, aten.unsqueeze.default, 0, value.unsqueeze(0))
             self._leading[node] = at
         return self._leading[node]
 
-    def _behind(self, node: fx.Node, target: Any, argument: Any, value: torch.Tensor) -> tuple[fx.Node, torch.Tensor]:
+    def _insert_after(
+        self, node: fx.Node, target: Any, argument: Any, value: torch.Tensor
+    ) -> tuple[fx.Node, torch.Tensor]:
         with self.graph.inserting_after(node):
             return self._make(target, (node, argument), node, value), value
 
@@ -305,7 +307,7 @@ class Spelling:
             if node.users or node.target not in _FREE:
                 continue
             if node in self._made or (node in self._was and self._was[node].read):
-                self._take(node)
+                self._remove(node)
 
     # -- as it was --
 
@@ -322,9 +324,9 @@ class Spelling:
                 return self._with_leading(node, node)
             if not node._erased:
                 return node
-            if node in self._again:
-                return self._again[node]
-            if node in self._taken:
+            if node in self._restored:
+                return self._restored[node]
+            if node in self._removed:
                 return self._view_of_replaced(node) or self._bring_back(node, now)
             new = self._replaced(node)
             if self._flat.get(node) is node and not _several(node):
@@ -336,7 +338,7 @@ class Spelling:
             if node.target is aten.sym_size.int and was.args[0]._erased and not self._has_again(was.args[0]):
                 continue  # what it was taken off is inside of an op
             node.args, node.kwargs = fx.map_arg((was.args, was.kwargs), now)
-        here = {*mine, *self._again.values()}
+        here = {*mine, *self._restored.values()}
         for node, flat in list(self._flat.items()):
             if node is not flat or node._erased or node in kept:
                 continue
@@ -351,7 +353,7 @@ class Spelling:
                     leading.replace_all_uses_with(node)
                     readers += [user for user in node.users if user not in here and user is not leading]
             if readers:
-                squeezed, _ = self._behind(node, aten.squeeze.dim, 0, _drop(node.meta["val"]))
+                squeezed, _ = self._insert_after(node, aten.squeeze.dim, 0, _drop(node.meta["val"]))
                 for user in readers:
                     user.replace_input_with(node, squeezed)
         for node in reversed(list(self.graph.nodes)):
@@ -360,34 +362,34 @@ class Spelling:
 
     def _replaced(self, node: fx.Node) -> fx.Node:
         while node._erased:
-            node = self._instead[node]
+            node = self._replacement[node]
         return node
 
     def _has_again(self, node: fx.Node) -> bool:
         """Whether there is a node for one that is not there."""
-        while node._erased and node in self._taken:
+        while node._erased and node in self._removed:
             node = self._was[node].args[0]
-        while node._erased and node in self._instead:
-            node = self._instead[node]
+        while node._erased and node in self._replacement:
+            node = self._replacement[node]
         return not node._erased
 
     def _view_of_replaced(self, node: fx.Node) -> fx.Node | None:
         """What replaced a tensor that a reshape read, if it has the reshape's shape already."""
         source: Any = self._was[node].args[0]
-        if node.target is not aten.reshape.default or not source._erased or source in self._taken:
+        if node.target is not aten.reshape.default or not source._erased or source in self._removed:
             return None
         new = self._replaced(source)
         return new if same_shape(new.meta["val"], self._was[node].meta["val"]) else None
 
     def _bring_back(self, node: fx.Node, now: Callable[[fx.Node], fx.Node]) -> fx.Node:
-        """Make a node that was taken once more, in its place."""
+        """Make a node that was removed once more, in its place."""
         was = self._was[node]
         args, kwargs = fx.map_arg((was.args, was.kwargs), now)
-        followers = (self._again.get(n, n) for n in self._order[self._places[node] + 1 :])
+        followers = (self._restored.get(n, n) for n in self._order[self._places[node] + 1 :])
         with self.graph.inserting_before(next(n for n in followers if not n._erased)):
             again = self.graph.create_node(node.op, node.target, args, kwargs)
         again.name, again.meta = node.name, dict(was.meta)
-        self._again[node] = again
+        self._restored[node] = again
         return again
 
 

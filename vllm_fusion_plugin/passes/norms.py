@@ -111,7 +111,7 @@ def norm_results(node: fx.Node) -> dict[str, list[fx.Node]]:
     """The nodes of a norm's result and of its sum."""
     if called_op(node) == "vllm_ir.rms_norm":
         return {"norm": [node], "sum": []}
-    first = int(called_op(node) == "_C.fused_add_rms_norm")  # auto_functionalized: behind what the op returns
+    first = int(called_op(node) == "_C.fused_add_rms_norm")  # auto_functionalized: after what the op returns
     items = [user for user in node.users if user.target is operator.getitem]
     return {name: [i for i in items if i.args[1] == first + n] for n, name in enumerate(("norm", "sum"))}
 

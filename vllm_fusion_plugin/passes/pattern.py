@@ -36,7 +36,7 @@ class PatternReplacement(ABC):
     """
 
     scalars: ClassVar[tuple[float, ...]] = ()
-    """Numbers that a pattern takes as it finds them, a norm's epsilon for example; handed over behind the inputs. What is
+    """Numbers that a pattern takes as it finds them, a norm's epsilon for example; handed over after the inputs. What is
     here stands for them in the example trace, where the matcher knows them by value: no other number of the pattern may be
     equal to it."""
 

@@ -32,7 +32,7 @@ _ATTENTION = {
 }
 _MATMULS = ("mm", "addmm", "bmm", "matmul", "linear", "gemm")
 
-# Looked through besides views, and told: the structure that a pass looks for is another one with it.
+# Looked through besides views, and named: with one of these, the graph is not the one that a pass looks for.
 _BETWEEN: dict[Any, str] = {
     aten.constant_pad_nd.default: "a pad",
     aten.slice.Tensor: "a slice",

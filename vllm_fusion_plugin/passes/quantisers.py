@@ -149,7 +149,7 @@ class GroupQuant(Fp8Quant):
         return "native_floored" if floored else super().rounding
 
     def refuse(self, codes: torch.Tensor, scales: torch.Tensor) -> str | None:
-        """Why what a call of the custom op writes to is not what the op is told, or None if it is."""
+        """Why the tensors that a call of the custom op writes to do not fit its arguments, or None if they do."""
         if reason := refuse_codes(codes):
             return reason
         if scales.dim() != 2:
@@ -157,7 +157,7 @@ class GroupQuant(Fp8Quant):
         rows, groups = scales.shape
         want = self.scales.empty(scales, rows, groups * self.scales.group_size)
         if not same_strides(scales, want):
-            return f"the scales' strides {tuple(scales.stride())} are not those of the layout the quantiser is told"
+            return f"the scales' strides {tuple(scales.stride())} are not those of the layout in the call"
         return None
 
     def __call__(self, y: torch.Tensor, *buffers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,7 +186,7 @@ def group_quants(group_sizes: tuple[int, ...]) -> list[GroupQuant]:
         GroupQuant(variant, GroupScales(group_size, layout, ue8m0))
         for variant in variants
         for group_size in group_sizes
-        # Columns first: the native one's graph is the row-major one and a transposition behind it, and Inductor
+        # Columns first: the native one's graph is the row-major one and a transposition after it, and Inductor
         # replaces what fits first.
         for layout in ("tma", "column", "row")
         for ue8m0 in (False, True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ActivationQuantFusionPass: SiLU·mul and the quantiser behind it become one op. Stands in for vLLM's pass of that name."""
+"""ActivationQuantFusionPass: SiLU·mul and the quantiser after it become one op. Stands in for vLLM's pass of that name."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ class SiluMulNvfp4Quant(SiluMulQuant):
 
 
 class ActivationQuantFusionPass(FusionPass):
-    """Fuses SiLU·mul with the static FP8, group FP8 or NVFP4 quantiser behind it.
+    """Fuses SiLU·mul with the static FP8, group FP8 or NVFP4 quantiser after it.
 
     Both SiLU·mul and the quantiser may be vLLM's custom ops or decomposed to aten. Takes a VllmConfig, as stock does.
     """
