@@ -13,6 +13,8 @@ from unittest import mock
 import fake_gpu
 import pytest
 
+pytestmark = pytest.mark.slow  # 5 minutes in all
+
 if reason := fake_gpu.unavailable():
     pytest.skip(reason, allow_module_level=True)
 fake_gpu.install()
