@@ -54,17 +54,18 @@ def test_the_readme_is_read_in_three_minutes():
     assert len((ROOT / "README.md").read_text().split()) <= 500
 
 
-def test_the_readme_prints_what_the_report_prints():
-    """The README says what its eight lines print; it is a committed report."""
+@pytest.mark.parametrize("page, gemm", [("README.md", "cutlass"), ("docs/using.md", "default")])
+def test_reports_are_printed_as_they_print(page, gemm):
+    """The reports in these pages are committed ones."""
     from rich.console import Console
 
     from vllm_fusion_plugin.report import FusionReport
 
-    report = ROOT / "benchmarks/results/h200/0.32.0/end_to_end/qwen3-8b-8layers.cutlass.report.json"
+    report = ROOT / f"benchmarks/results/h200/0.32.0/end_to_end/qwen3-8b-8layers.{gemm}.report.json"
     console = Console(width=80, file=io.StringIO())
     console.print(*FusionReport.from_ranks(json.loads(report.read_text())).tables())
     printed = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
-    assert f"```\n{printed}\n```" in (ROOT / "README.md").read_text()
+    assert f"```\n{printed}\n```" in (ROOT / page).read_text()
 
 
 def test_the_readmes_times_of_kernels_are_in_the_results():
