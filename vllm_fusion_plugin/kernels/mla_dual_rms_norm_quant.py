@@ -159,7 +159,7 @@ def mla_dual_rms_norm_group_fp8_quant(
         quant.EPS,
         NORM=norm_constants(width, q_weight, norm_rounding, keep_fp32=norm_rounding == "native" and native),
         KV_NORM=norm_constants(kv.shape[1], kv_weight, norm_rounding, keep_fp32=False),
-        KV_BLOCK=next_power_of_2(kv.shape[1]),
+        KV_BLOCK=max(next_power_of_2(kv.shape[1]), 64 * tile.num_warps),  # two numbers a thread: see numerics.widen
         TILE=tile.constants(),
         QUANT=quant.group_constants(q_scales, group_size, use_ue8m0, quant_rounding, aligned=math.gcd(width, 8)),
         WARPS=tile.num_warps,
