@@ -25,14 +25,14 @@ from . import fusions
 logger = logging.getLogger("vllm.fusion_plugin")
 
 # Ops that quantise inside, by the name they have in the graph, and what to tell a user who looks for a fusion there.
-# Until upstream shows the quantiser in the graph (or our passes replace the whole op).
-_FLASHINFER_GEMM = (
-    "FlashInfer's block-scaled GEMM quantises its input inside one opaque op, so there is no quantiser in the graph to fuse "
-    "with; VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0 selects a GEMM that takes quantised input"
-)
+# Until upstream shows the quantiser in the graph. passes/block_gemm.py splits the first one.
+DYNAMIC_BLOCK_GEMM = "vllm.dynamic_flashinfer_deepgemm_blockscale_gemm"
 OPAQUE_QUANTISERS = {
-    "vllm.dynamic_flashinfer_deepgemm_blockscale_gemm": _FLASHINFER_GEMM,
-    "vllm.flashinfer_fp8_blockscale_gemm": _FLASHINFER_GEMM,
+    DYNAMIC_BLOCK_GEMM: "vLLM's block-scaled GEMM quantises its input inside one opaque op",
+    "vllm.flashinfer_fp8_blockscale_gemm": (
+        "FlashInfer's block-scaled GEMM quantises its input inside one opaque op, so there is no quantiser in the graph to "
+        "fuse with; VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0 selects a GEMM that takes quantised input"
+    ),
 }
 
 # Ops with whole MLPs inside: their own quantisers, too, where the experts are quantised.
@@ -211,6 +211,28 @@ def _why_default(config: Any, flag: str) -> str:
     if enabled:  # asked for more than was known here
         return f"it is off in spite of the custom op {enabled[0]}"
     return f"neither custom op {wanted} nor quant_fp8 is enabled, and vLLM leaves such fusions to Inductor then"
+
+
+def why_dynamic_gemm_is_unknown(flashinfer_rows: int) -> str | None:
+    """Why `vllm.dynamic_flashinfer_deepgemm_blockscale_gemm` (since 0.20 at the latest) is not the op that block_gemm.py
+    knows: other arguments, or another number of rows from which it is DeepGEMM's; None if it is, or if there is none.
+
+    Probed: the schema, and that number among the constants of vLLM's function. Goes when vLLM shows the quantiser."""
+    try:
+        from vllm.model_executor.kernels.linear.scaled_mm import flashinfer
+    except ImportError:
+        return None
+    op = getattr(torch.ops.vllm, "dynamic_flashinfer_deepgemm_blockscale_gemm", None)
+    if op is None:
+        return None
+    given = [argument.name for argument in op.default._schema.arguments]
+    known = ["input", "weight", "weight_scale", "group_size", "use_deep_gemm_e8m0"]
+    if given != known:
+        return f"vLLM's dynamic block GEMM takes {', '.join(given)}; known: {', '.join(known)}"
+    function = getattr(flashinfer, "_dynamic_flashinfer_deepgemm_blockscale_gemm_impl", None)
+    if function is None or flashinfer_rows not in function.__code__.co_consts:
+        return f"vLLM's dynamic block GEMM does not change its kernel at {flashinfer_rows} rows, as known"
+    return None
 
 
 def most_tokens(config: Any) -> int:

@@ -12,9 +12,10 @@ class Fusion(NamedTuple):
     stem: str
     """Its file in passes/, or in layers/ if it enters there."""
     enters: str
-    """"pass": in the place of vLLM's pass of that name. "last": after all of vLLM's passes. "layer": by a layer's method."""
+    """"pass": in the place of vLLM's pass of that name. "first", "last": before or after all of vLLM's fusion passes.
+    "layer": by a layer's method."""
     switch: str
-    """The flag of vLLM's PassConfig ("pass"), or the setting of this package ("last", "layer"), that asks for it."""
+    """The flag of vLLM's PassConfig ("pass"), or the setting of this package, that asks for it."""
     ops: tuple[str, ...] = ()
     """Files in ops/ with the ops that it puts into graphs or calls; none if it places vLLM's own op."""
     on_cpu: bool = False
@@ -22,6 +23,7 @@ class Fusion(NamedTuple):
 
 
 FUSIONS = (
+    Fusion("SplitBlockGemmPass", "block_gemm", "first", "split_block_gemm", ("block_gemm", "group_quant")),
     Fusion("ActivationQuantFusionPass", "silu_mul_quant", "pass", "fuse_act_quant", ("silu_mul_quant",), on_cpu=True),
     Fusion(
         "RMSNormQuantFusionPass",
@@ -41,5 +43,5 @@ BY_NAME = {fusion.name: fusion for fusion in FUSIONS}
 
 
 def entering(where: str) -> tuple[Fusion, ...]:
-    """The fusions that enter as a "pass", as "last" or by a "layer", in the order of the table."""
+    """The fusions that enter so ("first", "pass", "last", "layer"), in the order of the table."""
     return tuple(fusion for fusion in FUSIONS if fusion.enters == where)

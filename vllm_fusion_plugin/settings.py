@@ -48,6 +48,10 @@ class Settings(BaseModel):
     """Which kernel a fused SiLU·mul + NVFP4 quantiser runs: vLLM's own, or this package's, not measured yet on
     the GPUs with FP4 GEMMs (compute capability 10.0 and later)."""
 
+    split_block_gemm: bool = True
+    """The block GEMM that quantises inside, vLLM's default on Hopper where FlashInfer is usable, becomes a quantiser, which
+    fuses with what is before it, and the same GEMM; same bytes."""
+
     lone_group_quant: bool = True
     """Group FP8 quantisers that are fused with nothing run this package's kernel instead of vLLM's; same bytes."""
 

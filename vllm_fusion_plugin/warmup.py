@@ -96,10 +96,7 @@ def token_counts(call: calls.Call, most: int) -> list[int]:
 
     with planning() as plan:
         registry.CUDA_IMPLEMENTATIONS[call.op](*call.at(1, META))
-    counts = {1, min(2, most)}
-    for choice in plan.choices:
-        first: dict[Any, int] = {}
-        for tokens in range(1, most + 1):
-            first.setdefault(choice(tokens), tokens)
-        counts.update(first.values())
-    return sorted(counts)
+    first: dict[Any, int] = {}
+    for tokens in range(1, most + 1):
+        first.setdefault(tuple(choice(tokens) for choice in plan.choices), tokens)
+    return sorted({1, min(2, most), *first.values()})

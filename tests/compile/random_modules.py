@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small random modules of what fusion passes meet: norms, activations, reshapes, casts, slices and quantisers.
+"""Small random modules of what fusion passes meet: norms, activations, reshapes, casts, slices, quantisers, and GEMMs that
+quantise inside.
 
 A module is a list of steps, each of which makes one more value of earlier ones or returns something; `programs` draws such
 lists with hypothesis, so that a failing one is shrunk to the steps that matter.
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import nn
+from vllm.model_executor.kernels.linear.scaled_mm import flashinfer  # noqa: F401  (registers the GEMM)
 from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
@@ -60,6 +62,7 @@ POINTWISE = ("gelu", "relu", "double", "through_fp32", "through_other")
 def programs(draw: st.DrawFn, most_steps: int = 5) -> tuple[Step, ...]:
     """Steps, the last of which quantises."""
     shapes = list(INPUTS)
+    before_gemms = draw(st.booleans())  # a GEMM quantises wherever it can
     steps: list[Step] = []
 
     def source() -> int:
@@ -72,6 +75,8 @@ def programs(draw: st.DrawFn, most_steps: int = 5) -> tuple[Step, ...]:
         kinds = ["group", "token", "static"]
         if shape.leading:  # what vLLM's layers take of such
             kinds = ["group", "static"] if native else ["group"]
+        if before_gemms and shape.width % 128 == 0 and not shape.leading:
+            kinds = ["gemm"]
         kind = draw(st.sampled_from(kinds))
         if kind == "group":
             sizes = [size for size in (128, 64, 32) if shape.width % size == 0]
@@ -83,7 +88,7 @@ def programs(draw: st.DrawFn, most_steps: int = 5) -> tuple[Step, ...]:
                 layouts = ("row", "column") if native else ("row",) if shape.leading else ("row", "column", "tma")
                 options = (draw(st.sampled_from(sizes)), draw(st.sampled_from(layouts)), draw(st.booleans()))
         else:
-            options = (draw(st.booleans()),) if kind == "token" else ()
+            options = (draw(st.booleans()),) if kind in ("token", "gemm") else ()
         steps.append(Step("keep" if kind == "keep" else f"{kind}_quant", at, shape.width, options=(native, *options)))
 
     kinds = [*NORMS, *ADDING_NORMS, "silu_mul", "silu_mul", *POINTWISE, *VIEWS, "slice", "add", "quant", "keep"]
@@ -163,6 +168,8 @@ class Program(nn.Module):
         return results
 
     def quantise(self, step: Step, layer: Any, value: torch.Tensor) -> list[torch.Tensor]:
+        if step.kind == "gemm_quant":
+            return [layer(value)]
         native, *options = step.options
         call = layer.forward_native if native else layer
         if step.kind == "group_quant":
@@ -172,6 +179,21 @@ class Program(nn.Module):
         return list(call(value, scale_ub=self.scale if options[0] else None))
 
 
+class BlockGemm(nn.Module):
+    """vLLM's block GEMM that quantises inside, as its linear kernel calls it."""
+
+    def __init__(self, width: int, ue8m0: bool) -> None:
+        super().__init__()
+        columns = 192
+        weight = torch.empty(columns, width, dtype=torch.float8_e4m3fn)
+        scales = torch.empty(-(-columns // 128), width // 128, dtype=torch.float32)
+        self.weight, self.scales = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, scales))
+        self.ue8m0 = ue8m0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.vllm.dynamic_flashinfer_deepgemm_blockscale_gemm(x, self.weight, self.scales, 128, self.ue8m0)
+
+
 def _layer(step: Step) -> nn.Module:
     if step.kind in ("norm", "add_norm"):
         return RMSNorm(step.width)
@@ -179,6 +201,8 @@ def _layer(step: Step) -> nn.Module:
         return GemmaRMSNorm(step.width)
     if step.kind == "silu_mul":
         return SiluAndMul()
+    if step.kind == "gemm_quant":
+        return BlockGemm(step.width, ue8m0=step.options[1])
     uncompiled = compat.uncompiled_layer(QuantFP8)
     if step.kind == "group_quant":
         _, size, layout, ue8m0 = step.options

@@ -16,6 +16,7 @@ from torch import fx
 
 from vllm_fusion_plugin import compat, roundings
 from vllm_fusion_plugin.ops import quant
+from vllm_fusion_plugin.ops.block_gemm import block_fp8_gemm_reference
 from vllm_fusion_plugin.ops.silu_mul_quant import silu_mul_reference
 
 
@@ -32,6 +33,28 @@ def vllms_ops_on_cpu() -> torch.library.Library:
     ):
         library.impl(function.__name__, function, "CPU")
     return library
+
+
+@functools.cache
+def vllms_gemm_on_cpu() -> torch.library.Library:
+    """Likewise the GEMM that quantises inside."""
+    from vllm.model_executor.kernels.linear.scaled_mm import flashinfer  # noqa: F401  (defines it)
+
+    library = torch.library.Library("vllm", "IMPL")
+    library.impl(
+        dynamic_flashinfer_deepgemm_blockscale_gemm.__name__, dynamic_flashinfer_deepgemm_blockscale_gemm, "CPU"
+    )
+    return library
+
+
+def dynamic_flashinfer_deepgemm_blockscale_gemm(
+    input, weight, weight_scale, group_size, use_deep_gemm_e8m0
+) -> torch.Tensor:
+    few = input.shape[0] < 32
+    rounding = "flashinfer" if few else roundings.of(roundings.GROUP_QUANT).name
+    how = quant.GroupScales(group_size, "row", ue8m0=use_deep_gemm_e8m0 and not few)
+    codes, scales = quant.group_fp8_quant_reference(input, how, rounding)
+    return block_fp8_gemm_reference(codes, scales, weight, weight_scale)
 
 
 def silu_and_mul(result: torch.Tensor, input: torch.Tensor) -> None:
@@ -74,7 +97,7 @@ def inputs_of(graph: fx.Graph, rows: int, seed: int, kind: str) -> list[Any]:
             drawn = drawn.abs() * 0.02 + 0.01  # a scale, or the upper bound of one
         elif value.dim() > 1:
             drawn *= torch.exp2(torch.randint(-3, 4, (*shape[:-1], 1), generator=generator).float())
-            if kind == "special":
+            if kind == "special" and value.dtype in quant.INPUT_DTYPES:  # not a GEMM's weight
                 table = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-30, 6e4, -6e4])
                 chosen = table[torch.randint(len(table), shape, generator=generator)]
                 drawn = torch.where(torch.rand(shape, generator=generator) < 0.02, chosen, drawn)
@@ -107,7 +130,7 @@ def _group_quant_in_triton(y_ptr, y_q_ptr, y_s_ptr, **_: Any) -> dict[str, torch
 
 def run_on_cpu(graph: fx.Graph, inputs: list[Any]) -> list[torch.Tensor]:
     """What the graph returns. `graph` is left as it is."""
-    vllms_ops_on_cpu()
+    vllms_ops_on_cpu(), vllms_gemm_on_cpu()
     graph = copy.deepcopy(graph)
     for node in graph.nodes:
         if "device" in node.kwargs:

@@ -33,7 +33,7 @@ from vllm.compilation.passes.inductor_pass import pass_context  # noqa: E402
 from vllm.config.utils import Range  # noqa: E402
 
 from tests.fuzz_profiles import examples  # noqa: E402
-from vllm_fusion_plugin import plugin, report  # noqa: E402
+from vllm_fusion_plugin import compat, plugin, report  # noqa: E402
 from vllm_fusion_plugin.passes import pass_manager, quantisers  # noqa: E402
 from vllm_fusion_plugin.passes.base import FusionPass  # noqa: E402
 
@@ -85,12 +85,42 @@ def lowered(recording: Recording) -> fx.Graph:
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
     lone=st.booleans(),
     eliminate_noops=st.booleans(),
-    rows=st.sampled_from([1, 5, 8]),
+    rows=st.sampled_from([1, 5, 8, 40]),  # vLLM's block GEMM quantises fewer than 32 otherwise
     kind=st.sampled_from(["normal", "special"]),
 )
 @examples(8)
 def test_same_bytes_and_every_quantiser_fused_or_explained(steps, dtype, lone, eliminate_noops, rows, kind) -> None:
     recording = trace(steps, dtype, lone, eliminate_noops)
+    check_bytes(recording, rows, kind)
+    (subgraph,) = recording.subgraphs
+    event(f"fused: {len(fused(subgraph.after))}")
+    event(f"block GEMMs split: {sum(called_op(n).endswith('.block_fp8_gemm') for n in subgraph.after.nodes)}")
+
+
+@pytest.mark.parametrize("lone", [False, True])
+def test_same_bytes_after_a_block_gemm(lone) -> None:
+    """Each layer before it, both kinds of scales, and both of the quantisers that it chooses from by its rows."""
+    layers = {"norm": (), "gemma_norm": (), "add_norm": (), "silu_mul": (True,), "double": ()}
+    steps = [
+        (
+            Step(layer, 0, WIDTH, 1, options),
+            Step("gemm_quant", 2, WIDTH // (1 + (layer == "silu_mul")), 0, (False, ue8m0)),
+        )
+        for layer, options in layers.items()
+        for ue8m0 in (False, True)
+    ]
+    recording = trace(steps, torch.bfloat16, lone, True)
+    for rows in (5, 40):
+        check_bytes(recording, rows, "normal")
+    (subgraph,) = recording.subgraphs
+    ops = [called_op(node).partition(".")[2] for node in subgraph.after.nodes]
+    assert ops.count("block_fp8_gemm") == len(steps) - (0 if lone else 2)
+
+
+# ---- what is checked -------------------------------------------------------------------------------------------------
+
+
+def check_bytes(recording: Recording, rows: int, kind: str) -> None:
     check_graphs(recording)
     check_report(recording)
     (subgraph,) = recording.subgraphs
@@ -98,10 +128,6 @@ def test_same_bytes_and_every_quantiser_fused_or_explained(steps, dtype, lone, e
     after, before = run_on_cpu(subgraph.after, inputs), run_on_cpu(lowered(recording), inputs)
     for number, (one, other) in enumerate(zip(after, before, strict=True)):
         assert_same(one, other, number)
-    event(f"fused: {len(fused(subgraph.after))}")
-
-
-# ---- what is checked -------------------------------------------------------------------------------------------------
 
 
 def check_report(recording: Recording) -> None:
@@ -123,7 +149,7 @@ def fused(graph: fx.Graph) -> list[fx.Node]:
 
 
 def is_quantiser(node: fx.Node) -> bool:
-    if called_op(node) in quantisers.OPAQUE_QUANT_OPS:
+    if called_op(node) in (*quantisers.OPAQUE_QUANT_OPS, *compat.OPAQUE_QUANTISERS):
         return True
     return node.target is torch.ops.prims.convert_element_type.default and node.args[1] == torch.float8_e4m3fn
 

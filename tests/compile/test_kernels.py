@@ -122,6 +122,56 @@ def test_mla_dual_rms_norm(compiled):
     check(compiled, 1)
 
 
+def silu_mul(rows, rounding):
+    x = rows_of(4096, torch.bfloat16, rows)
+    silu_mul_quant.silu_mul_group_fp8_quant(x, *outputs(x, 2048), 128, True, "native", rounding, pdl=True)
+
+
+def group(rows, rounding):
+    x = rows_of(2048, torch.bfloat16, rows)
+    group_quant.group_fp8_quant(x, *outputs(x, 2048), 128, True, rounding, pdl=True)
+
+
+def rms_norm(rows, rounding):
+    x = rows_of(2048, torch.bfloat16, rows)
+    norm = NormInputs(x, torch.zeros(2048).bfloat16(), EPSILON, residual=x)
+    extras = norm.empty_extras()
+    rms_norm_quant.rms_norm_group_fp8_quant(norm, *outputs(x, 2048), *extras, 128, True, rounding, pdl=True)
+
+
+def gated_rms_norm(rows, rounding):
+    x = torch.zeros(rows, 32, 128, dtype=torch.bfloat16)
+    gated_rms_norm_quant.gated_rms_norm_group_fp8_quant(
+        x, x, torch.zeros(128).bfloat16(), *outputs(x, 4096), EPSILON, 32, True, "silu", 128, True, "native", rounding,
+        pdl=True,
+    )  # fmt: skip
+
+
+def mla_dual_rms_norm(rows, rounding):
+    q, kv, _ = rows_of(2112, torch.bfloat16, rows).split((1536, 512, 64), dim=1)
+    mla_dual_rms_norm_quant.mla_dual_rms_norm_group_fp8_quant(
+        q, kv, torch.zeros(1536).bfloat16(), torch.zeros(512).bfloat16(), *outputs(q, 1536),
+        torch.zeros(rows, 512).bfloat16(), EPSILON, EPSILON, 128, True, "native", rounding, pdl=True,
+    )  # fmt: skip
+
+
+# FlashInfer's quantiser divides and multiplies in fast math; nothing else here divides so, and none rounds scales up.
+FAST_MATH = ("div.approx.ftz.f32", "mul.ftz.f32")
+
+
+@pytest.mark.parametrize("launch", [silu_mul, group, rms_norm, gated_rms_norm, mla_dual_rms_norm])
+def test_before_a_block_gemm(launch, compiled):
+    """The number of rows chooses the rounding, as vLLM chooses its GEMM by it."""
+    launch(8, "flashinfer")
+    launch(8, "reciprocal_or_flashinfer")
+    launch(64, "flashinfer")
+    launch(64, "reciprocal_or_flashinfer")
+    check(compiled, 4)
+    *flashinfers, vllms = ([word in kernel.asm["ptx"] for word in FAST_MATH] for kernel in compiled)
+    assert flashinfers == [[True, True]] * 3 and vllms == [False, False]
+    assert compiled[0].hash == compiled[1].hash
+
+
 @pytest.mark.parametrize("input_first", [False, True], ids=["", "input_first"])
 @pytest.mark.parametrize("tokens", [1, 16, 200, 2000])
 def test_mla_v_up(tokens, input_first, compiled):

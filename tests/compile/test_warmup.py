@@ -95,6 +95,25 @@ def test_every_number_of_tokens_is_compiled(launched):
     assert set(launched) == warm
 
 
+def test_both_roundings_before_a_block_gemm_are_compiled(launched):
+    """That of few tokens, and that of many, for every tile of theirs."""
+    calls.record()
+    rounding = "reciprocal_or_flashinfer"
+    x = zeros(300, 1024)
+    make(SILU_MUL, *silu_mul(300)[:-1], rounding)
+    make(GROUP, x, 128, "tma", True, rounding)
+    make("rms_norm_group_fp8_quant", *NormInputs(x, zeros(1024), residual=x), 128, "tma", True, rounding)
+    launched.clear()
+    assert warmup.warm_up(600).failed == ()
+    warm = set(launched)
+    for tokens in (1, 2, 5, 16, 31, 32, 33, 64, 300, 600):
+        x = zeros(tokens, 1024)
+        make(SILU_MUL, *silu_mul(tokens)[:-1], rounding)
+        make(GROUP, x, 128, "tma", True, rounding)
+        make("rms_norm_group_fp8_quant", *NormInputs(x, zeros(1024), residual=x), 128, "tma", True, rounding)
+    assert set(launched) == warm
+
+
 def test_as_many_tokens_as_a_call_had(launched):
     """More than the model's, where an op's rows are not tokens."""
     calls.record()
@@ -229,7 +248,8 @@ def test_keys_are_tritons():
                 strided = torch.empty(tokens, width + 8, dtype=torch.float16, device="meta")[:, 8:]
                 for rows in (x, strided):
                     for layout in LAYOUTS:
-                        registry.CUDA_IMPLEMENTATIONS[GROUP](rows, 128, layout, False, "custom_op")
+                        for rounding in ("custom_op", "custom_op_or_flashinfer"):
+                            registry.CUDA_IMPLEMENTATIONS[GROUP](rows, 128, layout, False, rounding)
                     for residual in (None, rows):
                         norm = NormInputs(rows, weight, residual=residual)
                         scale = torch.empty(1, device="meta")

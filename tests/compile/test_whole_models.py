@@ -3,7 +3,7 @@
 
 The numbers of the stock runs are those that vLLM 0.32.0 reports on an H200: they are what makes the others credible.
 
-A trace takes half a minute on two cores when nothing else runs, and there are eight: four models and settings, each with
+A trace takes half a minute on two cores when nothing else runs, and there are ten: five models and settings, each with
 and without the plugin. So a new question should be put to one of these traces; the fixture makes each once in a process, and
 a test has the case whose traces it asks as its parameter.
 """
@@ -22,6 +22,7 @@ NORM = "rmsnorm_quant_fusion_pass"
 DUAL = "mla_dual_rms_norm_fusion_pass"
 LONE = "group_quant_pass"
 OP = "vllm_fusion_plugin.{}.default"
+DYNAMIC_GEMM = "vllm.dynamic_flashinfer_deepgemm_blockscale_gemm.default"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,26 +41,32 @@ class Case:
     """Norms that went into the op of another one."""
     lone: int = 0
     """Quantisers that are fused with nothing: after attention."""
+    gemms: int = 0
+    """Ops of vLLM's that quantise inside, which the plugin splits."""
     env: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def stock_act(self) -> tuple[int, int]:
+        """What stock fuses of SiLU·mul, as `act_graphs` and `act_layers`."""
+        return (0, 0) if self.gemms else (self.act_graphs, self.act_layers)
 
-# The GEMM decides what there is to fuse. By default vLLM takes FlashInfer's or DeepGEMM's; CUTLASS's is next in its list,
-# and like DeepGEMM's it takes input that is quantised already.
+
+# The GEMM decides what there is to fuse. By default vLLM takes FlashInfer's or DeepGEMM's in one op that quantises inside:
+# stock fuses nothing, and the plugin splits that op. CUTLASS's takes input that is quantised already.
 CUTLASS = (("VLLM_USE_DEEP_GEMM", "0"), ("VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER", "0"))
+CUTLASS_KERNEL, DEFAULT_KERNEL = "CutlassFp8BlockScaledMMKernel", "FlashInferFp8DeepGEMMDynamicBlockScaledKernel"
 
 CASES = {
     # 8 equal layers. vLLM compiles two pieces with an MLP: that between two attentions, and the last.
-    "qwen3": Case("qwen3-8b-8layers", "CutlassFp8BlockScaledMMKernel", 2, 8, 16, 16, lone=8, env=CUTLASS),
+    "qwen3": Case("qwen3-8b-8layers", CUTLASS_KERNEL, 2, 8, 16, 16, lone=8, env=CUTLASS),
+    "qwen3-defaults": Case("qwen3-8b-8layers", DEFAULT_KERNEL, 2, 8, 0, 16, lone=8, gemms=32),
     # 1 dense layer; in the 4 MoE layers experts and shared expert are inside one op. In each layer input norm and q's norm,
     # whose op also does that of k and v.
-    "deepseek-v3": Case(
-        "deepseek-v3-5layers", "CutlassFp8BlockScaledMMKernel", 1, 1, 11, 11, dual=5, lone=5, env=CUTLASS
-    ),
-    # As installed: this GEMM quantises inside.
-    "deepseek-v3-defaults": Case("deepseek-v3-5layers", "FlashInferFp8DeepGEMMDynamicBlockScaledKernel", 0, 0, 0, 0),
+    "deepseek-v3": Case("deepseek-v3-5layers", CUTLASS_KERNEL, 1, 1, 11, 11, dual=5, lone=5, env=CUTLASS),
+    "deepseek-v3-defaults": Case("deepseek-v3-5layers", DEFAULT_KERNEL, 1, 1, 0, 11, dual=5, lone=5, gemms=17),
     # All MLPs inside the MoE op. Norms with weight + 1 in float32 and results that another GEMM reads as well, which stock's
     # fusion does not take. 6 of 8 layers have linear attention.
-    "qwen3-next": Case("qwen3-next-8layers", "CutlassFp8BlockScaledMMKernel", 0, 0, 0, 8, gated=6, lone=2, env=CUTLASS),
+    "qwen3-next-defaults": Case("qwen3-next-8layers", DEFAULT_KERNEL, 0, 0, 0, 8, gated=6, lone=2, gemms=16),
 }
 
 
@@ -89,8 +96,9 @@ def test_stock(case, trace_model):
     trace = trace_model(case.model, plugin=False, env=dict(case.env))
     assert set(trace["linear_kernels"]) == {case.linear_kernel}
     assert pass_path(trace, "ActivationQuantFusionPass").startswith("vllm.compilation.")
-    assert trace["matches_by_graph"][ACT] == trace["match_table"][ACT] == case.act_graphs
-    assert trace["matches_by_layer"][ACT] == case.act_layers
+    act_graphs, act_layers = case.stock_act
+    assert trace["matches_by_graph"][ACT] == trace["match_table"][ACT] == act_graphs
+    assert trace["matches_by_layer"][ACT] == act_layers
     assert trace["matches_by_layer"][STOCK_NORM] == case.stock_norms
 
 
@@ -107,8 +115,9 @@ def test_plugin_fuses_what_stock_fuses(case, trace_model):
         == case.act_layers
     )
     # The other passes, and the order of all, are as they were.
-    names = [p.rpartition(".")[2] for p in stock["passes"]]
-    assert [p.rpartition(".")[2] for p in trace["passes"]] == [*names, "GroupQuantPass", "Leftovers"]
+    first, *names = [p.rpartition(".")[2] for p in stock["passes"]]
+    ours = [p.rpartition(".")[2] for p in trace["passes"]]
+    assert ours == [first, "SplitBlockGemmPass", *names, "GroupQuantPass", "Leftovers"]
     assert trace["linear_kernels"] == stock["linear_kernels"]
 
 
@@ -126,6 +135,9 @@ def test_plugin_fuses_norms(case, trace_model):
     assert {op: by_layer(trace, "ops_after", OP.format(op)) for op in ops} == ops
     # Whatever quantiser vLLM's graph had is in one of our ops now.
     assert by_layer(trace, "ops_after", "_C.per_token_group_fp8_quant.default") == 0
+    assert by_layer(trace, "ops_before", DYNAMIC_GEMM) == case.gemms
+    assert by_layer(trace, "ops_after", DYNAMIC_GEMM) == 0
+    assert by_layer(trace, "ops_after", OP.format("block_fp8_gemm")) == case.gemms
 
 
 def test_plugin_meets_the_graph_that_stock_meets(case, trace_model):
@@ -148,11 +160,11 @@ def test_report_counts_graphs_and_layers(case, trace_model):
     assert report.layer_table()[LONE] == case.lone
     # as in vLLM's own table, where passes without a match are too
     assert report.match_table() == {name: count for name, count in trace["match_table"].items() if count}
-    for name in ("ActivationQuantFusionPass", "RMSNormQuantFusionPass", "GroupQuantPass"):
+    for name in ("SplitBlockGemmPass", "ActivationQuantFusionPass", "RMSNormQuantFusionPass", "GroupQuantPass"):
         assert report.passes[name] == "ours"
 
 
-@pytest.mark.parametrize("case", ["qwen3"], indirect=True)
+@pytest.mark.parametrize("case", ["qwen3", "qwen3-defaults"], indirect=True)
 def test_report_names_the_layers(case, trace_model):
     trace = trace_model(case.model, plugin=True, env=dict(case.env))
     # For six of them vLLM compiled nothing: they run what it compiled for the first.
@@ -165,7 +177,7 @@ def module(found: dict, depth: int) -> str:
     return ".".join(found["module"].split(".")[:depth])
 
 
-@pytest.mark.parametrize("case", ["qwen3-next"], indirect=True)
+@pytest.mark.parametrize("case", ["qwen3-next-defaults"], indirect=True)
 def test_report_names_gated_norms(case, trace_model):
     trace = trace_model(case.model, plugin=True, env=dict(case.env))
     gated = [f for f in found(trace, NORM) if f["pattern"].startswith("gated_rms_norm[silu,norm first]")]
@@ -176,13 +188,13 @@ def test_report_names_gated_norms(case, trace_model):
     assert sum("+norm" in rest for _, rest in patterns) == 6
 
 
-@pytest.mark.parametrize("case", ["deepseek-v3"], indirect=True)
+@pytest.mark.parametrize("case", ["deepseek-v3", "deepseek-v3-defaults"], indirect=True)
 def test_report_names_both_norms_of_latent_attention(case, trace_model):
     trace = trace_model(case.model, plugin=True, env=dict(case.env))
     assert [module(f, 3) for f in found(trace, DUAL)] == [f"layers.{i}.self_attn" for i in range(5)]
 
 
-@pytest.mark.parametrize("case", ["qwen3"], indirect=True)
+@pytest.mark.parametrize("case", ["qwen3-defaults"], indirect=True)
 def test_transformers_backend(case, trace_model):
     """Tensors there are [1, tokens, width]."""
     trace = trace_model(case.model, plugin=True, env=dict(case.env), engine_args={"model_impl": "transformers"})
@@ -197,12 +209,15 @@ def test_transformers_backend(case, trace_model):
 
 
 @pytest.mark.parametrize("case", ["deepseek-v3-defaults"], indirect=True)
-def test_report_says_why_nothing_was_fused(case, trace_model):
+def test_report_says_what_is_left(case, trace_model):
     trace = trace_model(case.model, plugin=True, env=dict(case.env))
-    # The dense layer is the only one whose SiLU·mul is in the graph; the other four have theirs inside the MoE op.
-    [dense] = [m for m in missed(trace, ACT) if "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0" in m["reason"]]
-    assert module(dense, 4) == "layers.0.mlp.down_proj"
-    assert sum("MoE op" in m["reason"] for m in missed(trace, ACT)) == 4
-    assert len(missed(trace, ACT)) == 5
-    norms = [m for m in missed(trace, NORM) if "VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER=0" in m["reason"]]
-    assert len(norms) == CASES["deepseek-v3"].norms == len(missed(trace, NORM))
+    lines = [m for sub in trace["plugin"]["subgraphs"] for m in sub["missed"]]
+    # One layer is dense; the others have their MLPs inside the MoE op.
+    experts = [m for m in lines if m["pass_name"] == ACT]
+    assert len(experts) == 4 and all("MoE op" in m["reason"] for m in experts)
+    after_attention = [m for m in lines if m["pass_name"] == "none"]
+    assert [module(m, 5) for m in after_attention] == [f"layers.{i}.self_attn.mla_attn.o_proj" for i in range(5)]
+    for m in after_attention:
+        assert "vLLM splits the model at attention" in m["reason"]
+        assert "it runs this package's kernel, by itself" in m["reason"]
+    assert len(lines) == 4 + case.lone and not missed(trace, NORM) and not missed(trace, DUAL)

@@ -16,7 +16,7 @@ from vllm_fusion_plugin.ops.quant import GroupScales
 DTYPES = (torch.bfloat16, torch.float16)
 GROUP_SIZES = (64, 128)
 ROUNDINGS = ("custom_op", "native")
-GROUP_ROUNDINGS = ("custom_op", "reciprocal", "native", "native_floored")
+GROUP_ROUNDINGS = ("custom_op", "reciprocal", "flashinfer", "native", "native_floored")
 LAYOUTS = ("row", "column", "tma")
 TMA = GroupScales(128, "tma")  # what DeepGEMM takes
 
@@ -62,8 +62,11 @@ def scales_name(mode: Any) -> str:
 
 def told_apart(mode: Any) -> bool:
     """Whether a group quantiser's rounding is another than its namesake's: `reciprocal` multiplies where
-    custom_op divides by an fp32 scale, and `native_floored` has a floor under a UE8M0 scale."""
-    return {"reciprocal": not mode.use_ue8m0, "native_floored": mode.use_ue8m0}.get(mode.quant_rounding, True)
+    custom_op divides by an fp32 scale, and `native_floored` has a floor under a UE8M0 scale. `flashinfer` is for bf16 alone,
+    and has no UE8M0 scales."""
+    flashinfer = not mode.use_ue8m0 and mode.dtype == torch.bfloat16
+    own = {"reciprocal": not mode.use_ue8m0, "native_floored": mode.use_ue8m0, "flashinfer": flashinfer}
+    return own.get(mode.quant_rounding, True)
 
 
 def group_modes(quant_roundings: tuple[str, ...] | None = None) -> list[GroupMode]:

@@ -17,17 +17,25 @@ from hypothesis import strategies as st
 
 from tests.fuzz_profiles import examples
 from vllm_fusion_plugin.ops import gated_rms_norm_quant, registry, rms_norm_quant, silu_mul_quant
-from vllm_fusion_plugin.ops.quant import FP8_DTYPE, GROUP_ROUNDINGS, GROUP_SIZES, INPUT_DTYPES, LAYOUTS
+from vllm_fusion_plugin.ops.quant import FP8_DTYPE, GROUP_ROUNDINGS, GROUP_SIZES, INPUT_DTYPES, LAYOUTS, GroupScales
 from vllm_fusion_plugin.plugin import _register_ops as register_ops
 
 register_ops()
 OPS = sorted(registry.CPU_IMPLEMENTATIONS)
 
 ROWS = 4
+OF_GEMM = {
+    "scales": GroupScales(128, "tma").empty(torch.empty(0), ROWS, 256).zero_(),
+    "weight": torch.zeros(64, 256, dtype=FP8_DTYPE),
+    "weight_scales": torch.zeros(1, 2),
+    "flashinfer_rows": 32,
+}
 
 
 def right(name: str, op: str) -> Any:
     """A value of an argument that is right, if those of the others are."""
+    if op == "block_fp8_gemm" and name in OF_GEMM:
+        return OF_GEMM[name]
     shapes = {
         "x": (ROWS * 2, 128) if op.startswith("gated") else (ROWS, 256),
         "z": (ROWS * 2, 128),

@@ -138,8 +138,11 @@ def test_one_signalling_nan(dtype: torch.dtype, at: int, device: torch.device) -
     check(x, DEEPSEEK._replace(dtype=dtype, group_size=64))
 
 
-@pytest.mark.parametrize("quant_rounding", GROUP_ROUNDINGS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize(
+    ("dtype", "quant_rounding"),
+    dict.fromkeys((mode.dtype, mode.quant_rounding) for mode in modes()),
+    ids=lambda value: value if isinstance(value, str) else short(value),
+)
 def test_all_bit_patterns(dtype: torch.dtype, quant_rounding: str, device: torch.device) -> None:
     """In their order (a group is then of one exponent), every 512th (all exponents in a group), and shuffled."""
     values = all_values(dtype, device)

@@ -171,7 +171,7 @@ BAD_ARGUMENTS = {
     "norm_rounding": ({"norm_rounding": "exact"}, r"norm_rounding='exact' .*allowed: native, eager, custom_op"),
     "quant_rounding": (
         {"quant_rounding": "eager"},
-        r"quant_rounding='eager' .*allowed: custom_op, (reciprocal, )?native",
+        r"quant_rounding='eager' .*allowed: custom_op, (reciprocal, .*)?native",
     ),
 }
 

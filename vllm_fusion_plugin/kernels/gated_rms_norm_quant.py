@@ -147,8 +147,7 @@ def _group_kernel(
     else:
         if not NORM.keep_fp32:
             y = numerics.rounded(y, x.dtype)
-        scale = quant.group_scale(y, eps, QUANT.rounding, QUANT.ue8m0)
-        codes = quant.group_codes(y, scale, QUANT.rounding, QUANT.ue8m0)
+        scale, codes = quant.group(y, eps, QUANT)
     codes = tl.permute(tl.reshape(codes, (TILE.rows, TILE.heads, TILE.parts, PART)), (2, 0, 1, 3))
     codes_ptrs = codes_ptr + row64 * (heads * NORM.head_dim) + head64 * NORM.head_dim
     codes_ptrs += in_rows * (heads * NORM.head_dim) + (in_heads * NORM.head_dim + column)

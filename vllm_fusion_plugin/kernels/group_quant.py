@@ -42,9 +42,9 @@ def _kernel(
         mask = mask & (column < width)[None, :, :]
     y = tl.load(x_ptr + row64[:, None, None] * x_stride + column[None, :, :], mask=mask, other=0.0).to(tl.float32)
 
-    scale = quant.group_scale(y, eps, QUANT.rounding, QUANT.ue8m0)
+    scale, codes = quant.group(y, eps, QUANT)
     codes_ptrs = codes_ptr + row64[:, None, None] * width + column[None, :, :]
-    tl.store(codes_ptrs, quant.group_codes(y, scale, QUANT.rounding, QUANT.ue8m0), mask=mask)
+    tl.store(codes_ptrs, codes, mask=mask)
     group_mask = group * QUANT.group_size < width
     scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
     quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, TILE.scales_from_all)

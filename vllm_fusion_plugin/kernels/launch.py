@@ -34,10 +34,6 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
 
 
 # ---- what is launched ------------------------------------------------------------------------------------------------
-#
-# Triton compiles a kernel anew for each set of compile-time arguments (compile_keys.py), half a second that no request may
-# wait for. So what a launch takes from the number of rows comes from a table of few tiles, and which of these there are can
-# be asked without a GPU: launched on "meta" tensors, which have no data, kernels do not run but are written down.
 
 Choice = TypeVar("Choice")
 

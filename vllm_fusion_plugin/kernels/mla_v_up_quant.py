@@ -96,12 +96,11 @@ def _tile(
 
     y = rounded(acc, x_ptr.dtype.element_ty)
     y = tl.reshape(y, (TILE.tokens, TILE.columns // QUANT.group_size, QUANT.group_size))
-    scale = quant.group_scale(y, eps, QUANT.rounding, QUANT.ue8m0)
-    code = tl.reshape(quant.group_codes(y, scale, QUANT.rounding, QUANT.ue8m0), (TILE.tokens, TILE.columns))
+    scale, codes = quant.group(y, eps, QUANT)
     first_out = head * V + first_column
     row = first_token + token
     codes_ptrs = codes_ptr + row.to(tl.int64)[:, None] * codes_stride + first_out + column[None, :]
-    tl.store(codes_ptrs, code, mask=live[:, None])
+    tl.store(codes_ptrs, tl.reshape(codes, (TILE.tokens, TILE.columns)), mask=live[:, None])
     group = first_out // QUANT.group_size + tl.arange(0, TILE.columns // QUANT.group_size)
     scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
     all_groups = group >= 0

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from . import rounding
+
 # Triton's interpreter runs neither inline PTX nor libdevice; there the plain operations stand in.
 INTERPRETED = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
 HAS_PTX = tl.constexpr(torch.version.cuda is not None and not INTERPRETED)
@@ -129,6 +131,60 @@ def rounded_reciprocal(x):
         finite = tl.where(x == float("inf"), 0.0, x)
         return tl.fma(tl.fma(finite * -1.0, near, 1.0), near, near)
     return 1.0 / x
+
+
+@triton.jit
+def flashinfer_factor_and_scale(top):
+    """448 / top and its reciprocal as nvcc's fast math divides, 1 and 1 for 0; top is a bf16 number from 0 on. Subnormals
+    count as 0 in a division, hence give infinity; above 2**126 the factor is 0, and the scale of such a factor as well."""
+    if HAS_PTX:
+        factor = tl.inline_asm_elementwise(
+            "div.approx.ftz.f32 $0, 0f43E00000, $1;", "=r,r", [top], dtype=tl.float32, is_pure=True, pack=1
+        )
+        factor = tl.where(top == 0.0, 1.0, factor)
+        return factor, reciprocal(factor)
+    mantissa = (top.to(tl.int32, bitcast=True) >> 16) & 0x7F
+    factor = _nudged(448.0 / tl.where(top < 2.0**-126, 0.0, top), mantissa, _FAST_448_OVER)
+    factor = tl.where(top == 0.0, 1.0, tl.where(top > 2.0**126, 0.0, factor))
+    scale = tl.where(top == 0.0, 1.0, _nudged(1.0 / factor, mantissa, _FAST_RECIPROCAL))
+    return factor, tl.where(factor > 2.0**126, 0.0, scale)
+
+
+def _as_int32(tables: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    """The words as int32 has them."""
+    return tuple(tuple(word - (word >> 31 << 32) for word in words) for words in tables)
+
+
+_FAST_448_OVER = tl.constexpr(_as_int32(rounding.FAST_448_OVER))
+_FAST_RECIPROCAL = tl.constexpr(_as_int32(rounding.FAST_RECIPROCAL))
+
+
+@triton.jit
+def _nudged(x, mantissa, OFF: tl.constexpr):
+    """x one unit in the last place up or down, as the tables in rounding.py have it for `mantissa`."""
+    steps = _bit(OFF[0], mantissa) - _bit(OFF[1], mantissa)
+    nudged = (x.to(tl.int32, bitcast=True) + steps).to(tl.float32, bitcast=True)
+    return tl.where((x == 0.0) | (x == float("inf")), x, nudged)
+
+
+@triton.jit
+def _bit(WORDS: tl.constexpr, at):
+    """Bit at % 32 of word at // 32."""
+    bit = at & 31
+    low = tl.where(at < 32, (WORDS[0] >> bit) & 1, (WORDS[1] >> bit) & 1)
+    high = tl.where(at < 96, (WORDS[2] >> bit) & 1, (WORDS[3] >> bit) & 1)
+    return tl.where(at < 64, low, high)
+
+
+@triton.jit
+def flushing_product(x, y):
+    """x * y with subnormal factors and products taken for 0, as fast math multiplies."""
+    if HAS_PTX:
+        x, y = tl.broadcast(x, y)
+        return tl.inline_asm_elementwise(
+            "mul.ftz.f32 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.where(tl.abs(x) < 2.0**-126, x * 0.0, x) * y
 
 
 @triton.jit

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 
 from . import numerics
+from .launch import choose
+from .rounding import of_rows
 
 # Floor of a group's maximum in vLLM's op: the `eps` that its layers call it with.
 EPS = 1e-10
@@ -36,7 +38,31 @@ class QuantConstants(NamedTuple):
 def group_constants(
     scales: torch.Tensor, group_size: int, use_ue8m0: bool, quant_rounding: str, aligned: int = 1
 ) -> QuantConstants:
-    return QuantConstants("group", quant_rounding, group_size, use_ue8m0, scales.stride(0) == 1, aligned)
+    rounding, ue8m0 = choose(_of_rows, scales.shape[0], quant_rounding, use_ue8m0)
+    return QuantConstants("group", rounding, group_size, ue8m0, scales.stride(0) == 1, aligned)
+
+
+def _of_rows(rows: int, quant_rounding: str, use_ue8m0: bool) -> tuple[str, bool]:
+    return of_rows(quant_rounding, use_ue8m0, rows)
+
+
+@triton.jit
+def group(y, eps, QUANT: tl.constexpr):
+    """Scale [rows, groups] and e4m3 codes of each group of y [rows, groups, group_size]."""
+    if QUANT.rounding == "flashinfer":
+        scale, codes = _group_of_flashinfer(y)
+    else:
+        scale = group_scale(y, eps, QUANT.rounding, QUANT.ue8m0)
+        codes = _quotients(y, scale, QUANT.rounding, QUANT.ue8m0).to(tl.float8e4nv)
+    return scale, codes
+
+
+@triton.jit
+def _group_of_flashinfer(y):
+    """As the quantiser inside of FlashInfer's block GEMM, in the instructions that its fast math compiles to."""
+    top = tl.maximum(tl.max(tl.abs(y), axis=2), 0.0)  # of nothing but NaN: 0
+    factor, scale = numerics.flashinfer_factor_and_scale(top)
+    return scale, numerics.flushing_product(y, factor[:, :, None]).to(tl.float8e4nv)
 
 
 @triton.jit
@@ -77,12 +103,6 @@ def _quotients(y, scale, ROUNDING: tl.constexpr, UE8M0: tl.constexpr):
     else:
         quotients = numerics.divide(y, scale[:, :, None])
     return tl.maximum(quotients, -448.0)  # NaN becomes -448, as fmaxf does; the conversion saturates the rest
-
-
-@triton.jit
-def group_codes(y, scale, ROUNDING: tl.constexpr, UE8M0: tl.constexpr):
-    """e4m3 codes of y [rows, groups, group_size] with scale [rows, groups]."""
-    return _quotients(y, scale, ROUNDING, UE8M0).to(tl.float8e4nv)
 
 
 @triton.jit

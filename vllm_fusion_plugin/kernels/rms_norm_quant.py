@@ -65,8 +65,8 @@ def quantise_groups(
         if normed_ptr is not None:
             tl.store(normed_ptr + offset, y.to(dtype), mask=mask)
         y = tl.reshape(y, (TILE.rows, GROUPS, GROUP_SIZE))
-        scale = quant.group_scale(y, eps, QUANT.rounding, QUANT.ue8m0)
-        codes = tl.reshape(quant.group_codes(y, scale, QUANT.rounding, QUANT.ue8m0), (TILE.rows, CHUNK))
+        scale, codes = quant.group(y, eps, QUANT)
+        codes = tl.reshape(codes, (TILE.rows, CHUNK))
         tl.store(tl.multiple_of(codes_ptr + offset, (1, QUANT.aligned)), codes, mask=mask)
         group = first // GROUP_SIZE + tl.arange(0, GROUPS)
         group_mask = group * GROUP_SIZE < WIDTH

@@ -30,11 +30,11 @@ import torch
 
 from .quant import (
     FP8_DTYPE,
-    GROUP_ROUNDINGS,
     INPUT_DTYPES,
     SCALES,
     GroupScales,
     check_choice,
+    check_group_rounding,
     group_fp8_quant_reference,
     is_native,
 )
@@ -119,7 +119,7 @@ def _check(
             f"x has heads of {head_dim}; allowed: multiples of group_size={group_size} from {group_size} to {MAX_HEAD_DIM}"
         )
     check_choice("norm_rounding", norm_rounding, NORM_ROUNDINGS)
-    check_choice("quant_rounding", quant_rounding, GROUP_ROUNDINGS)
+    check_group_rounding(quant_rounding, x.dtype)
     return x.shape[0] if x.dim() == 3 else x.shape[0] // num_heads, num_heads * head_dim
 
 

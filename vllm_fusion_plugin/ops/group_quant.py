@@ -12,11 +12,10 @@ import torch
 
 from .quant import (
     FP8_DTYPE,
-    GROUP_ROUNDINGS,
     INPUT_DTYPES,
     SCALES,
     GroupScales,
-    check_choice,
+    check_group_rounding,
     group_fp8_quant_reference,
 )
 from .registry import register
@@ -34,7 +33,7 @@ def _check(x: torch.Tensor, how: GroupScales, quant_rounding: str) -> tuple[int,
     if x.stride(1) != 1:
         raise ValueError(f"x has stride {x.stride(1)} along its columns; allowed: 1 (rows themselves may be strided)")
     how.check(width)
-    check_choice("quant_rounding", quant_rounding, GROUP_ROUNDINGS)
+    check_group_rounding(quant_rounding, x.dtype)
     return rows, width
 
 

@@ -21,10 +21,10 @@ import torch
 
 from .quant import (
     FP8_DTYPE,
-    GROUP_ROUNDINGS,
     SCALES,
     GroupScales,
     check_choice,
+    check_group_rounding,
     group_fp8_quant_reference,
     is_native,
 )
@@ -75,7 +75,7 @@ def _check(
     if kv.device != q.device:
         raise ValueError(f"kv is on {kv.device}; allowed: q's device, {q.device}")
     check_choice("norm_rounding", norm_rounding, NORM_ROUNDINGS)
-    check_choice("quant_rounding", quant_rounding, GROUP_ROUNDINGS)
+    check_group_rounding(quant_rounding, q.dtype)
     check_weight("q_weight", q_weight, q, norm_rounding)
     check_weight("kv_weight", kv_weight, kv, norm_rounding)
     how.check(width)

@@ -15,6 +15,12 @@ FP8 here is float8_e4m3fn (±448, no infinities). vLLM has several variants of e
     `QuantFP8.forward_native` as torch runs it: NaN spreads to its group's scale and stays NaN in the codes.
 `native_floored`
     The same since vLLM 0.33: a UE8M0 scale gets its floor before it is rounded up, not after. Group quantisers only.
+`flashinfer`
+    The quantiser inside of FlashInfer's block GEMM: factor 448 / maximum and scale 1 / factor in fast math, off IEEE by one
+    unit in the last place for 37 and 9 of a maximum's 128 mantissas; never powers of two; factor 1 for a group of zeros. NaN
+    is ignored by the maximum and stays NaN in the codes. Group quantisers and bf16 only.
+`custom_op_or_flashinfer`, `reciprocal_or_flashinfer`
+    flashinfer below 32 rows, the other from there on, as vLLM chooses its block GEMM. Group quantisers and bf16 only.
 """
 
 from __future__ import annotations
@@ -23,7 +29,16 @@ from typing import NamedTuple
 
 import torch
 
-from ..kernels.rounding import NATIVE, OPAQUE, is_native
+from ..kernels.rounding import (
+    BY_ROWS,
+    FAST_448_OVER,
+    FAST_RECIPROCAL,
+    FLASHINFER,
+    NATIVE,
+    OPAQUE,
+    is_native,
+    of_rows,
+)
 
 FP8_DTYPE = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -35,7 +50,7 @@ UE8M0_MIN_SCALE = 1e-10
 TMA_ALIGNMENT = 4
 
 ROUNDINGS = ("custom_op", "native")
-GROUP_ROUNDINGS = OPAQUE + NATIVE
+GROUP_ROUNDINGS = (*OPAQUE, FLASHINFER, *BY_ROWS, *NATIVE)
 GROUP_SIZES = (64, 128)
 INPUT_DTYPES = (torch.bfloat16, torch.float16)
 LAYOUTS = ("row", "column", "tma")
@@ -43,11 +58,20 @@ LAYOUTS = ("row", "column", "tma")
 SCALES = "int group_size, str scale_layout, bool use_ue8m0"
 # Floor of a group's maximum in vLLM's op: the `eps` that its layers call it with.
 EPS = 1e-10
+# Smaller fp32 numbers are subnormal: 0 to fast math.
+FP32_TINY = 2.0**-126
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...] = ROUNDINGS) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(allowed)}")
+
+
+def check_group_rounding(quant_rounding: str, dtype: torch.dtype) -> None:
+    """Raises ValueError on what no group quantiser does with numbers of `dtype`."""
+    check_choice("quant_rounding", quant_rounding, GROUP_ROUNDINGS)
+    if dtype != torch.bfloat16 and (quant_rounding == FLASHINFER or quant_rounding in BY_ROWS):
+        raise ValueError(f"{quant_rounding=} with {dtype}; allowed: torch.bfloat16")
 
 
 class GroupScales(NamedTuple):
@@ -109,6 +133,23 @@ def _ignoring_nan_max(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x.isnan(), x.new_zeros(()), x).amax(dim=-1, keepdim=True)
 
 
+def _nudged(x: torch.Tensor, top: torch.Tensor, off: tuple[tuple[int, ...], tuple[int, ...]]) -> torch.Tensor:
+    """x one unit in the last place up or down, where fast math is so far off IEEE for a bf16 maximum `top`."""
+    bits = [[(word >> bit) & 1 for word in words for bit in range(32)] for words in off]
+    table = torch.tensor(bits[0], device=x.device, dtype=torch.int32) - torch.tensor(bits[1], device=x.device)
+    steps = table[((top.view(torch.int32) >> 16) & 0x7F).long()].to(torch.int32)
+    return torch.where(x.isfinite() & (x != 0), (x.view(torch.int32) + steps).view(torch.float32), x)
+
+
+def _flashinfers_scale(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factor and scale of each group, with what fast math makes of subnormals and huge numbers: nothing."""
+    top = _ignoring_nan_max(groups.abs())
+    factor = _nudged(top.new_full((), FP8_MAX) / torch.where(top < FP32_TINY, 0.0, top), top, FAST_448_OVER)
+    factor = torch.where(top == 0, 1.0, torch.where(top > 2.0**126, 0.0, factor))
+    scale = torch.where(top == 0, 1.0, _nudged(factor.reciprocal(), top, FAST_RECIPROCAL))
+    return factor, torch.where(factor > 2.0**126, 0.0, scale)
+
+
 def group_fp8_quant_reference(
     y: torch.Tensor, how: GroupScales, quant_rounding: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,21 +160,25 @@ def group_fp8_quant_reference(
     """
     rows, width = y.shape
     groups = y.float().view(rows, width // how.group_size, how.group_size)
-    if is_native(quant_rounding):
+    rounding, use_ue8m0 = of_rows(quant_rounding, how.ue8m0, rows)
+    if rounding == FLASHINFER:
+        factor, scale = _flashinfers_scale(groups)
+        codes = torch.where(groups.abs() < FP32_TINY, groups * 0.0, groups) * factor  # -0 stays -0
+    elif is_native(rounding):
         scale = groups.abs().amax(dim=-1, keepdim=True) / FP8_MAX  # on CUDA, as in Inductor, times the reciprocal
-        if quant_rounding == "native_floored":
+        if rounding == "native_floored":
             scale = scale.clamp(min=FP8_MIN_SCALE)
-        if how.ue8m0:
+        if use_ue8m0:
             scale = ue8m0(scale)
-        if quant_rounding == "native":
+        if rounding == "native":
             scale = scale.clamp(min=FP8_MIN_SCALE)
         codes = groups / scale
     else:
         # A tensor as divisor: on CUDA, torch multiplies by the reciprocal of a Python number instead of dividing.
         scale = _ignoring_nan_max(groups.abs()).clamp(min=EPS) / groups.new_full((), FP8_MAX)
-        if how.ue8m0:
+        if use_ue8m0:
             scale = ue8m0(scale.clamp(min=UE8M0_MIN_SCALE))
-        codes = groups * scale.reciprocal() if quant_rounding == "reciprocal" else groups / scale
+        codes = groups * scale.reciprocal() if rounding == "reciprocal" else groups / scale
         codes = codes.nan_to_num(nan=-FP8_MAX, posinf=FP8_MAX, neginf=-FP8_MAX)
     codes = codes.clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE).view(rows, width)
     scales = how.empty(y, rows, width)

@@ -51,6 +51,7 @@ from .quant import (
     SCALES,
     GroupScales,
     check_choice,
+    check_group_rounding,
     group_fp8_quant_reference,
     is_native,
     static_fp8_quant_reference,
@@ -111,6 +112,8 @@ class NormInputs(NamedTuple):
         check_rows("x", x)
         check_choice("norm_rounding", rounding, NORM_ROUNDINGS)
         check_choice("quant_rounding", quant_rounding, quant_roundings)
+        if quant_roundings is GROUP_ROUNDINGS:
+            check_group_rounding(quant_rounding, x.dtype)
         if self.weight is not None:
             check_weight("weight", self.weight, x, rounding)
         if self.gemma_weight and self.weight is None:

@@ -27,11 +27,11 @@ import torch
 from .nvfp4 import check_global_scale, check_width, empty_block_scales, nvfp4_quant_reference
 from .quant import (
     FP8_DTYPE,
-    GROUP_ROUNDINGS,
     INPUT_DTYPES,
     SCALES,
     GroupScales,
     check_choice,
+    check_group_rounding,
     group_fp8_quant_reference,
     is_native,
     static_fp8_quant_reference,
@@ -91,7 +91,7 @@ def _check_group(x: torch.Tensor, how: GroupScales, act_rounding: str, quant_rou
     rows, width = _check_input(x)
     how.check(width)
     check_choice("act_rounding", act_rounding, ACT_ROUNDINGS)
-    check_choice("quant_rounding", quant_rounding, GROUP_ROUNDINGS)
+    check_group_rounding(quant_rounding, x.dtype)
     return rows, width
 
 

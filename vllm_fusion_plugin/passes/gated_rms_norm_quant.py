@@ -126,7 +126,7 @@ class GatedRMSNormGroupQuant(PatternReplacement):
         )
 
     def refuse(self, match: Match) -> str | None:
-        if self.quant.variant == "native":
+        if not self.quant.has_buffers:
             return None
         return self.quant.refuse(*(match.kwargs[f"arg{i}"].meta["val"] for i in (3, 4)))
 
@@ -136,10 +136,13 @@ def patterns(dtype: torch.dtype, precision_casts: bool) -> Iterator[GatedRMSNorm
         GATE_OPS, (True, False), (dtype, torch.float32), quantisers.group_quants(GROUP_SIZES)
     ):
         # An opaque quantiser has a reshape before it, and all there is to know in its buffers. A native one begins with a
-        # reshape of its own, and two in a row become one, or none if that changes nothing.
+        # reshape of its own, and two in a row become one, or none if that changes nothing. One without buffers does not tell
+        # how many heads there are, so the pattern begins where they can be seen.
         variants: list[dict[str, Any]] = [{}]
         if quant.variant == "native":
-            variants += [{"groups": 1}, {"flattens": True}]
+            variants += [{"groups": 1}]
+        if not quant.has_buffers:
+            variants += [{"flattens": True}]
         for variant in variants:
             yield GatedRMSNormGroupQuant(
                 activation, norm_before_gate, weight_dtype, quant, dtype, precision_casts, **variant

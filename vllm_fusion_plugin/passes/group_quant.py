@@ -9,13 +9,15 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from torch import fx
 from torch._inductor.pattern_matcher import Match
+from vllm.compilation.passes.vllm_inductor_pass import VllmPatternMatcherPass
 from vllm.config import VllmConfig
 
 from ..graph import OpIndex
 from ..ops import group_quant  # noqa: F401  (registers the op)
 from ..ops.quant import GROUP_SIZES
-from . import quantisers
+from . import block_gemm, quantisers
 from .base import FusionPass
 from .pattern import PatternReplacement, empty
 
@@ -64,3 +66,8 @@ class GroupQuantPass(FusionPass):
             if quant.variant == "custom_op":
                 self.register(LoneGroupQuant(quant, dtype))
         self.dump(config)
+
+    def finish(self, graph: fx.Graph) -> None:
+        # These have been this package's op since block_gemm.py put them there.
+        self.matched_count += (alone := block_gemm.report_alone(graph, self.pass_name))
+        VllmPatternMatcherPass.match_table[self.pass_name] += alone

@@ -27,7 +27,13 @@ logger = logging.getLogger("vllm.fusion_plugin")
 
 NO_PASS = "none"
 """In the place of a pass's name, where no pass fuses what made a quantiser's input."""
-LONE = "GroupQuantPass"
+LONE, SPLIT = "GroupQuantPass", "SplitBlockGemmPass"
+
+# What became of a quantiser that a pass of ours has seen, and that is fused with nothing.
+_ALONE = {
+    "ours": "; it runs this package's kernel, by itself",
+    "joined": "; vLLM's GEMM quantises inside again (lone_group_quant=false)",
+}
 
 
 class Leftovers(InductorPass):
@@ -113,8 +119,8 @@ class Leftovers(InductorPass):
         if name := next((n for n in (called_op(q.node),) if n in compat.OPAQUE_MLPS), None):
             return PASS_NAMES["ActivationQuantFusionPass"], compat.OPAQUE_MLPS[name]
         if q.variant == "inside":
-            return pass_name, f"{compat.OPAQUE_QUANTISERS[called_op(q.node)]}; before it: {made.words}"
-        alone = "; it runs this package's kernel, by itself" if q.variant == "ours" else ""
+            return pass_name, f"{self._inside(q, made, reported)}; before it: {made.words}"
+        alone = _ALONE.get(q.variant, "")
         if refused := self._refused(q, made, reported):
             return refused[0], refused[1] + alone
         reason = self._structure(q, made)
@@ -123,10 +129,19 @@ class Leftovers(InductorPass):
             reason = f"{made.words} is followed by {q}, and {state}"
         return pass_name, reason + (alone or self._by_itself(q, made))
 
+    def _inside(self, q: Quantiser, made: Producer, reported: set[tuple[int, fx.Node]]) -> str:
+        """Which op quantises inside, and why it was not split if it is one that can be."""
+        what = compat.OPAQUE_QUANTISERS[called_op(q.node)]
+        if called_op(q.node) != compat.DYNAMIC_BLOCK_GEMM:
+            return what
+        if refused := self._refused(q, made, reported):
+            return f"{what}: {refused[1]}"
+        return f"{what}: {self._state(SPLIT) or f'{SPLIT} has not split it'}"
+
     def _refused(self, q: Quantiser, made: Producer, reported: set[tuple[int, fx.Node]]) -> tuple[str, str] | None:
         """The first pass that has found a pattern here and refused it, and why."""
-        # Where our op has replaced the quantiser, what made its value is still there.
-        nodes = [q.value, *made.chain, made.node] if q.variant == "ours" else [q.node]
+        # Where another op has replaced the quantiser, what made its value is still there.
+        nodes = [q.value, *made.chain, made.node] if q.variant in _ALONE else [q.node]
         found = None
         for p in self._ours():
             for node in nodes:

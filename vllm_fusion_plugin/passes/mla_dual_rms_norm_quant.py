@@ -16,7 +16,7 @@ from torch import fx
 
 from .. import compat, report
 from ..graph import arguments_of, innermost_common
-from ..kernels.rounding import is_native
+from ..kernels.rounding import BY_ROWS, is_native
 from ..ops import mla_dual_rms_norm_quant, rms_norm_quant  # noqa: F401  (registers the ops)
 from ..ops.quant import GroupScales
 from . import norms, quantisers
@@ -69,9 +69,9 @@ def view_chain(node: Any) -> list[fx.Node]:
 
 def _quantiser(q: fx.Node) -> quantisers.GroupQuant:
     norm = arguments_of(q)
-    variant = (
-        "native" if is_native(norm["quant_rounding"]) else "custom_op"
-    )  # as the graph had it, by which reports name it
+    rounding = norm["quant_rounding"]
+    # as the graph had it, by which reports name it
+    variant = "native" if is_native(rounding) else "split" if rounding in BY_ROWS else "custom_op"
     scales = GroupScales(norm["group_size"], norm["scale_layout"], norm["use_ue8m0"])
     return quantisers.GroupQuant(variant, scales)
 

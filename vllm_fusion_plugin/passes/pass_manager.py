@@ -25,11 +25,14 @@ from ..report import RECORDER
 logger = logging.getLogger("vllm.fusion_plugin")
 
 STAND_INS = tuple(fusion.name for fusion in fusions.entering("pass"))
+# No fusion, but what undoes a split that nothing came of.
+JOIN = fusions.Fusion("JoinBlockGemmPass", "block_gemm", "last", "split_block_gemm")
 
 
 def our_pass(name: str) -> type:
     """Our pass class of that name; importing it registers the ops that it puts into graphs."""
-    return getattr(import_module(f"{__package__}.{fusions.BY_NAME[name].stem}"), name)
+    stem = JOIN.stem if name == JOIN.name else fusions.BY_NAME[name].stem
+    return getattr(import_module(f"{__package__}.{stem}"), name)
 
 
 def _build(name: str, stock: Callable[..., Any] | None, config: VllmConfig) -> Any:
@@ -80,8 +83,12 @@ class FusionPassManager(PostGradPassManager):
         RECORDER.report.passes |= {name: compat.why_off(config, name) for name in stand_ins}
         with seams.stand_ins(stand_ins):
             super().configure(config)
+        for fusion in fusions.entering("first"):
+            self._add_first(self._build_ours(fusion, chosen, config))
         for fusion in fusions.entering("last"):
-            self._add_last(fusion.name, fusion.switch, wanted=getattr(chosen, fusion.switch), config=config)
+            self._add_last(self._build_ours(fusion, chosen, config))
+        if not chosen.lone_group_quant:
+            self._add_last(self._build_ours(JOIN, chosen, config))
         self._add_leftovers(config)
 
     def _add_leftovers(self, config: VllmConfig) -> None:
@@ -110,15 +117,27 @@ class FusionPassManager(PostGradPassManager):
         RECORDER.begin_part(self, owner, compat.part_name(config), folder)
         return chosen
 
-    def _add_last(self, name: str, setting: str, wanted: bool, config: VllmConfig) -> None:
-        if not wanted:
-            RECORDER.report.passes[name] = f"off: {setting}=false"
-            return
+    def _build_ours(self, fusion: fusions.Fusion, chosen: settings.Settings, config: VllmConfig) -> Any:
+        """A pass that vLLM has none in the place of; None if it is off, or if it cannot be made here."""
+        if not getattr(chosen, fusion.switch):
+            RECORDER.report.passes[fusion.name] = f"off: {fusion.switch}=false"
+            return None
         try:
-            self.add(_build(name, None, config))
+            return _build(fusion.name, None, config)
         except Exception as e:
-            RECORDER.report.passes[name] = f"off: it failed: {type(e).__name__}: {e}"
-            logger.warning("vllm-fusion-plugin: %s is left out, it failed: %s: %s", name, type(e).__name__, e)
+            RECORDER.report.passes[fusion.name] = f"off: it failed: {type(e).__name__}: {e}"
+            logger.warning("vllm-fusion-plugin: %s is left out, it failed: %s: %s", fusion.name, type(e).__name__, e)
+            return None
+
+    def _add_first(self, made: Any) -> None:
+        """Before all fusion passes, and after vLLM's elimination of views that change nothing."""
+        if made is not None:
+            after = sum(type(p).__name__ == "NoOpEliminationPass" for p in self.passes[:1])
+            self.passes.insert(after, made)
+
+    def _add_last(self, made: Any) -> None:
+        if made is not None:
+            self.add(made)
 
     def __call__(self, graph: fx.Graph) -> None:
         with contextlib.suppress(Exception):  # a report must never stop a model from compiling

@@ -17,6 +17,7 @@ from torch import fx
 
 from .. import compat
 from ..graph import CONVERT, called_op, triton_kernel_name
+from .quantisers import SPLIT
 
 aten = torch.ops.aten
 
@@ -71,7 +72,8 @@ class Quantiser:
     kind: str
     """A key of WORDS."""
     variant: str
-    """"op", "native" (plain torch code), "triton", "inside" (in another op), or "ours" (alone, in this package's op)."""
+    """"op", "native" (plain torch code), "triton", "inside" (in another op), "joined" (likewise, after it was split off in
+    vain), or "ours" (alone, in this package's op)."""
     group_size: int | None = None
     kernel: str = ""
     """A Triton kernel's name."""
@@ -82,6 +84,7 @@ class Quantiser:
             "native": "in plain torch code",
             "triton": f"in a Triton kernel, {self.kernel}",
             "ours": "in this package's op",
+            "joined": f"inside {called_op(self.node)}",
         }.get(self.variant, called_op(self.node))
         return f"{WORDS[self.kind]}{size} ({how})"
 
@@ -89,6 +92,8 @@ class Quantiser:
         """Whether a reader of `value` is part of this quantiser: itself, or what leads to it and nothing else does."""
         if user is self.node:
             return True
+        if self.variant == "joined" and called_op(user) == called_op(self.node):
+            return user.args[3:] == self.node.args[3:]  # GEMMs of one input had one quantiser
         if user.target in VIEWS or (self.variant == "native" and called_op(user) in _MADE_OF):
             return any(map(self.reads, user.users))
         return False
@@ -133,6 +138,8 @@ def _find(node: fx.Node) -> Quantiser | Fused | None:
         return _triton(node)
     if name == "prims.convert_element_type":
         return _native(node) if node.args[1] in FP8_DTYPES else None
+    if name == compat.DYNAMIC_BLOCK_GEMM and node.meta.get(SPLIT):
+        return Quantiser(node, node.all_input_nodes[0], "group", "joined", 128)
     if name in compat.OPAQUE_QUANTISERS or name in compat.OPAQUE_MLPS:
         return Quantiser(node, node.all_input_nodes[0], "other", "inside")
     if name == OURS:

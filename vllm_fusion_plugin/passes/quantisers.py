@@ -19,7 +19,9 @@ from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 
 from .. import compat, roundings
-from ..graph import OpIndex, called_op, same_strides
+from ..graph import OpIndex, arguments_of, called_op, same_strides
+from ..kernels.rounding import FLASHINFER
+from ..ops import group_quant  # noqa: F401  (registers the op)
 from ..ops.quant import EPS, FP8_DTYPE, FP8_MAX, GroupScales
 from .pattern import empty, functionalized, has_op, make_layer
 
@@ -103,7 +105,10 @@ class Fp8Quant:
 
 @dataclass(frozen=True)
 class GroupQuant(Fp8Quant):
-    """Dynamic FP8 quantiser with one scale a group along the row, in one of its layouts and variants."""
+    """Dynamic FP8 quantiser with one scale a group along the row, in one of its layouts and variants.
+
+    variant "split": this package's op, which block_gemm.py puts in front of a GEMM that quantised inside.
+    """
 
     variant: str
     scales: GroupScales
@@ -115,6 +120,8 @@ class GroupQuant(Fp8Quant):
             maxima = (node.all_input_nodes[0].meta["val"].shape[-1] for node in ops.get("aten.max", []))
             rounds_up = "aten.log2" in ops or not self.scales.ue8m0
             return _converts_to_fp8(ops) and self.scales.group_size in maxima and rounds_up
+        if self.variant == "split":
+            return any(split_scales(node) == self.scales for node in ops.get("vllm_fusion_plugin.group_fp8_quant", []))
         wanted = {k: v for k, v in self._arguments().items() if k not in ("eps", "fp8_min", "fp8_max")}
         nodes = ops.get("_C.per_token_group_fp8_quant", [])
         return any(all(node.kwargs.get(k) == v for k, v in wanted.items()) for node in nodes)
@@ -135,8 +142,13 @@ class GroupQuant(Fp8Quant):
         size, layout, ue8m0 = self.scales
         return f"group{size}[{self.variant},{layout}{',ue8m0' if ue8m0 else ''}]"
 
+    @property
+    def has_buffers(self) -> bool:
+        """Whether a graph hands it the tensors that it writes to."""
+        return self.variant == "custom_op"
+
     def inputs(self, rows: int, width: int) -> list[torch.Tensor]:
-        if self.variant == "native":
+        if not self.has_buffers:
             return []
         return [
             empty(rows, width, dtype=FP8_DTYPE),
@@ -145,6 +157,8 @@ class GroupQuant(Fp8Quant):
 
     @property
     def rounding(self) -> str:
+        if self.variant == "split":
+            return split_rounding()
         floored = self.variant == "native" and _native_scale_is_floored_first()
         return "native_floored" if floored else super().rounding
 
@@ -169,6 +183,8 @@ class GroupQuant(Fp8Quant):
                 use_ue8m0=self.scales.ue8m0,
             )
             return layer.forward_native(y)
+        if self.variant == "split":
+            return torch.ops.vllm_fusion_plugin.group_fp8_quant.default(y, *self.scales, self.rounding)
         _, codes, scales = functionalized(
             torch.ops._C.per_token_group_fp8_quant.default,
             input=y,
@@ -192,7 +208,30 @@ def group_quants(group_sizes: tuple[int, ...]) -> list[GroupQuant]:
         for ue8m0 in (False, True)
         # forward_native knows no TMA alignment: it returns plain column-major scales
         if not (variant == "native" and layout == "tma")
-    ]
+    ] + [GroupQuant("split", SPLIT_SCALES._replace(ue8m0=ue8m0)) for ue8m0 in (False, True)]
+
+
+SPLIT_SCALES = GroupScales(128, "tma")
+
+
+def split_rounding() -> str:
+    """What the quantiser inside of vLLM's dynamic block GEMM does: FlashInfer's below 32 rows, vLLM's from there on, or for
+    all with VLLM_BATCH_INVARIANT."""
+    rounding = roundings.of(roundings.GROUP_QUANT).name
+    return rounding if compat.batch_invariant() else f"{rounding}_or_{FLASHINFER}"
+
+
+def split_scales(node: fx.Node) -> GroupScales | None:
+    """Of a quantiser that was split off a GEMM; None of any other node."""
+    if called_op(node) != "vllm_fusion_plugin.group_fp8_quant":
+        return None
+    arguments = arguments_of(node)
+    scales = GroupScales(*(arguments[name] for name in ("group_size", "scale_layout", "use_ue8m0")))
+    return scales if arguments["quant_rounding"] == split_rounding() and node.meta.get(SPLIT) else None
+
+
+SPLIT = "vllm_fusion_plugin_split"
+"""In the `meta` of such a quantiser, and of a GEMM that was split in vain and is vLLM's again."""
 
 
 def _quant_fp8(**arguments: Any) -> QuantFP8:

@@ -143,7 +143,7 @@ class RMSNormGroupQuant(RMSNormQuant):
     def refuse(self, match: Match) -> str | None:
         if reason := super().refuse(match):
             return reason
-        if self.quant.variant == "native":
+        if not self.quant.has_buffers:
             return None
         return self.quant.refuse(self.quant_value(match, 0), self.quant_value(match, 1))
 

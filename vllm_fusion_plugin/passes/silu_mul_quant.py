@@ -109,7 +109,7 @@ class SiluMulGroupQuant(SiluMulQuant):
     def refuse(self, match: Match) -> str | None:
         if reason := super().refuse(match):
             return reason
-        if self.quant.variant == "native":
+        if not self.quant.has_buffers:
             return None
         return self.quant.refuse(*(match.kwargs[f"arg{i}"].meta["val"] for i in (1, 2)))
 
