@@ -9,9 +9,10 @@ from typing import Any
 OFF = {"fuse_norm_quant": False, "fuse_act_quant": False}
 ON = {"fuse_norm_quant": True, "fuse_act_quant": True}
 CONFIGS: dict[str, dict[str, Any]] = {
+    "untouched": {"plugin": False, "pass_config": {}},
     "stock": {"plugin": False, "pass_config": {}},
     "stock_unfused": {"plugin": False, "pass_config": OFF},
-    "ours": {"plugin": True, "pass_config": ON},
+    "ours": {"plugin": True, "pass_config": {}},
     "ours_act": {
         "plugin": True,
         "pass_config": OFF | {"fuse_act_quant": True},
@@ -20,9 +21,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "control": {"plugin": False, "pass_config": OFF},
 }
 ATTENTION = ("stock", "ours")  # what --attention lets fuse attention with the quantiser after it
-CONFIGS_IN_ROWS = ("stock", "stock_unfused", "ours")  # of a result; the other configurations are in its `more_rows`
+# Of a result; the other configurations are in its `more_rows`.
+CONFIGS_IN_ROWS = ("untouched", "stock", "stock_unfused", "ours")
 # Pairs whose times and tokens are compared, the one that should be faster first.
 PAIRS = (
+    ("ours", "untouched"),
     ("ours", "stock_unfused"),
     ("ours", "stock"),
     ("ours_act", "stock_unfused"),
@@ -35,9 +38,18 @@ LINEAR = {
     "deepgemm": {"VLLM_BLOCKSCALE_FP8_GEMM_FLASHINFER": "0", "VLLM_USE_DEEP_GEMM": "1"},
     "default": {},
 }
+# What vLLM's kernels for block-scaled linear layers run, by their class.
+BLOCK_GEMMS = {
+    "FlashInferFp8DeepGEMMDynamicBlockScaledKernel": "FlashInfer below 32 rows, DeepGEMM from there on",
+    "FlashInferFp8BlockScaledMMKernel": "FlashInfer",
+    "DeepGemmFp8BlockScaledMMKernel": "DeepGEMM",
+    "CutlassFp8BlockScaledMMKernel": "CUTLASS",
+}
+# What runs with `--linear default`, of every model: `stock` would be `untouched` once more.
+DEFAULT_CONFIGS = ["untouched", "ours"]
 # What is taken where the command line says nothing, and what a model needs instead, by its config.json's model_type.
 DEFAULTS: dict[str, Any] = {
-    "configs": list(CONFIGS),
+    "configs": [name for name in CONFIGS if name != "untouched"],
     "batches": [1, 8, 32, 128],
     "capture": [1, 2, 4, 8, 16, 32, 64, 128],
     "autotuned": False,  # has kernels that Triton's autotuner times
@@ -56,11 +68,20 @@ NEEDS: dict[str, dict[str, Any]] = {
 }
 
 
+def environment(name: str, linear: str) -> dict[str, str]:
+    """The variables that select the block GEMM of the configuration `name`; linear: what `--linear` says."""
+    return LINEAR["default" if name == "untouched" else linear]
+
+
 def engine_arguments(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """What `vllm.LLM` is called with for the configuration `name`; args: end_to_end.py's command line."""
     config = CONFIGS[name]
-    pass_config, partition = config["pass_config"] | args.pass_config, {}
-    if args.attention:
+    pass_config, partition = config["pass_config"], {}
+    if name == "ours" and not args.default_flags_fuse:
+        pass_config = ON
+    if name != "untouched":
+        pass_config = pass_config | args.pass_config
+    if args.attention and name != "untouched":
         partition = {"use_inductor_graph_partition": True}  # attention has to be in the graph that passes see
         if name in ATTENTION:
             pass_config = pass_config | {"fuse_attn_quant": True}

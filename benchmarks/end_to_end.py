@@ -6,11 +6,16 @@
 One engine a configuration, all alive at once on one GPU, asked in turn: what drifts (clocks, heat)
 drifts for all. Configurations:
 
-    stock           vLLM's defaults
-    stock_unfused   vLLM with fuse_norm_quant and fuse_act_quant off
+    untouched       vLLM: no plugin, no GEMM selected, no flag of a pass, whatever other options say
+    stock           vLLM's default flags with the GEMM that --linear selects
+    stock_unfused   that with fuse_norm_quant and fuse_act_quant off
     ours            the plugin, all its fusions: norm, SiLU·mul, quantisers by themselves
     ours_act        the plugin, SiLU·mul + quantiser only
     control         stock_unfused once more: what of a difference is the engine's own
+
+`untouched` and `ours` run by default. Every engine, also `untouched`, runs in one process, samples
+without FlashInfer, and skips DeepGEMM's warm-up. The last two shorten a start, and change no step
+that is timed.
 """
 
 from __future__ import annotations
@@ -27,7 +32,17 @@ from typing import Any
 
 import timing
 from comparisons import Times, compare, paired, summaries
-from configurations import CONFIGS, CONFIGS_IN_ROWS, DEFAULTS, LINEAR, NEEDS, engine_arguments
+from configurations import (
+    BLOCK_GEMMS,
+    CONFIGS,
+    CONFIGS_IN_ROWS,
+    DEFAULT_CONFIGS,
+    DEFAULTS,
+    LINEAR,
+    NEEDS,
+    engine_arguments,
+    environment,
+)
 from engine_process import Settings
 
 HERE = pathlib.Path(__file__).parent
@@ -41,7 +56,8 @@ class Engine:
         # Triton's own autotuner, of the GDN kernels for example, keeps its choices there.
         shared = {"TRITON_CACHE_DIR": str(pathlib.Path(folder) / "triton")} if args.deterministic else {}
         self.log = pathlib.Path(folder) / f"{name}.log"
-        env = os.environ | LINEAR[args.linear] | shared | {
+        inherited = {k: v for k, v in os.environ.items() if k not in LINEAR["cutlass"]}
+        env = inherited | environment(name, args.linear) | shared | {
             "VLLM_FUSION_PLUGIN": "1" if CONFIGS[name]["plugin"] else "0",
             "VLLM_CACHE_ROOT": str(pathlib.Path(folder) / name),
             # The engine in the process that is asked: nothing between a step and the clock.
@@ -76,11 +92,15 @@ class Engine:
             sys.exit(f"{self.name}: engine died, last of its log ({self.log}):\n{self.log.read_text()[-3000:]}")
         return json.loads(line)
 
-    def ask(self, do: str, **arguments: Any) -> Any:
-        """Send it a command and wait for the answer."""
+    def send(self, do: str, **arguments: Any) -> None:
+        """Send it a command."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
         self.process.stdin.flush()
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        """Send it a command and wait for the answer."""
+        self.send(do, **arguments)
         return self.answer()
 
 
@@ -118,9 +138,7 @@ def measure(args: argparse.Namespace) -> None:
             if report["report"]:
                 mark = "" if name == "ours" else f".{name}"
                 write_report(out.with_name(f"{out.stem}{mark}.report.json"), name, report["report"])
-        asked = {name: engine.ask("tokens") for name, engine in engines.items()}
-        again = {name: engine.ask("tokens") for name, engine in engines.items()}
-        found = compare(asked, again)
+        found = {} if args.times_only else compare(ask_together(engines, "tokens"), ask_together(engines, "tokens"))
         print(json.dumps(found, indent=1), flush=True)
         write(out, args, reports, found, {})  # what is known by now survives a run cut short
         if args.tokens_only:
@@ -130,6 +148,13 @@ def measure(args: argparse.Namespace) -> None:
         for engine in engines.values():
             engine.process.kill()
     write(out, args, reports, found, times)
+
+
+def ask_together(engines: dict[str, Engine], do: str) -> dict[str, Any]:
+    """Ask all engines at once for what is not timed: each compiles the GEMMs that it meets first."""
+    for engine in engines.values():
+        engine.send(do)
+    return {name: engine.answer() for name, engine in engines.items()}
 
 
 def write(
@@ -147,11 +172,18 @@ def write(
         agreement=found,
         linear_kernels={name: report["linear_kernels"] for name, report in reports.items()},
         attention_backends={name: report["attention_backends"] for name, report in reports.items()},
+        linear=block_gemms(reports),
         linear_environment=LINEAR[args.linear],
         match_tables={name: report["match_table"] for name, report in reports.items()},
         prefill_tokens=args.prefill,
         rounds=args.rounds,
     )
+
+
+def block_gemms(reports: dict[str, Any]) -> dict[str, str]:
+    """What ran for each class of kernels that the engines selected, in words."""
+    selected = dict.fromkeys(kernel for report in reports.values() for kernel in report["linear_kernels"])
+    return {kernel: BLOCK_GEMMS[kernel] for kernel in selected if kernel in BLOCK_GEMMS}
 
 
 def take_turns(engines: dict[str, Engine], args: argparse.Namespace) -> Times:
@@ -186,12 +218,17 @@ def parse() -> argparse.Namespace:
     """The command line, with what the model needs where it says nothing, and the model's `vocabulary`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=pathlib.Path, required=True, help="folder with a config.json")
-    parser.add_argument("--configs", nargs="*", choices=list(CONFIGS), help="default: all that fit on the GPU")
-    parser.add_argument("--linear", default="cutlass", choices=list(LINEAR), help="block GEMM to select")
+    parser.add_argument(
+        "--configs",
+        nargs="*",
+        choices=list(CONFIGS),
+        help="default: untouched and ours; of another --linear, all others that fit",
+    )
+    parser.add_argument("--linear", default="default", choices=list(LINEAR), help="block GEMM to select")
     parser.add_argument(
         "--attention",
         action="store_true",
-        help="partition graphs in Inductor; stock and ours fuse attention + quantiser too",
+        help="partition graphs in Inductor, but of untouched; stock and ours fuse attention + quantiser too",
     )
     parser.add_argument(
         "--deterministic",
@@ -205,7 +242,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--tensor-parallel-size", type=int, default=1, help="GPUs of an engine; counts are summed over them"
     )
-    parser.add_argument("--tokens-only", action="store_true", help="compare tokens, measure no times")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--tokens-only", action="store_true", help="compare tokens, measure no times")
+    what.add_argument("--times-only", action="store_true", help="measure times, compare no tokens")
     parser.add_argument("--prefill", type=int, default=8192, help="tokens of the prefill")
     parser.add_argument("--batches", nargs="*", type=int, help="requests decoded together")
     parser.add_argument("--capture", nargs="*", type=int, help="batch sizes that get a CUDA graph")
@@ -213,7 +252,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=12, help="6 or more, for a confidence interval")
     parser.add_argument("--kv-gib", type=float, default=6, help="KV cache of each engine")
     parser.add_argument("--engine", type=json.loads, help="further engine arguments, or others instead, JSON")
-    parser.add_argument("--pass-config", type=json.loads, default={}, help="further flags of all engines' passes, JSON")
+    parser.add_argument(
+        "--pass-config", type=json.loads, default={}, help="further flags of passes, of all but untouched, JSON"
+    )
     parser.add_argument("--out", type=pathlib.Path)
     args = parser.parse_args()
     try:
@@ -225,7 +266,11 @@ def parse() -> argparse.Namespace:
             f"--rounds {args.rounds}: no interval of fewer than 6 rounds holds the median with 95 % confidence"
         )
     args.vocabulary = config["vocab_size"]
+    # vLLM turns both flags on where weights are FP8 in blocks.
+    args.default_flags_fuse = "weight_block_size" in config.get("quantization_config", {})
     needs = NEEDS.get(config["model_type"], {})
+    if args.linear == "default":
+        needs = needs | {"configs": DEFAULT_CONFIGS}
     args.engine = needs.get("engine", {}) | (args.engine or {})
     for name, value in (DEFAULTS | needs).items():
         if getattr(args, name, None) is None:

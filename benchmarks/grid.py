@@ -32,6 +32,11 @@ class Workload(ABC):
     modes: ClassVar[tuple[str, ...]]
     """All modes; the first is what runs if none is asked for."""
 
+    @classmethod
+    def of(cls, mode: str) -> list[Workload]:
+        """What one run times: one workload a mode, or several that differ in more than rows and width."""
+        return [cls(mode)]
+
     def __init__(self, mode: str) -> None:
         self.mode = mode
         self.words = mode.split(",")
@@ -41,6 +46,19 @@ class Workload(ABC):
         """What comes before the quantiser rounds as vLLM's native layer does (if the mode has the word) or as its CUDA op
         does. Only for ops that have both."""
         return "native" if "native" in self.words else "custom_op"
+
+    def widths(self, asked: Sequence[int]) -> Sequence[int]:
+        """Those of the widths asked for that it has."""
+        return asked
+
+    def fields(self) -> dict[str, Any]:
+        """What its rows say besides op, rows, width, dtype and mode."""
+        return {}
+
+    def compared(self, sets: list[Tensors]) -> dict[str, Any]:
+        """How the bytes of ours and of what it replaces compare, where this is no matter of exactness.py: fields of a row
+        of ours."""
+        return {}
 
     @abstractmethod
     def inputs(self, rows: int, width: int, dtype: torch.dtype) -> Tensors:
@@ -99,7 +117,7 @@ def measure(args: argparse.Namespace, workloads: Sequence[Workload]) -> None:
         torch._dynamo.config.recompile_limit = torch._dynamo.config.cache_size_limit = 64
         impls = {"ours": functools.partial(workload.ours, None), **workload.others()}
         impls = {name: launch for name, launch in impls.items() if not args.impls or name in args.impls}
-        for width in args.widths:
+        for width in workload.widths(args.widths):
             timing.write(args.out, results, **copies)  # what is there by now survives a run cut short
             for rows in args.rows:
                 sets = workload.input_sets(rows, width, dtype)
@@ -110,14 +128,19 @@ def measure(args: argparse.Namespace, workloads: Sequence[Workload]) -> None:
                     "H": width,
                     "dtype": str(dtype).removeprefix("torch."),
                     "mode": workload.mode,
+                    **workload.fields(),
                 }
+                compared = {"ours": workload.compared(sets)} if "ours" in impls else {}
                 times = {impl: timing.graph_us(launch, sets) for impl, launch in impls.items()}
                 results += [
-                    at | {"impl": impl, "us": round(us, 3), "floor_us": round(floor, 3)} for impl, us in times.items()
+                    at | {"impl": impl, "us": round(us, 3), "floor_us": round(floor, 3)} | compared.get(impl, {})
+                    for impl, us in times.items()
                 ]
                 if args.verbose:
                     listed = ", ".join(f"{impl} {us:.2f}" for impl, us in times.items())
-                    print(f"{workload.op} {workload.mode} M={rows} H={width} floor {floor:.2f}: {listed}")
+                    where = " ".join(f"{k}={v}" for k, v in {"M": rows, "H": width, **workload.fields()}.items())
+                    listed += "".join(f", {k} {v}" for k, v in compared.get("ours", {}).items())
+                    print(f"{workload.op} {workload.mode} {where} floor {floor:.2f}: {listed}", flush=True)
                 del sets
     timing.write(args.out, results, **copies)
     verdict(results)
@@ -128,7 +151,8 @@ def verdict(rows: list[dict[str, Any]]) -> None:
     widest = max((r["H"] for r in rows), default=0)
     by_shape: dict[tuple[Any, ...], dict[str, float]] = {}
     for r in rows:
-        shape = tuple(r[k] for k in ("op", "mode", "dtype", "M", "H", "floor_us"))
+        h = f"{r['H']} N={r['N']}" if "N" in r else r["H"]
+        shape = (r["op"], r["mode"], r["dtype"], r["M"], h, r["floor_us"])
         by_shape.setdefault(shape, {})[r["impl"]] = r["us"]
     for (op, mode, dtype, m, h, floor), us in by_shape.items():
         if "ours" not in us:
@@ -164,7 +188,12 @@ def tune(args: argparse.Namespace, workloads: Sequence[Workload]) -> None:
     timing.write(args.out.with_suffix(".tiles.json"), table)
 
 
-def main(doc: str | None, kinds: Sequence[type[Workload]], widths: tuple[int, ...] = WIDTHS) -> None:
+def main(
+    doc: str | None,
+    kinds: Sequence[type[Workload]],
+    widths: tuple[int, ...] = WIDTHS,
+    rows: tuple[int, ...] = ROWS,
+) -> None:
     """The command line of a benchmark of these ops."""
     name = pathlib.Path(sys.argv[0]).stem.removeprefix("bench_")
     by_op = {kind.op: kind for kind in kinds}
@@ -174,7 +203,7 @@ def main(doc: str | None, kinds: Sequence[type[Workload]], widths: tuple[int, ..
     parser.add_argument("--ops", nargs="*", default=list(by_op), choices=list(by_op))
     parser.add_argument("--modes", nargs="*", choices=modes, help="those that an op has; default: its first")
     parser.add_argument("--widths", nargs="*", type=int, default=widths)
-    parser.add_argument("--rows", nargs="*", type=int, default=ROWS)
+    parser.add_argument("--rows", nargs="*", type=int, default=rows)
     parser.add_argument("--impls", nargs="*", help="default: all")
     parser.add_argument("--fp16", action="store_true", help="fp16 as well as bf16")
     parser.add_argument("--verbose", action="store_true")
@@ -182,7 +211,8 @@ def main(doc: str | None, kinds: Sequence[type[Workload]], widths: tuple[int, ..
     args = parser.parse_args()
     args.dtypes = (torch.bfloat16, torch.float16) if args.fp16 else (torch.bfloat16,)
     chosen = [by_op[op] for op in args.ops]
-    workloads = [kind(mode) for kind in chosen for mode in kind.modes if mode in (args.modes or kind.modes[:1])]
+    modes_of = {kind: [mode for mode in kind.modes if mode in (args.modes or kind.modes[:1])] for kind in chosen}
+    workloads = [workload for kind, modes in modes_of.items() for mode in modes for workload in kind.of(mode)]
     if not workloads:
         parser.error(f"no op of {', '.join(args.ops)} has a mode of {', '.join(args.modes)}")
     (tune if args.tune else measure)(args, workloads)

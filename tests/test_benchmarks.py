@@ -54,6 +54,14 @@ def test_shapes_where_ours_is_slower_are_printed(capsys):
     assert capsys.readouterr().out == "SLOWER some_op column bfloat16 M=4 H=512: ours 2.00, {'unfused': 1.5}\n"
 
 
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Inputs of benchmarks are made on the CPU."""
+    for factory in ("randn", "randn_like", "empty_like"):
+        original = getattr(torch, factory)
+        monkeypatch.setattr(torch, factory, lambda *a, _f=original, **k: _f(*a, **{**k, "device": "cpu"}))
+
+
 @pytest.mark.parametrize(
     # script, width, numbers a row of the buffer for what is quantised, which only vLLM's unfused ops write to
     ("script", "width", "buffer"),
@@ -66,7 +74,7 @@ def test_shapes_where_ours_is_slower_are_printed(capsys):
         ("mla_v_up_quant", 4, 512),
     ],
 )
-def test_least_traffic_is_the_bytes_of_inputs_and_outputs(script, width, buffer, monkeypatch):
+def test_least_traffic_is_the_bytes_of_inputs_and_outputs(script, width, buffer, on_cpu):
     import grid
 
     module = importlib.import_module(f"bench_{script}")
@@ -74,14 +82,35 @@ def test_least_traffic_is_the_bytes_of_inputs_and_outputs(script, width, buffer,
         k for k in vars(module).values() if isinstance(k, type) and issubclass(k, grid.Workload) and hasattr(k, "op")
     ]
     assert kinds
-    for factory in ("randn", "randn_like", "empty_like"):
-        original = getattr(torch, factory)
-        monkeypatch.setattr(torch, factory, lambda *a, _f=original, **k: _f(*a, **{**k, "device": "cpu"}))
     rows = 4  # TMA-aligned scales need no padding
     for workload in (kind(mode) for kind in kinds for mode in kind.modes):
         total = sum(t.nbytes for t in workload.inputs(rows, width, torch.bfloat16) if t is not None)
         unused = 0 if "keep_norm" in workload.words else 2 * rows * buffer
         assert workload.moved_bytes(rows, width) == total - unused, (workload.op, workload.mode)
+
+
+def test_a_block_gemm_is_compared_with_vllms_and_moves_what_it_reads_and_writes(on_cpu, monkeypatch):
+    from bench_block_gemm import SHAPES, BlockGemm
+
+    gemm, alone = (BlockGemm(mode, 256) for mode in BlockGemm.modes)
+    for workload in (gemm, alone):
+        inputs = workload.inputs(4, 512, torch.bfloat16)
+        product = workload.product(*inputs)
+        assert workload.moved_bytes(4, 512) == sum(t.nbytes for t in (*inputs, product))
+        assert product.shape == (4, 256)
+        assert product.isfinite().all()
+
+    def one_off(*inputs):
+        product = gemm.product(*inputs)
+        product[1, 2] += 100
+        return product
+
+    monkeypatch.setattr(gemm, "replaced", one_off)
+    sets = [gemm.inputs(4, 512, torch.bfloat16) for _ in range(2)]
+    assert gemm.compared(sets) == {"elements": 2048, "elements_differ": 2}
+    assert alone.compared(sets) == {}
+    workloads = BlockGemm.of("gemm")
+    assert {(w.columns, width) for w in workloads for width in w.widths([k for _, k in SHAPES])} == set(SHAPES)
 
 
 def test_a_width_that_is_not_whole_groups_is_refused():
@@ -227,10 +256,10 @@ def test_agreement_of_tokens_and_logprobs():
 @pytest.mark.parametrize(
     ("arguments", "out"),
     [
-        ([], "end_to_end/qwen3-8b-8layers.cutlass.json"),
+        ([], "end_to_end/qwen3-8b-8layers.default.json"),
         (
-            ["--linear", "default", "--attention", "--deterministic", "--tensor-parallel-size", "2"],
-            "end_to_end/deterministic/qwen3-8b-8layers.default.attention.tp2.json",
+            ["--linear", "cutlass", "--attention", "--deterministic", "--tensor-parallel-size", "2"],
+            "end_to_end/deterministic/qwen3-8b-8layers.cutlass.attention.tp2.json",
         ),
     ],
 )
@@ -278,8 +307,11 @@ def parsed(monkeypatch, model: Path, *arguments: str):
 @pytest.mark.parametrize("model", sorted((ROOT / "tests" / "models").iterdir()), ids=lambda path: path.name)
 def test_models_bring_what_they_need(model, monkeypatch):
     args = parsed(monkeypatch, model)
+    assert args.configs == ["untouched", "ours"]
     assert set(args.batches) <= set(args.capture)
-    assert {"stock_unfused", "ours"} <= set(args.configs)
+    others = parsed(monkeypatch, model, "--linear", "cutlass").configs
+    assert {"stock_unfused", "ours"} <= set(others)
+    assert "untouched" not in others
     assert ("gdn_prefill_backend" in args.engine) == model.name.startswith("qwen3-next")
 
 
@@ -294,11 +326,23 @@ def test_the_command_line_says_what_vllm_is_called_with(monkeypatch):
     from configurations import CONFIGS, engine_arguments
 
     model = ROOT / "tests" / "models" / "qwen3-8b-8layers"
-    options = ["--attention", "--deterministic", "--engine", '{"max_num_seqs": 3}', "--pass-config", '{"a": 1}']
+    options = [
+        "--linear",
+        "cutlass",
+        "--attention",
+        "--deterministic",
+        "--engine",
+        '{"max_num_seqs": 3}',
+        "--pass-config",
+        '{"a": 1}',
+    ]
     args = parsed(monkeypatch, model, *options)
     found = {name: engine_arguments(name, args) for name in CONFIGS}
     assert json.loads(json.dumps(found)) == found  # an engine's process gets it as JSON
     assert {name for name, of in found.items() if of["additional_config"]} == {"ours_act"}
+    untouched = found.pop("untouched")["compilation_config"]
+    assert untouched["pass_config"] == {}
+    assert "use_inductor_graph_partition" not in untouched
     for name, arguments in found.items():
         compilation = arguments["compilation_config"]
         attention = {"fuse_attn_quant": True} if name in ("stock", "ours") else {}
@@ -306,6 +350,38 @@ def test_the_command_line_says_what_vllm_is_called_with(monkeypatch):
         assert compilation["use_inductor_graph_partition"]
         assert compilation["inductor_compile_config"] == {"deterministic": True}
         assert (arguments["max_num_seqs"], arguments["gpu_memory_utilization"]) == (3, 0.9 / 5)
+
+
+@pytest.mark.parametrize(("model", "flags"), [("qwen3-8b-8layers", []), ("llama31-8b-fp8-dynamic", [True, True])])
+def test_ours_sets_flags_only_where_vllms_default_fuses_nothing(model, flags, monkeypatch):
+    from configurations import engine_arguments
+
+    args = parsed(monkeypatch, ROOT / "tests" / "models" / model)
+    found = [engine_arguments(name, args)["compilation_config"]["pass_config"] for name in ("untouched", "ours")]
+    assert [list(passes.values()) for passes in found] == [[], flags]
+
+
+def test_untouched_runs_the_gemm_that_vllm_selects(tmp_path, monkeypatch):
+    import end_to_end
+
+    started: dict = {}
+    monkeypatch.setenv("VLLM_USE_DEEP_GEMM", "0")
+    monkeypatch.setattr(
+        end_to_end.subprocess, "Popen", lambda command, env, **pipes: started.update({env["VLLM_FUSION_PLUGIN"]: env})
+    )
+    args = parsed(monkeypatch, ROOT / "tests" / "models" / "qwen3-8b-8layers", "--linear", "deepgemm")
+    for name in ("untouched", "ours"):
+        end_to_end.Engine(name, args, str(tmp_path))
+    assert started["1"].items() >= end_to_end.LINEAR["deepgemm"].items()
+    assert not started["0"].keys() & end_to_end.LINEAR["deepgemm"].keys()
+
+
+def test_a_result_says_in_words_which_block_gemm_ran():
+    import end_to_end
+
+    dynamic = "FlashInferFp8DeepGEMMDynamicBlockScaledKernel"
+    reports = {name: {"linear_kernels": {dynamic: 32, "FusedMoEKernel": 1}} for name in ("untouched", "ours")}
+    assert end_to_end.block_gemms(reports) == {dynamic: "FlashInfer below 32 rows, DeepGEMM from there on"}
 
 
 @pytest.mark.parametrize(
