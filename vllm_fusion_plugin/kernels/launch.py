@@ -9,10 +9,14 @@ be asked without a GPU: launched on "meta" tensors, which have no data, kernels 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import triton.language as tl
+
+from .numerics import INTERPRETED
 
 
 def rows_with_padding(scales: torch.Tensor, rows: int) -> int:
@@ -31,6 +35,31 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
+
+
+# ---- compile-time constants ------------------------------------------------------------------------------------------
+
+
+class _Constants:
+    """A named tuple as a compile-time constant whose fields are constexprs. Inside of a kernel, Triton up to 3.7 takes the
+    fields of a named tuple itself for plain numbers, which tensors cannot be multiplied by."""
+
+    def __init__(self, values: Any) -> None:
+        for name, value in zip(values._fields, values, strict=True):
+            setattr(self, name, tl.constexpr(value))
+        self._values, self._hash, self._repr = values, hash(values), repr(values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Constants) and self._values == other._values
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __repr__(self) -> str:  # a part of Triton's cache keys
+        return self._repr
+
+
+_constants = functools.cache(_Constants)
 
 
 # ---- what is launched ------------------------------------------------------------------------------------------------
@@ -71,6 +100,8 @@ def choose(table: Callable[..., Choice], rows: int, *shape: Any) -> Choice:
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, /, *args: Any, **kwargs: Any) -> None:
     """Run `kernel` on `device`; on "meta", only write it down."""
     if device.type != "meta":
+        if not INTERPRETED:
+            kwargs = {name: _constants(v) if isinstance(v, tuple) else v for name, v in kwargs.items()}
         with on_device(device):
             kernel[grid](*args, **kwargs)
     elif _plan is not None:

@@ -142,12 +142,14 @@ def flashinfer_factor_and_scale(top):
             "div.approx.ftz.f32 $0, 0f43E00000, $1;", "=r,r", [top], dtype=tl.float32, is_pure=True, pack=1
         )
         factor = tl.where(top == 0.0, 1.0, factor)
-        return factor, reciprocal(factor)
-    mantissa = (top.to(tl.int32, bitcast=True) >> 16) & 0x7F
-    factor = _nudged(448.0 / tl.where(top < 2.0**-126, 0.0, top), mantissa, _FAST_448_OVER)
-    factor = tl.where(top == 0.0, 1.0, tl.where(top > 2.0**126, 0.0, factor))
-    scale = tl.where(top == 0.0, 1.0, _nudged(1.0 / factor, mantissa, _FAST_RECIPROCAL))
-    return factor, tl.where(factor > 2.0**126, 0.0, scale)
+        scale = reciprocal(factor)
+    else:
+        mantissa = (top.to(tl.int32, bitcast=True) >> 16) & 0x7F
+        factor = _nudged(448.0 / tl.where(top < 2.0**-126, 0.0, top), mantissa, _FAST_448_OVER)
+        factor = tl.where(top == 0.0, 1.0, tl.where(top > 2.0**126, 0.0, factor))
+        scale = tl.where(top == 0.0, 1.0, _nudged(1.0 / factor, mantissa, _FAST_RECIPROCAL))
+        scale = tl.where(factor > 2.0**126, 0.0, scale)
+    return factor, scale
 
 
 def _as_int32(tables: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
