@@ -214,14 +214,14 @@ def expected_norm(
 
 
 def assert_norms_bytes(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    """The same bytes; on a GPU a last bit may be another, seldom. There the reference adds up a row's squares in a kernel of
+    """The same bytes; on a GPU last bits may be others, seldom. There the reference adds up a row's squares in a kernel of
     its own, in which the compiler joins other products and sums than in the norm's. Tests with `gpu` compare with vLLM."""
     actual, expected = one_nan(actual), one_nan(expected)
     if not actual.is_cuda:
         assert_same_bytes(actual, expected, what)
         return
     steps = (as_bits(actual).long() - as_bits(expected).long()).abs()
-    assert int((steps > 1).sum()) == 0, what
+    assert int((steps > (2 if actual.dtype == torch.float32 else 1)).sum()) == 0, what
     assert int(steps.count_nonzero()) <= max(2, steps.numel() // 1000), what
 
 
