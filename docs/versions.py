@@ -20,9 +20,10 @@ HEAD = """\
 # What works with which vLLM
 
 `docs/versions.py` makes this table from [one file a version](versions), which `nox -s versions-0.33.0` writes. vLLM's
-CUDA build compiles the models of [tests/models](../tests/models) for an H200 with CUTLASS's block GEMM, without a GPU.
-Numbers are fusions over all layers, by pass. Kernels are compiled for sm_90, in the variants of
-`tests/compile/test_kernels.py`. –: none. `nox` itself tests with vLLM's CUDA build 0.33.0 and its CPU build 0.32.0.
+CUDA build compiles the models of [tests/models](../tests/models) for an H200, without a GPU and with nothing set: all take
+vLLM's default block GEMM, which quantises inside and is split. Numbers are fusions over all layers, by pass. Kernels are
+compiled for sm_90, in the variants of `tests/compile/test_kernels.py`. –: none. `nox` itself tests with vLLM's CUDA build
+0.33.0 and its CPU build 0.32.0.
 
 """
 
