@@ -33,6 +33,7 @@ IMPLEMENTATIONS = {
 }
 COMPILED = ("inductor_norm", "inductor")
 CONFIGURATIONS = {
+    "untouched": "vLLM untouched",
     "stock": "vLLM, default flags",
     "stock_unfused": "vLLM, fusions off",
     "control": "fusions off, again",
@@ -168,12 +169,12 @@ def summed(rows: list[Record], field: str) -> str:
 
 
 def times(name: str) -> str:
-    """Milliseconds of every configuration; differences are of this package to vLLM with default flags, or, where those were
-    not run, to fusions off."""
+    """Milliseconds of every configuration; differences are of this package to vLLM untouched, with default flags, or with
+    fusions off: to the first of these that was run."""
     record = load(name)
     rows = [*record["rows"], *record["more_rows"]]
     configs = [config for config in CONFIGURATIONS if any(row["config"] == config for row in rows)]
-    reference = "stock" if "stock" in configs else "stock_unfused"
+    reference = next(config for config in ("untouched", "stock", "stock_unfused") if config in configs)
     differences = {
         (d["phase"], d["batch"], d["clock"]): d for d in record["differences"] if d["pair"] == f"ours - {reference}"
     }

@@ -54,18 +54,17 @@ def test_the_readme_is_read_in_three_minutes():
     assert len((ROOT / "README.md").read_text().split()) <= 500
 
 
-@pytest.mark.parametrize("page, gemm", [("README.md", "cutlass"), ("docs/using.md", "default")])
-def test_reports_are_printed_as_they_print(page, gemm):
-    """The reports in these pages are committed ones."""
+def test_the_readmes_report_is_printed_as_it_prints():
+    """And is a committed one."""
     from rich.console import Console
 
     from vllm_fusion_plugin.report import FusionReport
 
-    report = ROOT / f"benchmarks/results/h200/0.32.0/end_to_end/qwen3-8b-8layers.{gemm}.report.json"
+    report = ROOT / "benchmarks/results/h100/0.33.0/end_to_end/qwen3-8b-8layers.default.report.json"
     console = Console(width=80, file=io.StringIO())
     console.print(*FusionReport.from_ranks(json.loads(report.read_text())).tables())
     printed = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
-    assert f"```\n{printed}\n```" in (ROOT / page).read_text()
+    assert f"```\n{printed}\n```" in (ROOT / "README.md").read_text()
 
 
 def test_the_readmes_times_of_kernels_are_in_the_results():
@@ -76,6 +75,17 @@ def test_the_readmes_times_of_kernels_are_in_the_results():
         tokens = name.split()[-1]
         at = [line.strip("| ").split(" | ") for line in lines if line.startswith(f"| {tokens} | {width} |")]
         assert any({*others.split(" | "), ours} <= set(cells) for cells in at), (name, width)
+
+
+def test_the_readmes_times_of_a_model_are_the_results():
+    readme = (ROOT / "README.md").read_text()
+    result = json.loads((ROOT / "benchmarks/results/h100/0.33.0/end_to_end/qwen3-8b-8layers.default.json").read_text())
+    for config, name in (("untouched", "vLLM untouched"), ("ours", "with this package")):
+        rows = {(row["phase"], row["batch"]): row for row in result["rows"] if row["config"] == config}
+        cells = [f"{rows['decode', batch]['gpu_ms']:.3f}" for batch in (1, 8, 32, 128)]
+        cells.append(f"{rows['prefill', 1]['ms']:.1f}")
+        [line] = re.findall(rf"^\| {name} \|.*$", readme, re.MULTILINE)
+        assert re.findall(r"[\d.]+", line) == cells
 
 
 def test_the_page_of_results_is_up_to_date():
