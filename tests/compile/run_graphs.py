@@ -52,7 +52,7 @@ def dynamic_flashinfer_deepgemm_blockscale_gemm(
 ) -> torch.Tensor:
     few = input.shape[0] < 32
     rounding = "flashinfer" if few else roundings.of(roundings.GROUP_QUANT).name
-    how = quant.GroupScales(group_size, "row", ue8m0=use_deep_gemm_e8m0 and not few)
+    how = quant.GroupScales(group_size, "tma", ue8m0=use_deep_gemm_e8m0 and not few)
     codes, scales = quant.group_fp8_quant_reference(input, how, rounding)
     return block_fp8_gemm_reference(codes, scales, weight, weight_scale)
 
