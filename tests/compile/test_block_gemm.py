@@ -30,7 +30,7 @@ from vllm.model_executor.kernels.linear.scaled_mm import flashinfer  # noqa: E40
 from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul  # noqa: E402
 from vllm.model_executor.layers.layernorm import RMSNorm  # noqa: E402
 
-from vllm_fusion_plugin import compat, report  # noqa: E402
+from vllm_fusion_plugin import compat, report, roundings  # noqa: E402
 from vllm_fusion_plugin.kernels.rounding import FLASHINFER_ROWS  # noqa: E402
 from vllm_fusion_plugin.passes import block_gemm  # noqa: E402
 
@@ -280,6 +280,17 @@ def test_calls_that_are_left_are_explained():
     for reason in REFUSED.values():
         assert sum(reason in r for r in said) == 1, (reason, said)
     assert all("VLLM_" not in reason and "inside one opaque op" in reason for reason in said)
+
+
+@pytest.mark.parametrize(("inexact", "left"), [("leave", 1), ("fuse", 0)])
+def test_a_quantiser_that_rounds_like_none(monkeypatch, inexact, left):
+    """By the setting it is left, or fused with the nearest."""
+    answers = roundings.known() | {roundings.GROUP_QUANT: roundings.Rounding("custom_op", 7, asked=True)}
+    monkeypatch.setattr(roundings, "known", lambda: answers)
+    recording = trace(functools.partial(Gemm, SiluAndMul), settings={"inexact": inexact}, keep_passes=False)
+    assert counts(recording, VLLM_OP, GEMM) == [left, 1 - left]
+    expected = "not exact on this vLLM, by up to 7 codes in a million, and the setting inexact is 'leave'"
+    assert [expected in reason for reason in reasons()] == [True] * left
 
 
 class FlashInfers(Gemm):

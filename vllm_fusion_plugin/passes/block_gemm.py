@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from vllm.config import VllmConfig
 
-from .. import compat, report
+from .. import compat, report, roundings
 from ..graph import arguments_of, called_op
 from ..kernels.rounding import FLASHINFER_ROWS
 from ..ops import block_gemm, group_quant  # noqa: F401  (registers the ops)
@@ -42,11 +42,18 @@ class SplitBlockGemmPass(FusionPass):
         for node in list(graph.nodes):
             if called_op(node) != compat.DYNAMIC_BLOCK_GEMM:
                 continue
-            if reason := _refuse(node):
+            if reason := self._inexact() or _refuse(node):
                 self.refused[node] = reason
                 self.seen_in_refused[node] = node
             else:
                 split(graph, node, quantised)
+
+    def _inexact(self) -> str:
+        """Why the split would not have the bytes of vLLM's op, if the settings want it left alone then."""
+        reason = roundings.of(roundings.GROUP_QUANT).reason
+        if reason and self.settings.inexact == "leave":
+            return f"{reason}, and the setting inexact is 'leave'"
+        return ""
 
 
 def _refuse(gemm: fx.Node) -> str | None:

@@ -87,7 +87,7 @@ class FusionPassManager(PostGradPassManager):
             self._add_first(self._build_ours(fusion, chosen, config))
         for fusion in fusions.entering("last"):
             self._add_last(self._build_ours(fusion, chosen, config))
-        if not chosen.lone_group_quant:
+        if chosen.split_block_gemm and not chosen.lone_group_quant:
             self._add_last(self._build_ours(JOIN, chosen, config))
         self._add_leftovers(config)
 
