@@ -165,12 +165,16 @@ class FusionPass(VllmPatternMatcherPass):
     @VllmInductorPass.time_and_log  # type: ignore[arg-type]  # typed for its own class only
     def __call__(self, graph: fx.Graph) -> None:
         table = VllmPatternMatcherPass.match_table
-        before, found, matches = copy_nodes(graph, fx.Graph()), report.RECORDER.mark(), dict(table)
+        before, found, matches = None, report.RECORDER.mark(), dict(table)
         self.failed = ""
         try:
+            # Inductor hands over graphs whose nodes are not in order, and sorts when it has replaced something.
+            pm.stable_topological_sort(graph)
+            before = copy_nodes(graph, fx.Graph())
             self._run(graph)
         except Exception as e:  # must not stop the model from compiling
-            copy_nodes(before, graph)
+            if before is not None:
+                copy_nodes(before, graph)
             report.RECORDER.take_back(found)
             table.clear()
             table.update(matches)
