@@ -213,19 +213,25 @@ def _why_default(config: Any, flag: str) -> str:
     return f"neither custom op {wanted} nor quant_fp8 is enabled, and vLLM leaves such fusions to Inductor then"
 
 
-def why_dynamic_gemm_is_unknown(flashinfer_rows: int) -> str | None:
-    """Why `vllm.dynamic_flashinfer_deepgemm_blockscale_gemm` (since 0.20 at the latest) is not the op that block_gemm.py
-    knows: other arguments, or another number of rows from which it is DeepGEMM's; None if it is, or if there is none.
+def dynamic_block_gemm() -> torch._ops.OpOverload | None:
+    """The op DYNAMIC_BLOCK_GEMM (since 0.20 at the latest), if this vLLM has it. Goes when vLLM shows the quantiser."""
+    op = getattr(torch.ops.vllm, DYNAMIC_BLOCK_GEMM.rpartition(".")[2], None)
+    return op.default if op is not None else None
 
-    Probed: the schema, and that number among the constants of vLLM's function. Goes when vLLM shows the quantiser."""
+
+def why_dynamic_gemm_is_unknown(flashinfer_rows: int) -> str | None:
+    """Why `dynamic_block_gemm` is not the op that block_gemm.py knows: other arguments, or another number of rows from which
+    it is DeepGEMM's; None if it is, or if there is none.
+
+    Probed: the schema, and that number among the constants of vLLM's function. Goes with that."""
     try:
         from vllm.model_executor.kernels.linear.scaled_mm import flashinfer
     except ImportError:
         return None
-    op = getattr(torch.ops.vllm, "dynamic_flashinfer_deepgemm_blockscale_gemm", None)
+    op = dynamic_block_gemm()
     if op is None:
         return None
-    given = [argument.name for argument in op.default._schema.arguments]
+    given = [argument.name for argument in op._schema.arguments]
     known = ["input", "weight", "weight_scale", "group_size", "use_deep_gemm_e8m0"]
     if given != known:
         return f"vLLM's dynamic block GEMM takes {', '.join(given)}; known: {', '.join(known)}"

@@ -66,7 +66,7 @@ def test_compiled_op_with_dynamic_tokens() -> None:
     ],
 )
 def test_rounding_goes_by_rows(quant_rounding: str, rows: int, expected: tuple[str, bool]) -> None:
-    assert of_rows(quant_rounding, True, rows) == expected
+    assert of_rows(rows, quant_rounding, True) == expected
 
 
 @pytest.mark.parametrize("rows", [31, 32])

@@ -38,12 +38,8 @@ class QuantConstants(NamedTuple):
 def group_constants(
     scales: torch.Tensor, group_size: int, use_ue8m0: bool, quant_rounding: str, aligned: int = 1
 ) -> QuantConstants:
-    rounding, ue8m0 = choose(_of_rows, scales.shape[0], quant_rounding, use_ue8m0)
+    rounding, ue8m0 = choose(of_rows, scales.shape[0], quant_rounding, use_ue8m0)
     return QuantConstants("group", rounding, group_size, ue8m0, scales.stride(0) == 1, aligned)
-
-
-def _of_rows(rows: int, quant_rounding: str, use_ue8m0: bool) -> tuple[str, bool]:
-    return of_rows(quant_rounding, use_ue8m0, rows)
 
 
 @triton.jit

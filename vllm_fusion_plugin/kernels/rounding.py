@@ -18,7 +18,7 @@ def is_native(quant_rounding: str) -> bool:
     return quant_rounding in NATIVE
 
 
-def of_rows(quant_rounding: str, use_ue8m0: bool, rows: int) -> tuple[str, bool]:
+def of_rows(rows: int, quant_rounding: str, use_ue8m0: bool) -> tuple[str, bool]:
     """The rounding of a group quantiser for `rows` rows, and whether its scales are powers of two."""
     if quant_rounding == FLASHINFER or (quant_rounding in BY_ROWS and rows < FLASHINFER_ROWS):
         return FLASHINFER, False

@@ -160,7 +160,7 @@ def group_fp8_quant_reference(
     """
     rows, width = y.shape
     groups = y.float().view(rows, width // how.group_size, how.group_size)
-    rounding, use_ue8m0 = of_rows(quant_rounding, how.ue8m0, rows)
+    rounding, use_ue8m0 = of_rows(rows, quant_rounding, how.ue8m0)
     if rounding == FLASHINFER:
         factor, scale = _flashinfers_scale(groups)
         codes = torch.where(groups.abs() < FP32_TINY, groups * 0.0, groups) * factor  # -0 stays -0

@@ -19,6 +19,7 @@ from .. import compat, report, roundings
 from ..graph import arguments_of, called_op
 from ..kernels.rounding import FLASHINFER_ROWS
 from ..ops import block_gemm, group_quant  # noqa: F401  (registers the ops)
+from ..ops.quant import GroupScales
 from . import quantisers
 from .base import FusionPass
 
@@ -78,7 +79,7 @@ def _values(given: dict[str, Any]) -> tuple[tuple[torch.Tensor, torch.Tensor], t
 
 
 def _quantiser(given: dict[str, Any]) -> tuple[Any, ...]:
-    scales = quantisers.SPLIT_SCALES._replace(ue8m0=given["use_deep_gemm_e8m0"])
+    scales = block_gemm.SCALES._replace(ue8m0=given["use_deep_gemm_e8m0"])
     return *scales, quantisers.split_rounding()
 
 
@@ -107,32 +108,28 @@ def split(graph: fx.Graph, gemm: fx.Node, quantised: dict[Any, tuple[fx.Node, fx
     graph.erase_node(gemm)
 
 
-def split_quantisers(graph: fx.Graph) -> list[fx.Node]:
-    """Quantisers that this pass has put into a graph, and that nothing has fused."""
-    target = ops.group_fp8_quant.default
-    return [node for node in graph.find_nodes(op="call_function", target=target) if quantisers.split_scales(node)]
+def split_quantisers(graph: fx.Graph) -> dict[fx.Node, GroupScales]:
+    """Quantisers that this pass has put into a graph, and that nothing has fused, with their scales."""
+    nodes = graph.find_nodes(op="call_function", target=ops.group_fp8_quant.default)
+    return {node: scales for node in nodes if (scales := quantisers.split_scales(node)) is not None}
 
 
 def join(graph: fx.Graph) -> None:
     """Put vLLM's op back where nothing has fused the quantiser that was split off."""
+    whole_gemm: Any = compat.dynamic_block_gemm()
     for quantiser in split_quantisers(graph):
         # each once: a GEMM reads both codes and scales
         for gemm in dict.fromkeys(user for result in quantiser.users for user in result.users):
             given = arguments_of(gemm)
             with graph.inserting_before(gemm):
                 arguments = (given["weight"], given["weight_scales"], block_gemm.GROUP_SIZE, given["use_ue8m0"])
-                whole = graph.call_function(_gemm_op(), (quantiser.args[0], *arguments))
+                whole = graph.call_function(whole_gemm, (quantiser.args[0], *arguments))
                 whole.meta = gemm.meta | {quantisers.SPLIT: True}
             gemm.replace_all_uses_with(whole)
             graph.erase_node(gemm)
         for result in list(quantiser.users):
             graph.erase_node(result)
         graph.erase_node(quantiser)
-
-
-def _gemm_op() -> torch._ops.OpOverload:
-    namespace, _, name = compat.DYNAMIC_BLOCK_GEMM.partition(".")
-    return getattr(getattr(torch.ops, namespace), name).default
 
 
 class JoinBlockGemmPass(FusionPass):
@@ -147,8 +144,6 @@ class JoinBlockGemmPass(FusionPass):
 def report_alone(graph: fx.Graph, pass_name: str) -> int:
     """Report the quantisers that were split off and run by themselves; how many there are."""
     found = split_quantisers(graph)
-    for node in found:
-        scales = quantisers.split_scales(node)
-        assert scales is not None
+    for node, scales in found.items():
         report.RECORDER.found(pass_name, str(quantisers.GroupQuant("split", scales)), report.module_of(node))
     return len(found)

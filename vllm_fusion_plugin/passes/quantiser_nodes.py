@@ -17,7 +17,7 @@ from torch import fx
 
 from .. import compat
 from ..graph import CONVERT, called_op, triton_kernel_name
-from .quantisers import SPLIT
+from .quantisers import OURS, SPLIT
 
 aten = torch.ops.aten
 
@@ -49,7 +49,6 @@ _OPS = {
     "_C.static_scaled_fp8_quant": "static",
     "_C.scaled_fp4_quant": "nvfp4",
 }
-OURS = "vllm_fusion_plugin.group_fp8_quant"
 
 WORDS = {
     "group": "an FP8 quantiser in groups",

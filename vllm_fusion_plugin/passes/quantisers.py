@@ -21,7 +21,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 from .. import compat, roundings
 from ..graph import OpIndex, arguments_of, called_op, same_strides
 from ..kernels.rounding import FLASHINFER
-from ..ops import group_quant  # noqa: F401  (registers the op)
+from ..ops import block_gemm, group_quant  # noqa: F401  (registers the ops)
 from ..ops.quant import EPS, FP8_DTYPE, FP8_MAX, GroupScales
 from .pattern import empty, functionalized, has_op, make_layer
 
@@ -121,7 +121,7 @@ class GroupQuant(Fp8Quant):
             rounds_up = "aten.log2" in ops or not self.scales.ue8m0
             return _converts_to_fp8(ops) and self.scales.group_size in maxima and rounds_up
         if self.variant == "split":
-            return any(split_scales(node) == self.scales for node in ops.get("vllm_fusion_plugin.group_fp8_quant", []))
+            return any(split_scales(node) == self.scales for node in ops.get(OURS, []))
         wanted = {k: v for k, v in self._arguments().items() if k not in ("eps", "fp8_min", "fp8_max")}
         nodes = ops.get("_C.per_token_group_fp8_quant", [])
         return any(all(node.kwargs.get(k) == v for k, v in wanted.items()) for node in nodes)
@@ -208,10 +208,7 @@ def group_quants(group_sizes: tuple[int, ...]) -> list[GroupQuant]:
         for ue8m0 in (False, True)
         # forward_native knows no TMA alignment: it returns plain column-major scales
         if not (variant == "native" and layout == "tma")
-    ] + [GroupQuant("split", SPLIT_SCALES._replace(ue8m0=ue8m0)) for ue8m0 in (False, True)]
-
-
-SPLIT_SCALES = GroupScales(128, "tma")
+    ] + [GroupQuant("split", block_gemm.SCALES._replace(ue8m0=ue8m0)) for ue8m0 in (False, True)]
 
 
 def split_rounding() -> str:
@@ -223,13 +220,13 @@ def split_rounding() -> str:
 
 def split_scales(node: fx.Node) -> GroupScales | None:
     """Of a quantiser that was split off a GEMM; None of any other node."""
-    if called_op(node) != "vllm_fusion_plugin.group_fp8_quant":
+    if called_op(node) != OURS or not node.meta.get(SPLIT):
         return None
     arguments = arguments_of(node)
-    scales = GroupScales(*(arguments[name] for name in ("group_size", "scale_layout", "use_ue8m0")))
-    return scales if arguments["quant_rounding"] == split_rounding() and node.meta.get(SPLIT) else None
+    return GroupScales(*(arguments[name] for name in ("group_size", "scale_layout", "use_ue8m0")))
 
 
+OURS = "vllm_fusion_plugin.group_fp8_quant"
 SPLIT = "vllm_fusion_plugin_split"
 """In the `meta` of such a quantiser, and of a GEMM that was split in vain and is vLLM's again."""
 
