@@ -17,6 +17,11 @@ DTYPES = (torch.bfloat16, torch.float16)
 GROUP_SIZES = (64, 128)
 ROUNDINGS = ("custom_op", "native")
 GROUP_ROUNDINGS = ("custom_op", "reciprocal", "flashinfer", "native", "native_floored")
+# What an error says of `quant_rounding`, of a group quantiser.
+ALLOWED_OF_GROUPS = (
+    "allowed: custom_op, reciprocal, flashinfer, custom_op_or_flashinfer, reciprocal_or_flashinfer, "
+    "native, native_floored"
+)
 LAYOUTS = ("row", "column", "tma")
 TMA = GroupScales(128, "tma")  # what DeepGEMM takes
 

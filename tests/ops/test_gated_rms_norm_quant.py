@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.kernels.cases import (
+    ALLOWED_OF_GROUPS,
     zeros_laid_out_as,
 )
 from tests.kernels.checks import (
@@ -174,7 +175,10 @@ def test_too_large_heads_are_refused(device: torch.device) -> None:
         ({"scales": GroupScales(layout="rows")}, r"scale_layout='rows' is not known; allowed: row, column, tma"),
         ({"activation": "swish"}, r"activation='swish' .*allowed: silu, sigmoid"),
         ({"norm_rounding": "custom_op"}, r"norm_rounding='custom_op' .*allowed: native, eager"),
-        ({"quant_rounding": "eager"}, r"quant_rounding='eager' .*allowed: custom_op, reciprocal, .*native"),
+        (
+            {"quant_rounding": "eager"},
+            rf"quant_rounding='eager' .*{ALLOWED_OF_GROUPS}",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.kernels.cases import (
+    ALLOWED_OF_GROUPS,
     TMA,
     strided,
     zeros_laid_out_as,
@@ -93,7 +94,7 @@ def test_bad_input_is_refused(bad: str, device: torch.device) -> None:
         ({"scales": GroupScales(layout="rows")}, r"scale_layout='rows' is not known; allowed: row, column, tma"),
         (
             {"quant_rounding": "eager"},
-            r"quant_rounding='eager' .*allowed: custom_op, reciprocal, .*native, native_floored",
+            rf"quant_rounding='eager' .*{ALLOWED_OF_GROUPS}",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.cases import ROUNDINGS, TMA
+from tests.kernels.cases import ALLOWED_OF_GROUPS, ROUNDINGS, TMA
 from tests.kernels.checks import assert_same_outputs
 from tests.kernels.norm_checks import BF16, zeros
 from tests.kernels.test_mla_dual_rms_norm_quant import KV_EPSILON, Q_EPSILON, projection, run, weights
@@ -67,7 +67,7 @@ BAD = {
     "norm_rounding": ({"norm_rounding": "exact"}, r"norm_rounding='exact' .*allowed: native, eager, custom_op"),
     "quant_rounding": (
         {"quant_rounding": "eager"},
-        r"quant_rounding='eager' .*allowed: custom_op, reciprocal, .*native",
+        rf"quant_rounding='eager' .*{ALLOWED_OF_GROUPS}",
     ),
     "group_size": ({"scales": quant.GroupScales(32)}, r"group_size=32 .*allowed: 64, 128"),
     "layout": (

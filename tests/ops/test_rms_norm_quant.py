@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.cases import TMA
+from tests.kernels.cases import ALLOWED_OF_GROUPS, TMA
 from tests.kernels.checks import assert_same_outputs, check_deterministic
 from tests.kernels.norm_checks import BF16, EPSILON, exact_input, inputs, zeros
 from vllm_fusion_plugin.ops import quant
@@ -171,7 +171,7 @@ BAD_ARGUMENTS = {
     "norm_rounding": ({"norm_rounding": "exact"}, r"norm_rounding='exact' .*allowed: native, eager, custom_op"),
     "quant_rounding": (
         {"quant_rounding": "eager"},
-        r"quant_rounding='eager' .*allowed: custom_op, (reciprocal, .*)?native",
+        rf"quant_rounding='eager' .*({ALLOWED_OF_GROUPS}|allowed: custom_op, native)",
     ),
 }
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.kernels.cases import (
+    ALLOWED_OF_GROUPS,
     TMA,
     StaticMode,
     random_input,
@@ -119,7 +120,10 @@ def test_bad_input_is_refused(bad: str, device: torch.device) -> None:
         ({"scales": GroupScales(0)}, r"group_size=0 .*allowed: 64, 128"),
         ({"scales": GroupScales(layout="rows")}, r"scale_layout='rows' is not known; allowed: row, column, tma"),
         ({"act_rounding": "exact"}, r"act_rounding='exact' .*allowed: custom_op, eager, native"),
-        ({"quant_rounding": ""}, r"quant_rounding='' .*allowed: custom_op, reciprocal, .*native"),
+        (
+            {"quant_rounding": ""},
+            rf"quant_rounding='' .*{ALLOWED_OF_GROUPS}",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
