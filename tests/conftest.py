@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ GROUPS = {
     "test_compile_cache.py": "engine",
     "test_cpu_engine.py": "engine",
     "test_benchmarks.py": "imports vLLM",
+    "test_end_to_end.py": "imports vLLM",
     "test_linear_kernels.py": "imports vLLM",
 }
 # and in these files, tests share nothing but with those of the same parameter.
@@ -49,3 +51,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in needing:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture
+def benchmarks_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks are scripts, which import each other by name."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
