@@ -144,10 +144,18 @@ def measure(args: argparse.Namespace) -> None:
         if args.tokens_only:
             return
         times = take_turns(engines, args)
+        kernels = {name: list_kernels(engine, args.batches) for name, engine in engines.items()} if args.kernels else {}
     finally:
         for engine in engines.values():
             engine.process.kill()
     write(out, args, reports, found, times)
+    if kernels:
+        timing.write(out.with_name(f"{out.stem}.kernels.json"), [], kernels=kernels)
+
+
+def list_kernels(engine: Engine, batches: list[int]) -> dict[str, Any]:
+    """Kernels of a decode step of each batch, by CUPTI's clock."""
+    return {str(batch): engine.ask("kernels", batch=batch) for batch in batches}
 
 
 def ask_together(engines: dict[str, Engine], do: str) -> dict[str, Any]:
@@ -245,6 +253,9 @@ def parse() -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--tokens-only", action="store_true", help="compare tokens, measure no times")
     what.add_argument("--times-only", action="store_true", help="measure times, compare no tokens")
+    parser.add_argument(
+        "--kernels", action="store_true", help="list the kernels of decode steps too, with CUPTI's times"
+    )
     parser.add_argument("--prefill", type=int, default=8192, help="tokens of the prefill")
     parser.add_argument("--batches", nargs="*", type=int, help="requests decoded together")
     parser.add_argument("--capture", nargs="*", type=int, help="batch sizes that get a CUDA graph")

@@ -92,13 +92,21 @@ class MeasuredEngine:
         self.generate(batch, 16, self.steps + 8)
         # Without prefill and the steps after it, and without the last, when requests leave: all steps alike.
         steps = [(b - a) * 1e3 for a, b in pairwise(self.stamps)][4:-4]
-        # Experts are chosen by what has been generated: the step on the GPU is one of the same tokens for all engines.
-        inputs = [104729 * (i + 1) % self.vocabulary for i in range(batch)]
-        self.generate(batch, 16, 8, only=inputs)
+        inputs = self.decode_same(batch)
         return {
             "ms": statistics.median(steps),
             "gpu_ms": self.llm.collective_rpc("decode_graph_ms", args=(inputs, REPLAYS))[0],
         }
+
+    def kernels(self, batch: int) -> list[dict[str, Any]] | None:
+        """Kernels of a decode step of `batch` requests on the GPU (None if it is not one CUDA graph)."""
+        return self.llm.collective_rpc("decode_graph_kernels", args=(self.decode_same(batch), REPLAYS))[0]
+
+    def decode_same(self, batch: int) -> list[int]:
+        """Decode the same tokens in every engine, because experts are chosen by them; returns the tokens."""
+        inputs = [104729 * (i + 1) % self.vocabulary for i in range(batch)]
+        self.generate(batch, 16, 8, only=inputs)
+        return inputs
 
     def tokens(self) -> list[Any]:
         """Tokens of several prompts, each with the logprobs of its five likeliest."""
@@ -135,6 +143,7 @@ def main() -> None:
     commands = {
         "prefill": engine.prefill,
         "decode": engine.decode,
+        "kernels": engine.kernels,
         "tokens": engine.tokens,
         "report": engine.report,
     }

@@ -49,13 +49,9 @@ class EngineWorker(RandomWeights):
         neither Python nor the driver is in the number. They repeat the step where it was: the same requests, lengths and
         cache blocks, which nobody owns any more. All engines get the same tokens because experts are chosen by them.
         """
-        if len(_replayed) < 2 or _replayed[0] is not _replayed[1]:
+        graph = self._warm_decode_graph(tokens)
+        if graph is None:
             return None
-        graph, runner = _replayed[1], self.model_runner
-        ids = runner.input_buffers.input_ids if hasattr(runner, "input_buffers") else runner.input_ids.gpu
-        ids[: len(tokens)] = torch.tensor(tokens, dtype=ids.dtype, device=ids.device)
-        for _ in range(5):
-            graph.replay()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
         events[0].record()
         for event in events[1:]:
@@ -63,6 +59,42 @@ class EngineWorker(RandomWeights):
             event.record()
         events[-1].synchronize()
         return statistics.median(a.elapsed_time(b) for a, b in pairwise(events))
+
+    @torch.inference_mode()
+    def decode_graph_kernels(self, tokens: list[int], replays: int) -> list[dict[str, Any]] | None:
+        """Kernels of that step, as CUPTI times them, those that take longest first: `name`, `launches` and `us` a step.
+
+        CUPTI's times are longer than what `decode_graph_ms` measures: kernels that overlap (PDL) both count their wait.
+        Compare kernels of two engines with them, not whole steps.
+        """
+        graph = self._warm_decode_graph(tokens)
+        if graph is None:
+            return None
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(replays):
+                graph.replay()
+            torch.cuda.synchronize()
+        found: dict[str, list[float]] = {}
+        for event in profile.events():
+            if event.device_type == torch.autograd.DeviceType.CUDA:
+                found.setdefault(event.name, []).append(event.device_time)
+        rows = [
+            {"name": name, "launches": len(us) / replays, "us": round(sum(us) / replays, 2)} for name, us in found.items()
+        ]
+        return sorted(rows, key=lambda row: -row["us"])
+
+    def _warm_decode_graph(self, tokens: list[int]) -> torch.cuda.CUDAGraph | None:
+        """The CUDA graph of the step that was decoded last, replayed a few times with `tokens` as its input; None if that
+        step was not one graph."""
+        if len(_replayed) < 2 or _replayed[0] is not _replayed[1]:
+            return None
+        graph, runner = _replayed[1], self.model_runner
+        ids = runner.input_buffers.input_ids if hasattr(runner, "input_buffers") else runner.input_ids.gpu
+        ids[: len(tokens)] = torch.tensor(tokens, dtype=ids.dtype, device=ids.device)
+        for _ in range(5):
+            graph.replay()
+        return graph
 
 
 _replayed: list[Any] = []
