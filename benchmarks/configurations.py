@@ -7,7 +7,6 @@ import argparse
 from typing import Any
 
 OFF = {"fuse_norm_quant": False, "fuse_act_quant": False}
-ON = {"fuse_norm_quant": True, "fuse_act_quant": True}
 CONFIGS: dict[str, dict[str, Any]] = {
     "untouched": {"plugin": False, "pass_config": {}},
     "stock": {"plugin": False, "pass_config": {}},
@@ -77,8 +76,6 @@ def engine_arguments(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """What `vllm.LLM` is called with for the configuration `name`; args: end_to_end.py's command line."""
     config = CONFIGS[name]
     pass_config, partition = config["pass_config"], {}
-    if name == "ours" and not args.default_flags_fuse:
-        pass_config = ON
     if name != "untouched":
         pass_config = pass_config | args.pass_config
     if args.attention and name != "untouched":

@@ -277,8 +277,6 @@ def parse() -> argparse.Namespace:
             f"--rounds {args.rounds}: no interval of fewer than 6 rounds holds the median with 95 % confidence"
         )
     args.vocabulary = config["vocab_size"]
-    # vLLM turns both flags on where weights are FP8 in blocks.
-    args.default_flags_fuse = "weight_block_size" in config.get("quantization_config", {})
     needs = NEEDS.get(config["model_type"], {})
     if args.linear == "default":
         needs = needs | {"configs": DEFAULT_CONFIGS}

@@ -80,7 +80,8 @@ class EngineWorker(RandomWeights):
             if event.device_type == torch.autograd.DeviceType.CUDA:
                 found.setdefault(event.name, []).append(event.device_time)
         rows = [
-            {"name": name, "launches": len(us) / replays, "us": round(sum(us) / replays, 2)} for name, us in found.items()
+            {"name": name, "launches": len(us) / replays, "us": round(sum(us) / replays, 2)}
+            for name, us in found.items()
         ]
         return sorted(rows, key=lambda row: -row["us"])
 

@@ -187,13 +187,12 @@ def test_the_command_line_says_what_vllm_is_called_with(monkeypatch):
         assert (arguments["max_num_seqs"], arguments["gpu_memory_utilization"]) == (3, 0.9 / 5)
 
 
-@pytest.mark.parametrize(("model", "flags"), [("qwen3-8b-8layers", []), ("llama31-8b-fp8-dynamic", [True, True])])
-def test_ours_sets_flags_only_where_vllms_default_fuses_nothing(model, flags, monkeypatch):
+def test_untouched_and_ours_set_no_flag(monkeypatch):
     from configurations import engine_arguments
 
-    args = parsed(monkeypatch, ROOT / "tests" / "models" / model)
-    found = [engine_arguments(name, args)["compilation_config"]["pass_config"] for name in ("untouched", "ours")]
-    assert [list(passes.values()) for passes in found] == [[], flags]
+    args = parsed(monkeypatch, ROOT / "tests" / "models" / "llama31-8b-fp8-dynamic")
+    for name in ("untouched", "ours"):
+        assert engine_arguments(name, args)["compilation_config"]["pass_config"] == {}
 
 
 def test_untouched_runs_the_gemm_that_vllm_selects(tmp_path, monkeypatch):

@@ -42,7 +42,8 @@ def test_the_switch_wins_over_everything(monkeypatch):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"fuse": True}, "fuse=True.*settings: enabled"),
+        ({"fused": True}, "fused=True.*settings: enabled"),
+        ({"fuse": "never"}, "fuse='never'.*'auto' or 'vllm'"),
         ({"use_pdl": "perhaps"}, "use_pdl='perhaps'"),
         ({"stock_passes": ["NoSuchPass"]}, "'NoSuchPass'; allowed: ActivationQuantFusionPass"),
         ({"nvfp4_kernel": "theirs"}, "nvfp4_kernel='theirs'.*'vllm' or 'ours'"),

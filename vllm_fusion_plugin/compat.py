@@ -194,6 +194,7 @@ def why_off(config: Any, name: str) -> str:
         level = config.optimization_level
         defaults: Any = OPTIMIZATION_LEVEL_TO_CONFIG[level]
         default = defaults["compilation_config"]["pass_config"][flag]
+        default = getattr(default, "__wrapped__", default)  # vLLM's own, without what seams.py has added
         would_be = bool(default(config) if callable(default) else default)
     except Exception:
         return f"off: {flag} is not set"

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from . import fusions, settings
+from . import flags, fusions, settings
 from .report import RECORDER, EngineRecord
 
 # Below "vllm", so that vLLM's own handlers and levels apply.
@@ -61,7 +63,19 @@ def _register() -> str:
     seams.hash_into_config(configure_engine, engine_key)
     if reason := seams.install_pass_manager(PASS_MANAGER):
         return _inactive(reason)
+    try:
+        seams.wrap_flag_defaults(flags.NORM_AND_ACT, turn_on_flag)
+    except Exception as e:  # the passes go without it, where flags are on
+        logger.warning("vllm-fusion-plugin: fusion flags stay as vLLM has them by default: %r", e)
     return ""
+
+
+def turn_on_flag(config: Any, flag: str) -> bool:
+    """Whether `flag` is on in an engine for which vLLM's default is off; marks the engine if it is."""
+    if _off != "" or _why_kernels_cannot_run() or not flags.is_wanted(config, flag):
+        return False
+    flags.mark(config, flag)
+    return True
 
 
 def _inactive(reason: str) -> str:
@@ -83,7 +97,14 @@ def make_pass_manager() -> Any:
         from . import seams
 
         _off = RECORDER.report.manager = _inactive(f"its pass manager cannot be made: {type(e).__name__}: {e}")
-        return seams.stock_pass_manager()
+        manager = seams.stock_pass_manager()
+        manager.configure = functools.partial(_configure_stock, manager.configure)
+        return manager
+
+
+def _configure_stock(configure: Callable[[Any], None], config: Any) -> None:
+    with flags.left_to_vllm(config):
+        configure(config)
 
 
 # ---- an engine -------------------------------------------------------------------------------------------------------
@@ -123,6 +144,10 @@ def _configure_engine(config: Any, record: EngineRecord) -> None:
         record.key, record.mla_v_up_quant = None, False
         return
     record.key = record.report.fingerprint = fingerprint.fingerprint(chosen, {"roundings": roundings.key()})
+    if on := flags.turned_on(config):
+        record.note(
+            f'{" and ".join(on)} turned on by this package (fuse="auto"): vLLM leaves these fusions to Inductor'
+        )
     if unknown := fingerprint.unknown_code():
         _note_unknown_code(record, unknown)
     _register_ops()

@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -97,6 +97,43 @@ def install_pass_manager(qualname: str) -> str | None:
         return f"the pass manager is {now} already, not stock's; two that replace it cannot be combined"
     platform.get_pass_manager_cls = classmethod(lambda cls: qualname)  # type: ignore[assignment]
     return None
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
+
+def wrap_flag_defaults(flags: Sequence[str], turn_on: Callable[[Any, str], bool]) -> None:
+    """Where vLLM asks a configuration for the default of one of these flags of PassConfig and gets False, make it
+    `turn_on(config, flag)`. Re-entrant.
+
+    What: the functions in `OPTIMIZATION_LEVEL_TO_CONFIG`, which `VllmConfig.__post_init__` calls for flags that nobody has
+    set (all versions read). A level that has a value instead of a function, as -O0, keeps it.
+    Goes when vLLM's defaults ask which passes there are.
+    """
+    from vllm.config.vllm import OPTIMIZATION_LEVEL_TO_CONFIG
+
+    for level in OPTIMIZATION_LEVEL_TO_CONFIG.values():
+        defaults: Any = level["compilation_config"]["pass_config"]  # type: ignore[index]
+        for flag in flags:
+            if callable(defaults.get(flag)) and not hasattr(defaults[flag], "_fusion_plugin"):
+                defaults[flag] = _or_turned_on(defaults[flag], flag, turn_on)
+
+
+def _or_turned_on(
+    default: Callable[[Any], bool], flag: str, turn_on: Callable[[Any, str], bool]
+) -> Callable[..., bool]:
+    @functools.wraps(default)
+    def with_ours(config: Any) -> bool:
+        if default(config):
+            return True
+        try:
+            return turn_on(config, flag)
+        except Exception as e:  # must not stop vLLM, which then has its own default
+            logger.warning("vllm-fusion-plugin: %s stays as vLLM has it by default: %r", flag, e)
+            return False
+
+    with_ours._fusion_plugin = True  # type: ignore[attr-defined]
+    return with_ours
 
 
 # ---- warm-up ---------------------------------------------------------------------------------------------------------

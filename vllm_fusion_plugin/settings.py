@@ -8,6 +8,7 @@ Two places, the second wins field by field:
 - `vllm serve ... --additional-config '{"fusion_plugin": {"use_pdl": false}}'`.
 
 vLLM's own flags (`-cc.pass_config.fuse_act_quant=true`, ...) still decide which fusions run; nothing here repeats them.
+`fuse` says what two of them are where nobody has set them.
 """
 
 from __future__ import annotations
@@ -43,6 +44,10 @@ class Settings(BaseModel):
 
     stock_passes: tuple[str, ...] = ()
     """Passes left to vLLM, for example `["ActivationQuantFusionPass"]`; the rest stay ours."""
+
+    fuse: Literal["auto", "vllm"] = "auto"
+    """Whether norm + quantiser and SiLU·mul + quantiser fusions are on also where vLLM leaves them to Inductor, as it does
+    for models with static or per-token FP8. A flag that the user has set is obeyed in any case."""
 
     nvfp4_kernel: Literal["vllm", "ours"] = "vllm"
     """Which kernel a fused SiLU·mul + NVFP4 quantiser runs: vLLM's own, or this package's, not measured yet on

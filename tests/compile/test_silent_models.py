@@ -19,7 +19,6 @@ if reason := fake_gpu.unavailable():
     pytest.skip(reason, allow_module_level=True)
 
 ACT, NORM, NONE = "activation_quant_fusion_pass", "rmsnorm_quant_fusion_pass", "none"
-FLAGS = {"fuse_norm_quant": True, "fuse_act_quant": True}
 KERNEL = "CutlassFP8ScaledMMLinearKernel"
 SPLIT = "made outside this compiled graph: vLLM splits the model at attention"
 
@@ -66,9 +65,9 @@ def count(trace: dict, pass_name: str, *words: str) -> int:
     return sum(m["pass_name"] == pass_name and all(w in m["reason"] for w in words) for m in lines(trace, "missed"))
 
 
-@pytest.mark.parametrize("model", CASES)
-def test_defaults(model, trace_model):
-    case, trace = CASES[model], trace_model(model, plugin=True)
+@pytest.mark.parametrize("model", ["llama31-8b-fp8-static", "glm45-air-fp8-dynamic"])
+def test_flags_left_to_vllm(model, trace_model):
+    case, trace = CASES[model], trace_model(model, plugin=True, env={"VLLM_FUSION_PLUGIN_SETTINGS": '{"fuse": "vllm"}'})
     plugin = trace["plugin"]
     assert plugin["linear_kernels"] == {KERNEL: case.linears}
     for name in ("RMSNormQuantFusionPass", "ActivationQuantFusionPass"):
@@ -91,16 +90,18 @@ def test_defaults(model, trace_model):
     assert lines(trace, "found") == by_model_code
 
 
-@pytest.mark.parametrize("model", ["llama31-8b-fp8-static", "gemma3-fp8-dynamic"])
-def test_flags_set(model, trace_model):
-    case, trace = CASES[model], trace_model(model, plugin=True, pass_config=FLAGS)
+@pytest.mark.parametrize("model", CASES)
+def test_nothing_set(model, trace_model):
+    case, trace = CASES[model], trace_model(model, plugin=True)
+    assert any('turned on by this package (fuse="auto")' in note for note in trace["plugin"]["notes"])
     assert trace["matches_by_layer"][NORM] == case.norms
     assert not count(trace, NORM)
     assert count(trace, NONE, SPLIT) == case.layers
     found = [f["pass_name"] for f in lines(trace, "found")]
-    if model == "gemma3-fp8-dynamic":
-        assert count(trace, NONE, "no pass fuses GELU·mul (GeluAndMul)") == case.layers
-    else:
+    if model == "llama31-8b-fp8-static":
         by = "vLLM's model code" if model_code_fuses() else ACT
         assert found.count(by) == case.layers
-    assert len(found) + len(lines(trace, "missed")) == case.linears
+    else:
+        for pass_name, words, number in case.activations:
+            assert count(trace, pass_name, words) == number
+    assert len(found) + len(lines(trace, "missed")) == case.linears - case.shared + case.experts

@@ -19,7 +19,7 @@ from vllm.compilation.passes.inductor_pass import InductorPass, get_pass_context
 from vllm.compilation.passes.pass_manager import PostGradPassManager
 from vllm.config import VllmConfig
 
-from .. import compat, fusions, seams, settings
+from .. import compat, flags, fusions, seams, settings
 from ..report import RECORDER
 
 logger = logging.getLogger("vllm.fusion_plugin")
@@ -44,7 +44,8 @@ def _build(name: str, stock: Callable[..., Any] | None, config: VllmConfig) -> A
             raise
         RECORDER.report.passes[name] = f"stock's: ours failed: {type(e).__name__}: {e}"
         logger.warning("vllm-fusion-plugin: %s is vLLM's own; ours failed: %s: %s", name, type(e).__name__, e)
-        return stock(config)
+        # vLLM's own is none where the flag is on for ours alone.
+        return (_LeavesGraphs if fusions.BY_NAME[name].switch in flags.turned_on(config) else stock)(config)
     RECORDER.report.passes[name] = "ours"
     return made
 
@@ -71,7 +72,8 @@ class FusionPassManager(PostGradPassManager):
             chosen = None
         if chosen is None:
             RECORDER.leave_part()
-            with seams.stand_ins({name: _LeavesGraphs for name in STAND_INS if seams.stock_pass(name) is None}):
+            leaves_graphs = {name: _LeavesGraphs for name in STAND_INS if seams.stock_pass(name) is None}
+            with flags.left_to_vllm(config), seams.stand_ins(leaves_graphs):
                 super().configure(config)
             return
         stand_ins = {
