@@ -32,6 +32,17 @@ IMPLEMENTATIONS = {
     "ours": "this package",
 }
 COMPILED = ("inductor_norm", "inductor")
+GEMM_TOKENS = (1, 8, 31, 32, 128, 2048)
+# Kinds of kernels of a decode step, by what their names have; the first that fits.
+KINDS = {
+    "GEMM": "deep_gemm::",
+    "attention, KV cache": "flash::|flash_kernel",
+    "vLLM's quantisers": "scale_1x128|per_token_group_quant",
+    "Inductor's rotary embedding": "cat_index_select",
+    "Inductor's norms and SiLU·mul": "triton_",
+    "this package's": "^_(group_)?kernel",
+    "others": "",
+}
 CONFIGURATIONS = {
     "untouched": "vLLM untouched",
     "stock": "vLLM, default flags",
@@ -133,6 +144,25 @@ def slower(*names: str) -> str:
     )
 
 
+def gemms(name: str) -> str:
+    """The block GEMM with the quantiser before it, and alone."""
+    record = load(name)
+    shapes: dict[tuple[int, int, int], dict[str, Any]] = {}
+    for row in record["rows"]:
+        impl = "alone" if row["mode"] == "gemm" else row["impl"]
+        shapes.setdefault((row["N"], row["H"], row["M"]), {})[impl] = row
+    rows = []
+    for (columns, width, tokens), found in shapes.items():
+        if tokens in GEMM_TOKENS:
+            cells = [microseconds(found[impl]["us"]) for impl in ("unfused", "ours", "alone")]
+            rows.append([f"{columns} × {width}", tokens, *cells, microseconds(found["ours"]["floor_us"])])
+    head = ["N × K", "tokens", "vLLM's op", "this package: quantiser, GEMM", "GEMM alone", "floor"]
+    differ = sum(row.get("elements_differ", 0) for row in record["rows"])
+    elements = sum(row.get("elements", 0) for row in record["rows"])
+    text = f"{source(name, record)} µs. Of {elements:.1e} results of the two, {differ} differ in any bit."
+    return f"{text}\n\n{table(head, rows, 1)}"
+
+
 # ---- exactness -------------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +223,23 @@ def times(name: str) -> str:
     return f"{source(name, record, more)} {engines(record)}\n\n{table(head, lines, 1)}"
 
 
+def step(name: str) -> str:
+    """What a decode step's time on the GPU is spent on."""
+    record = load(name)
+    lines = []
+    for batch in next(iter(record["kernels"].values())):
+        for config, batches in record["kernels"].items():
+            kinds: dict[str, list[float]] = {kind: [0.0, 0] for kind in KINDS}
+            for kernel in batches[batch]:
+                kind = next(kind for kind, part in KINDS.items() if re.search(part, kernel["name"]))
+                kinds[kind][0] += kernel["us"]
+                kinds[kind][1] += round(kernel["launches"])
+            cells = [f"{us:.1f} ({launches})" if launches else "–" for us, launches in kinds.values()]
+            lines.append([batch, CONFIGURATIONS[config], *cells])
+    head = ["requests", "engine", *KINDS]
+    return f"{source(name, record)} µs a step (launches). Command: `{record['command']}`.\n\n{table(head, lines, 2)}"
+
+
 def engines(record: Record) -> str:
     """Which GEMMs and attention ran, and what selected them."""
     kernels = {json.dumps(found): found for found in record["linear_kernels"].values()}
@@ -231,7 +278,9 @@ def tokens(*names: str) -> str:
 DIRECTIVES: dict[str, Callable[..., str]] = {
     "kernels": kernels,
     "slower": slower,
+    "gemms": gemms,
     "exactness": exactness,
+    "step": step,
     "times": times,
     "tokens": tokens,
 }
@@ -251,7 +300,7 @@ def expand(pattern: str) -> list[str]:
         FileNotFoundError: there is none.
     """
     found = sorted(path.relative_to(RESULTS).as_posix() for path in RESULTS.glob(pattern))
-    found = [name for name in found if not name.endswith(".report.json")]
+    found = [name for name in found if name == pattern or not name.endswith((".report.json", ".kernels.json"))]
     if not found:
         raise FileNotFoundError(f"docs/results.template.md names {pattern}, and benchmarks/results has no such file")
     return found
