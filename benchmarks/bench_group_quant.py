@@ -20,7 +20,7 @@ from vllm_fusion_plugin.ops import group_quant as ops
 
 class GroupQuant(grid.Workload):
     op = "group_fp8_quant"
-    modes = ("column", "row", "tma,ue8m0", "group64")
+    modes = ("column", "row", "tma,ue8m0", "packed,ue8m0", "group64")
 
     def __init__(self, mode: str) -> None:
         super().__init__(mode)

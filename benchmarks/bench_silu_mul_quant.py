@@ -26,7 +26,7 @@ def silu_and_mul(y: torch.Tensor, x: torch.Tensor) -> None:
 
 class SiluMulGroup(grid.Workload):
     op = "silu_mul_group_fp8_quant"
-    modes = ("column,native", "row", "column", "tma,ue8m0", "group64")
+    modes = ("column,native", "row", "column", "tma,ue8m0", "packed,ue8m0", "group64")
 
     def __init__(self, mode: str) -> None:
         super().__init__(mode)

@@ -56,9 +56,12 @@ class Group:
         return x.new_empty((rows, width), dtype=FP8_DTYPE), self.scales.empty(x, rows, width)
 
     def moved_bytes(self, rows: int, width: int) -> int:
-        return rows * width + rows * (width // self.group_size) * 4
+        return rows * width + rows * (width // self.group_size) * (1 if self.scales.layout == "packed" else 4)
 
     def custom_op(self, y: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        if self.scales.layout == "packed":
+            torch.ops._C.per_token_group_fp8_quant_packed(y, codes, scales, self.group_size, EPS, -FP8_MAX, FP8_MAX)
+            return
         torch.ops._C.per_token_group_fp8_quant(
             y, codes, scales, self.group_size, EPS, -FP8_MAX, FP8_MAX, self.ue8m0,
             self.column_major, self.scales.layout == "tma",

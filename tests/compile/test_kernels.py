@@ -25,6 +25,7 @@ from vllm_fusion_plugin.kernels import (  # noqa: E402
     rms_norm_quant,
     silu_mul_quant,
 )
+from vllm_fusion_plugin.ops.quant import GroupScales  # noqa: E402
 from vllm_fusion_plugin.ops.rms_norm_quant import NormInputs  # noqa: E402
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -155,11 +156,27 @@ def mla_dual_rms_norm(rows, rounding):
     )  # fmt: skip
 
 
+LAUNCHES = [silu_mul, group, rms_norm, gated_rms_norm, mla_dual_rms_norm]
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_packed_scales(launch, compiled, monkeypatch):
+    packed = GroupScales(128, "packed", ue8m0=True)
+
+    def packed_outputs(x, width):
+        return torch.zeros(x.shape[0], width, dtype=torch.float8_e4m3fn), packed.empty(x, x.shape[0], width)
+
+    monkeypatch.setitem(globals(), "outputs", packed_outputs)
+    launch(5, "reciprocal")
+    check(compiled, 1)
+    assert "st.global.b8" in compiled[0].asm["ptx"] or "st.global.v" in compiled[0].asm["ptx"]
+
+
 # FlashInfer's quantiser divides and multiplies in fast math; nothing else here divides so, and none rounds scales up.
 FAST_MATH = ("div.approx.ftz.f32", "mul.ftz.f32")
 
 
-@pytest.mark.parametrize("launch", [silu_mul, group, rms_norm, gated_rms_norm, mla_dual_rms_norm])
+@pytest.mark.parametrize("launch", LAUNCHES)
 def test_before_a_block_gemm(launch, compiled):
     """The number of rows chooses the rounding, as vLLM chooses its GEMM by it."""
     launch(8, "flashinfer")

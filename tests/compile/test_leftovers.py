@@ -85,15 +85,6 @@ class InTriton(Before):
         return codes, scales
 
 
-class Packed(Before):
-    def forward(self, x):
-        y = self.make(x)
-        codes = torch.empty(y.shape, dtype=torch.float8_e4m3fn)
-        scales = torch.empty(y.shape[1] // 512, y.shape[0], dtype=torch.int32).T
-        torch.ops._C.per_token_group_fp8_quant_packed(y, codes, scales, 128, 1e-10, -448.0, 448.0)
-        return codes, scales
-
-
 class Nvfp4(Before):
     def forward(self, x):
         y = self.make(x)
@@ -200,7 +191,7 @@ def test_quantisers_that_a_pass_does_not_fuse(variant):
         custom_ops=VARIANTS[variant],
     )
     assert_missed(
-        (ACT, "SiLU·mul is followed by an FP8 quantiser with one scale a token", "fused: group, static, nvfp4"),
+        (ACT, "SiLU·mul is followed by an FP8 quantiser with one scale a token", "fused: group, packed, static, nvfp4"),
         (NORM, "RMSNorm is followed by an FP8 quantiser in groups of 32", "fused for group sizes (64, 128)"),
         (ACT, "SiLU·mul is followed by an FP8 quantiser in groups of 32", "fused for group sizes (64, 128)"),
         (ACT, "a pad is between SiLU·mul and an FP8 quantiser", "fused where they touch"),
@@ -211,16 +202,18 @@ def test_quantisers_that_a_pass_does_not_fuse(variant):
 def test_quantisers_of_every_kind():
     trace(
         functools.partial(InTriton, SiluAndMul),
-        functools.partial(Packed, SiluAndMul),
         functools.partial(Nvfp4, norm),
         functools.partial(Int8, norm),
         functools.partial(Before, functools.partial(GeluAndMul, approximate="tanh"), static=True),
     )
     assert_missed(
         (ACT, "SiLU·mul", "in a Triton kernel, per_token_group_quant_kernel"),
-        (ACT, "SiLU·mul", "with packed scales"),
-        (NORM, "RMSNorm is followed by an NVFP4 quantiser", "fused: group, token, static"),
-        (NORM, "RMSNorm is followed by a quantiser (_C.dynamic_scaled_int8_quant)", "fused: group, token, static"),
+        (NORM, "RMSNorm is followed by an NVFP4 quantiser", "fused: group, packed, token, static"),
+        (
+            NORM,
+            "RMSNorm is followed by a quantiser (_C.dynamic_scaled_int8_quant)",
+            "fused: group, packed, token, static",
+        ),
         (NONE, "no pass fuses GELU·mul", "an FP8 quantiser with a static scale"),
     )
 
@@ -314,13 +307,18 @@ def test_kinds_are_those_that_passes_have_patterns_for():
         quantisers.StaticQuant: "static",
         quantisers.Nvfp4Quant: "nvfp4",
     }
+
+    def kind(pattern):
+        packed = getattr(getattr(pattern.quant, "scales", None), "layout", "") == "packed"
+        return "packed" if packed else kinds[type(pattern.quant)]
+
     config = make_config(["none"], **ON)
     act = silu_mul_quant.ActivationQuantFusionPass(config).patterns.values()
-    assert {kinds[type(p.quant)] for p in act} == set(producers.FUSED["silu_mul"][1])
+    assert {kind(p) for p in act} == set(producers.FUSED["silu_mul"][1])
     patterns = rms_norm_quant.RMSNormQuantFusionPass(config).patterns.values()
     norms = [p for p in patterns if isinstance(p, rms_norm_quant.RMSNormQuant)]
-    assert {kinds[type(p.quant)] for p in norms} == set(producers.FUSED["norm"][1])
-    assert {kinds[type(p.quant)] for p in patterns if p not in norms} == set(producers.FUSED["gated_norm"][1])
+    assert {kind(p) for p in norms} == set(producers.FUSED["norm"][1])
+    assert {kind(p) for p in patterns if p not in norms} == set(producers.FUSED["gated_norm"][1])
 
 
 def test_every_pattern_has_words():

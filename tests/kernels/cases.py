@@ -23,6 +23,7 @@ ALLOWED_OF_GROUPS = (
     "native, native_floored"
 )
 LAYOUTS = ("row", "column", "tma")
+PACKED = GroupScales(128, "packed", ue8m0=True)  # what DeepGEMM takes from compute capability 10.0 on
 TMA = GroupScales(128, "tma")  # what DeepGEMM takes
 
 
@@ -65,6 +66,11 @@ def scales_name(mode: Any) -> str:
     return f"{mode.group_size}-{mode.scale_layout}-{'ue8m0' if mode.use_ue8m0 else 'fp32'}"
 
 
+def allowed(mode: Any) -> bool:
+    """Whether ops take such a mode of a group quantiser."""
+    return mode.scale_layout != "packed" or (mode.use_ue8m0 and mode.quant_rounding in ("custom_op", "reciprocal"))
+
+
 def told_apart(mode: Any) -> bool:
     """Whether a group quantiser's rounding is another than its namesake's: `reciprocal` multiplies where
     custom_op divides by an fp32 scale, and `native_floored` has a floor under a UE8M0 scale. `flashinfer` is for bf16 alone,
@@ -79,9 +85,11 @@ def group_modes(quant_roundings: tuple[str, ...] | None = None) -> list[GroupMod
     switch = (False, True)
     modes = itertools.starmap(
         GroupMode,
-        itertools.product(DTYPES, GROUP_SIZES, LAYOUTS, switch, ROUNDINGS, quant_roundings or GROUP_ROUNDINGS),
+        itertools.product(
+            DTYPES, GROUP_SIZES, (*LAYOUTS, "packed"), switch, ROUNDINGS, quant_roundings or GROUP_ROUNDINGS
+        ),
     )
-    return [mode for mode in modes if quant_roundings or told_apart(mode)]
+    return [mode for mode in modes if allowed(mode) and (quant_roundings or told_apart(mode))]
 
 
 def static_modes(quant_roundings: tuple[str, ...] = ROUNDINGS) -> list[StaticMode]:

@@ -30,7 +30,7 @@ def one_nan(t: torch.Tensor) -> torch.Tensor:
     if t.dtype == FP8_DTYPE:
         bits = as_bits(t)
         return torch.where((bits & 0x7F) == 0x7F, torch.full_like(bits, 0x7F), bits).view(FP8_DTYPE)
-    return torch.where(t.isnan(), torch.full_like(t, float("nan")), t)
+    return torch.where(t.isnan(), torch.full_like(t, float("nan")), t) if t.is_floating_point() else t
 
 
 def count_differing(actual: torch.Tensor, expected: torch.Tensor) -> int:
@@ -121,8 +121,12 @@ def guarded_codes(x: torch.Tensor) -> Guarded:
     return Guarded(x.new_empty((x.shape[0], x.shape[1] // 2), dtype=FP8_DTYPE))
 
 
-def guarded_scales(x: torch.Tensor, scales: GroupScales) -> Guarded:
-    return Guarded(scales.empty(x, x.shape[0], x.shape[1] // 2))
+def guarded_scales(x: torch.Tensor, scales: GroupScales, width: int) -> Guarded:
+    """Scales for as many rows as x has, of `width` numbers each."""
+    guarded = Guarded(scales.empty(x, x.shape[0], width))
+    if scales.layout == "packed" and width // scales.group_size % 4:
+        guarded.storage().zero_()  # as `GroupScales.empty` does
+    return guarded
 
 
 # ---- what tests of several ops check ---------------------------------------------------------------------------------
@@ -167,10 +171,10 @@ def check_deterministic(op: Callable[..., Iterable[torch.Tensor]], *inputs: torc
     assert all(torch.equal(as_bits(t), bits) for t, bits in zip(inputs, before, strict=True))
 
 
-def check_columns(scales: torch.Tensor, expected: torch.Tensor, tma_aligned_scales: bool) -> None:
+def check_columns(scales: torch.Tensor, expected: torch.Tensor, tma_aligned: bool) -> None:
     """Column-major scales, all of their storage, so that initcheck sees padding that was never written."""
     rows = len(scales)
-    column = padded_rows(rows) if tma_aligned_scales else rows
+    column = padded_rows(rows) if tma_aligned else rows
     storage = torch.empty(0, device=scales.device).set_(scales.untyped_storage()).view(-1, column).cpu()
     assert_same_bytes(storage[:, :rows].contiguous(), expected.t().cpu().contiguous(), "scales")
     assert not storage[:, rows:].any()
@@ -268,6 +272,9 @@ def vllms_group_quant(y: torch.Tensor, mode: Any) -> tuple[torch.Tensor, torch.T
     """
     codes = torch.empty_like(y, dtype=FP8_DTYPE)
     scales = mode.scales.empty(y, *y.shape)
+    if mode.scale_layout == "packed":
+        torch.ops._C.per_token_group_fp8_quant_packed(y, codes, scales, mode.group_size, EPS, -FP8_MAX, FP8_MAX)
+        return codes, scales
     layout = (mode.scale_layout != "row", mode.scale_layout == "tma")
     torch.ops._C.per_token_group_fp8_quant(
         y, codes, scales, mode.group_size, EPS, -FP8_MAX, FP8_MAX, mode.use_ue8m0, *layout

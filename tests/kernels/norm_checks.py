@@ -24,7 +24,7 @@ from vllm_fusion_plugin.ops.quant import GroupScales
 from vllm_fusion_plugin.ops.rms_norm_quant import NormInputs, add_residual, scale_rows
 
 from .cases import DTYPES, LAYOUTS, ROUNDINGS, random_input, scales_name, short
-from .checks import Guarded, as_bits, assert_codes, assert_same_bytes, one_nan
+from .checks import Guarded, as_bits, assert_codes, assert_same_bytes, guarded_scales, one_nan
 
 EPSILON = 1e-6
 
@@ -104,6 +104,7 @@ def layouts() -> list[Layout]:
 
 BF16 = Norm()
 DEEPSEEK = Layout(128, "tma")
+PACKED = [Layout(size, "packed", True) for size in (64, 128)]
 # All rows of a test at once, for what does not depend on tiles: the interpreter's cost is by program.
 ONE_PROGRAM = Tile(32, 512, 1)
 
@@ -257,7 +258,7 @@ def run_group(
 ) -> tuple[Guarded, Guarded, list[Guarded]]:
     rows, width = x.shape
     codes = Guarded(x.new_empty((rows, width), dtype=quant.FP8_DTYPE))
-    scales = Guarded(layout.scales.empty(x, rows, width))
+    scales = guarded_scales(x, layout.scales, width)
     extras = guarded_extras(x, residual, mode)
     kernels.rms_norm_group_fp8_quant(
         mode.inputs(x, weight, residual, epsilon), codes.tensor, scales.tensor, *extra_arguments(extras, residual, mode),

@@ -56,18 +56,18 @@ def silu_mul(width: int, layout: str, quant_rounding: str = "custom_op") -> call
 
 
 def group(width: int, layout: str, quant_rounding: str = "custom_op") -> calls.Call:
-    return call("group_fp8_quant", meta(64, width), 128, layout, False, quant_rounding)
+    return call("group_fp8_quant", meta(64, width), 128, layout, layout == "packed", quant_rounding)
 
 
 def gated(heads: int, layout: str, dims: int = 3, quant_rounding: str = "custom_op") -> calls.Call:
     shape = (64, heads, 128) if dims == 3 else (64 * heads, 128)
-    how = (True, "silu", 128, layout, False, "native", quant_rounding)
+    how = (True, "silu", 128, layout, layout == "packed", "native", quant_rounding)
     return call("gated_rms_norm_group_fp8_quant", meta(*shape), meta(*shape), meta(128), 1e-6, heads, *how)
 
 
 def dual(layout: str, quant_rounding: str = "custom_op") -> calls.Call:
     q, kv = columns(2112, 0, 1536), columns(2112, 1536, 512)
-    how = (128, layout, False, "native", quant_rounding)
+    how = (128, layout, layout == "packed", "native", quant_rounding)
     return call("mla_dual_rms_norm_group_fp8_quant", q, kv, meta(1536), meta(512), 1e-6, 1e-6, *how)
 
 
@@ -76,7 +76,7 @@ def norm(width: int, layout: str, add: bool, quant_rounding: str = "custom_op", 
     norm = NormInputs(x, meta(width), residual=residual, keep_norm=add and quant_rounding == "custom_op")
     if addends:
         norm = norm._replace(x_addend=meta(64, width), x_addend_scale=2.5, residual_addend=meta(64, width))
-    return call("rms_norm_group_fp8_quant", *norm, 128, layout, False, quant_rounding)
+    return call("rms_norm_group_fp8_quant", *norm, 128, layout, layout == "packed", quant_rounding)
 
 
 def other_norm(kind: str, width: int, add: bool, quant_rounding: str = "custom_op") -> calls.Call:
@@ -118,6 +118,12 @@ EVERY = {
     **{f"norm-{layout}": norm(7168, layout, add=False) for layout in LAYOUTS},
     **{f"add_norm-{layout}": norm(7168, layout, add=True) for layout in LAYOUTS},
     **{f"v_up-{layout}": v_up(128, layout) for layout in LAYOUTS},
+    # before DeepGEMM's on compute capability 10.0
+    "silu_mul-packed": silu_mul(12288, "packed"),
+    "group-packed": group(7168, "packed"),
+    "gated-packed": gated(32, "packed"),
+    "dual-packed": dual("packed"),
+    "add_norm-packed": norm(7168, "packed", add=True),
     # before vLLM's default block GEMM
     "silu_mul-split": silu_mul(12288, "tma", SPLIT),
     "group-split": group(7168, "tma", SPLIT),

@@ -91,7 +91,7 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
 
 INTEGERS = st.sampled_from([-128, -1, 0, 1, 2, 3, 32, 64, 96, 128, 256, 1024, 2**40])
 FLOATS = st.sampled_from([0.0, 1.0, -1.0, 1e-6, float("inf"), float("nan")])
-NAMES = st.sampled_from([*GROUP_ROUNDINGS, *LAYOUTS, "eager", "silu", "sigmoid", "", "NATIVE", "gelu"])
+NAMES = st.sampled_from([*GROUP_ROUNDINGS, *LAYOUTS, "packed", "eager", "silu", "sigmoid", "", "NATIVE", "gelu"])
 
 
 def anything(name: str, argument: Any, value: Any) -> st.SearchStrategy:
@@ -159,7 +159,7 @@ ALLOWED = {
     "quant_rounding": GROUP_ROUNDINGS,
     "activation": gated_rms_norm_quant.ACTIVATIONS,
     "group_size": GROUP_SIZES,
-    "scale_layout": LAYOUTS,
+    "scale_layout": (*LAYOUTS, "packed"),
     "sum_columns": rms_norm_quant.SUM_COLUMNS,
 }
 INPUTS = ("x", "z", "q", "kv", "attn_out", "w_uv")

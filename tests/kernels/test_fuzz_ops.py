@@ -37,6 +37,10 @@ KINDS = st.sampled_from(["normal", "bits", "special"])
 SCALES = st.sampled_from([1.0, 0.0123, 3e-5, 700.0, 1e-38])
 ACT_ROUNDINGS = st.sampled_from(["custom_op", "eager", "native"])
 SCALE_LAYOUTS = st.sampled_from(LAYOUTS)
+# these go together
+PACKED_OR_NOT = st.sampled_from(
+    [{}, {}, {}, {"scale_layout": "packed", "use_ue8m0": True, "quant_rounding": "custom_op"}]
+)
 SPREADS = st.tuples(st.integers(0, 9), st.integers(0, 17))
 
 
@@ -65,7 +69,7 @@ def group_modes(draw: st.DrawFn) -> GroupMode:
         draw(st.booleans()),
         draw(ACT_ROUNDINGS),
         draw(quantisers(dtype)),
-    )
+    )._replace(**draw(PACKED_OR_NOT))
 
 
 @given(mode=group_modes(), rows=ROWS, groups=st.integers(1, 9), how=SPREADS, kind=KINDS, seed=SEEDS)
@@ -270,7 +274,7 @@ def gated_modes(draw: st.DrawFn) -> gated.Mode:
         draw(st.booleans()),
         draw(st.sampled_from(["native", "eager"])),
         draw(quantisers(dtype)),
-    )
+    )._replace(**draw(PACKED_OR_NOT))
 
 
 @given(

@@ -21,13 +21,14 @@ from .cases import (
     GROUP_SIZES,
     LAYOUTS,
     all_values,
+    allowed,
     random_input,
     scales_name,
     short,
     strided,
     told_apart,
 )
-from .checks import Guarded, check_guarded
+from .checks import Guarded, check_guarded, guarded_scales
 
 
 class Mode(NamedTuple):
@@ -53,8 +54,8 @@ class Mode(NamedTuple):
 def modes(quant_roundings: tuple[str, ...] | None = None) -> list[Mode]:
     switch = (False, True)
     roundings = quant_roundings or GROUP_ROUNDINGS
-    every = itertools.starmap(Mode, itertools.product(DTYPES, GROUP_SIZES, LAYOUTS, switch, roundings))
-    return [mode for mode in every if quant_roundings or told_apart(mode)]
+    every = itertools.starmap(Mode, itertools.product(DTYPES, GROUP_SIZES, (*LAYOUTS, "packed"), switch, roundings))
+    return [mode for mode in every if allowed(mode) and (quant_roundings or told_apart(mode))]
 
 
 DEEPSEEK = Mode(torch.bfloat16, 128, "tma", False, "custom_op")
@@ -70,7 +71,7 @@ def activations(
 def run(x: torch.Tensor, mode: Mode, **launch: object) -> tuple[Guarded, Guarded]:
     rows, width = x.shape
     codes = Guarded(x.new_empty((rows, width), dtype=FP8_DTYPE))
-    scales = Guarded(mode.scales.empty(x, rows, width))
+    scales = guarded_scales(x, mode.scales, width)
     kernels.group_fp8_quant(
         x, codes.tensor, scales.tensor, mode.group_size, mode.use_ue8m0, mode.quant_rounding, **launch
     )

@@ -17,8 +17,8 @@ from vllm_fusion_plugin.ops import quant
 from vllm_fusion_plugin.ops.rms_norm_quant import NormInputs, rms_norm_reference
 
 from .cases import DTYPES, ROUNDINGS, random_input, special_values
-from .checks import Guarded, as_bits, assert_same_bytes, one_nan
-from .norm_checks import BF16, DEEPSEEK, Layout, Norm, exact_input, layouts, run_group
+from .checks import Guarded, as_bits, assert_same_bytes, guarded_scales, one_nan
+from .norm_checks import BF16, DEEPSEEK, PACKED, Layout, Norm, exact_input, layouts, run_group
 
 Q_EPSILON, KV_EPSILON = 1e-6, 1e-5
 
@@ -47,7 +47,7 @@ def run(
 ) -> tuple[Guarded, Guarded, Guarded]:
     rows, width = q.shape
     codes = Guarded(q.new_empty((rows, width), dtype=quant.FP8_DTYPE))
-    scales = Guarded(layout.scales.empty(q, rows, width))
+    scales = guarded_scales(q, layout.scales, width)
     normed = Guarded(kv.new_empty(kv.shape))
     kernels.mla_dual_rms_norm_group_fp8_quant(
         q, kv, q_weight, kv_weight, codes.tensor, scales.tensor, normed.tensor, Q_EPSILON, KV_EPSILON,
@@ -79,7 +79,7 @@ def test_modes(mode: Norm, device: torch.device) -> None:
     check(*projection(3, 384, 512, mode, device, seed=1), mode)
 
 
-@pytest.mark.parametrize("layout", layouts(), ids=str)
+@pytest.mark.parametrize("layout", [*layouts(), *PACKED], ids=str)
 def test_layouts(layout: Layout, device: torch.device) -> None:
     mode = BF16._replace(residual=False)
     check(*projection(5, 3 * layout.group_size, 256, mode, device, seed=2), mode, layout)

@@ -21,6 +21,7 @@ from .norm_checks import (
     DEEPSEEK,
     EPSILON,
     ONE_PROGRAM,
+    PACKED,
     Layout,
     Norm,
     assert_extras,
@@ -106,8 +107,11 @@ def test_epsilon(epsilon: float, device: torch.device) -> None:
 # ---- quantisers ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quant_rounding", GROUP_ROUNDINGS)
-@pytest.mark.parametrize("layout", layouts(), ids=str)
+@pytest.mark.parametrize(
+    ("layout", "quant_rounding"),
+    [*itertools.product(layouts(), GROUP_ROUNDINGS), *((layout, "custom_op") for layout in PACKED)],
+    ids=str,
+)
 def test_group_layouts(layout: Layout, quant_rounding: str, device: torch.device) -> None:
     mode = BF16._replace(quant_rounding=quant_rounding)
     x, residual = inputs(5, 3 * layout.group_size, mode, device, seed=5, kind="special")

@@ -26,7 +26,7 @@ from .checks import (
     native_quantiser,
 )
 from .installed import installed
-from .norm_checks import BF16, DEEPSEEK, EPSILON, Layout, Norm, inputs, layouts
+from .norm_checks import BF16, DEEPSEEK, EPSILON, PACKED, Layout, Norm, inputs, layouts
 from .test_rms_norm_quant_gpu import (
     ELEMENTS,
     ROWS,
@@ -105,7 +105,8 @@ def test_quantisers_random(dtype: torch.dtype, norm_rounding: str, ops: Ops, dev
     mode = Norm(dtype, "same", True, norm_rounding)
     weight = mode.make_weight(7168, device)
     for number, (x, residual) in enumerate(chunks(mode, 7168, device, seed=22)):
-        some = [layouts()[number % len(layouts())], DEEPSEEK]
+        every = [*layouts(), *PACKED]
+        some = [every[number % len(every)], DEEPSEEK]
         check_quantisers(x, residual, weight, mode, ops, some, STATIC_SCALES[number % len(STATIC_SCALES)])
 
 

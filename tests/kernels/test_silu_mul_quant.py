@@ -64,7 +64,7 @@ def activation(x: torch.Tensor, act_rounding: str, quant_rounding: str) -> torch
 
 def run_group(x: torch.Tensor, mode: GroupMode) -> tuple[Guarded, Guarded]:
     codes = guarded_codes(x)
-    scales = guarded_scales(x, mode.scales)
+    scales = guarded_scales(x, mode.scales, x.shape[1] // 2)
     kernels.silu_mul_group_fp8_quant(
         x, codes.tensor, scales.tensor, mode.group_size, mode.use_ue8m0, mode.act_rounding, mode.quant_rounding
     )

@@ -162,10 +162,10 @@ def _group_kernel(
     group_head, in_head = first_head + in_tile // BLOCK_GROUPS, in_tile % BLOCK_GROUPS
     group_mask = (group_head < heads) & (in_head < HEAD_GROUPS)
     group = (group_head * HEAD_GROUPS + in_head).to(tl.int64)
-    scale_columns = scales_ptr + group[None, :] * scale_group_stride
-    quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, TILE.scales_from_all)
+    scale_columns = quant.scale_columns(scales_ptr, group, scale_group_stride, QUANT)
+    quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, TILE.scales_from_all, QUANT)
     if QUANT.padded and ((padded_rows > rows) & (first_row + TILE.rows >= rows)):
-        quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride)
+        quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride, QUANT)
 
 
 # From so many elements on memory is busy throughout.

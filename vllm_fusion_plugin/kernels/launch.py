@@ -20,7 +20,7 @@ from .numerics import INTERPRETED
 
 
 def rows_with_padding(scales: torch.Tensor, rows: int) -> int:
-    """Rows of the scales [rows, groups] in memory: TMA-aligned scales have longer columns than there are rows."""
+    """Rows of scales in memory: TMA-aligned ones, packed or not, have longer columns than there are rows."""
     return scales.stride(1) if scales.stride(0) == 1 else rows
 
 

@@ -102,11 +102,11 @@ def _tile(
     codes_ptrs = codes_ptr + row.to(tl.int64)[:, None] * codes_stride + first_out + column[None, :]
     tl.store(codes_ptrs, tl.reshape(codes, (TILE.tokens, TILE.columns)), mask=live[:, None])
     group = first_out // QUANT.group_size + tl.arange(0, TILE.columns // QUANT.group_size)
-    scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
+    scale_columns = quant.scale_columns(scales_ptr, group, scale_group_stride, QUANT)
     all_groups = group >= 0
-    quant.store_scales(scale_columns, scale, row, tokens, all_groups, scale_token_stride, True)
+    quant.store_scales(scale_columns, scale, row, tokens, all_groups, scale_token_stride, True, QUANT)
     # By every tile of tokens, though one would do: Triton 3.7 cannot flatten a loop with a branch in it.
-    quant.zero_scale_padding(scale_columns, tokens, padded_tokens, group < padded_groups, scale_token_stride)
+    quant.zero_scale_padding(scale_columns, tokens, padded_tokens, group < padded_groups, scale_token_stride, QUANT)
 
 
 # What changes with the number of tokens is not specialised on: a server would meet a new specialisation, and a second of

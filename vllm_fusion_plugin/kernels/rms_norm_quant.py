@@ -58,6 +58,7 @@ def quantise_groups(
     CHUNK: tl.constexpr = TILE.chunk
     GROUP_SIZE: tl.constexpr = QUANT.group_size
     GROUPS: tl.constexpr = CHUNK // GROUP_SIZE
+    FROM_ALL: tl.constexpr = TILE.early or TILE.fold == 1
     for first in tl.static_range(0, WIDTH, CHUNK):
         column, mask = chunk_columns(row, rows, first, CHUNK, WIDTH)
         offset = row.to(tl.int64)[:, None] * WIDTH + column
@@ -70,10 +71,10 @@ def quantise_groups(
         tl.store(tl.multiple_of(codes_ptr + offset, (1, QUANT.aligned)), codes, mask=mask)
         group = first // GROUP_SIZE + tl.arange(0, GROUPS)
         group_mask = group * GROUP_SIZE < WIDTH
-        scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
-        quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, TILE.early or TILE.fold == 1)
+        scale_columns = quant.scale_columns(scales_ptr, group, scale_group_stride, QUANT)
+        quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, FROM_ALL, QUANT)
         if QUANT.padded and ((padded_rows > rows) & (tl.program_id(0) * TILE.rows + TILE.rows >= rows)):
-            quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride)
+            quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride, QUANT)
 
 
 @triton.jit

@@ -79,10 +79,10 @@ def _group_kernel(
     codes_ptrs = codes_ptr + row64[:, None, None] * width + column[None, :, :]
     tl.store(codes_ptrs, codes, mask=mask)
     group_mask = group * QUANT.group_size < width
-    scale_columns = scales_ptr + group.to(tl.int64)[None, :] * scale_group_stride
-    quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, TILE.scales_from_all)
+    scale_columns = quant.scale_columns(scales_ptr, group, scale_group_stride, QUANT)
+    quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, TILE.scales_from_all, QUANT)
     if QUANT.padded and ((padded_rows > rows) & (first_row + TILE.rows >= rows)):
-        quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride)
+        quant.zero_scale_padding(scale_columns, rows, padded_rows, group_mask, scale_row_stride, QUANT)
 
 
 @triton.jit

@@ -119,7 +119,7 @@ def _check(
             f"x has heads of {head_dim}; allowed: multiples of group_size={group_size} from {group_size} to {MAX_HEAD_DIM}"
         )
     check_choice("norm_rounding", norm_rounding, NORM_ROUNDINGS)
-    check_group_rounding(quant_rounding, x.dtype)
+    check_group_rounding(quant_rounding, x.dtype, how)
     return x.shape[0] if x.dim() == 3 else x.shape[0] // num_heads, num_heads * head_dim
 
 

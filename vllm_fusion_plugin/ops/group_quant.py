@@ -33,7 +33,7 @@ def _check(x: torch.Tensor, how: GroupScales, quant_rounding: str) -> tuple[int,
     if x.stride(1) != 1:
         raise ValueError(f"x has stride {x.stride(1)} along its columns; allowed: 1 (rows themselves may be strided)")
     how.check(width)
-    check_group_rounding(quant_rounding, x.dtype)
+    check_group_rounding(quant_rounding, x.dtype, how)
     return rows, width
 
 

@@ -75,7 +75,7 @@ def _check(
     if kv.device != q.device:
         raise ValueError(f"kv is on {kv.device}; allowed: q's device, {q.device}")
     check_choice("norm_rounding", norm_rounding, NORM_ROUNDINGS)
-    check_group_rounding(quant_rounding, q.dtype)
+    check_group_rounding(quant_rounding, q.dtype, how)
     check_weight("q_weight", q_weight, q, norm_rounding)
     check_weight("kv_weight", kv_weight, kv, norm_rounding)
     how.check(width)

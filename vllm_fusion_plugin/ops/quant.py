@@ -53,7 +53,9 @@ ROUNDINGS = ("custom_op", "native")
 GROUP_ROUNDINGS = (*OPAQUE, FLASHINFER, *BY_ROWS, *NATIVE)
 GROUP_SIZES = (64, 128)
 INPUT_DTYPES = (torch.bfloat16, torch.float16)
-LAYOUTS = ("row", "column", "tma")
+LAYOUTS = ("row", "column", "tma", "packed")
+# Scales of powers of two that an int32 holds in the layout "packed", first the one in its lowest byte.
+PACKED = 4
 # GroupScales in a schema.
 SCALES = "int group_size, str scale_layout, bool use_ue8m0"
 # Floor of a group's maximum in vLLM's op: the `eps` that its layers call it with.
@@ -67,9 +69,11 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...] = ROUNDINGS) ->
         raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(allowed)}")
 
 
-def check_group_rounding(quant_rounding: str, dtype: torch.dtype) -> None:
-    """Raises ValueError on what no group quantiser does with numbers of `dtype`."""
+def check_group_rounding(quant_rounding: str, dtype: torch.dtype, how: GroupScales) -> None:
+    """Raises ValueError on what no group quantiser does with numbers of `dtype`, or with such scales."""
     check_choice("quant_rounding", quant_rounding, GROUP_ROUNDINGS)
+    if how.layout == "packed" and quant_rounding not in OPAQUE:
+        raise ValueError(f"{quant_rounding=} with scale_layout='packed'; allowed: {', '.join(OPAQUE)}")
     if dtype != torch.bfloat16 and (quant_rounding == FLASHINFER or quant_rounding in BY_ROWS):
         raise ValueError(f"{quant_rounding=} with {dtype}; allowed: torch.bfloat16")
 
@@ -83,6 +87,9 @@ class GroupScales(NamedTuple):
         "tma": strides (1, rows rounded up to 4). The padding between columns belongs to the storage, not to the tensor,
             and whoever fills the scales writes zeros there (`zero_scale_padding`): TMA loads it, and uninitialised memory
             would make runs differ.
+        "packed": int32 [rows, groups / 4 rounded up], strides as of "tma". Group g has byte g % 4, from the lowest on, of
+            number g / 4: the exponent of its scale, as fp32 has it. Bytes of no group are 0. For scales of powers of two;
+            what DeepGEMM takes on GPUs of compute capability 10.0 and later.
     """
 
     group_size: int = 128
@@ -98,12 +105,19 @@ class GroupScales(NamedTuple):
         if width % self.group_size:
             raise ValueError(f"output width {width} is not a multiple of group_size={self.group_size}")
         check_choice("scale_layout", self.layout, LAYOUTS)
+        if self.layout == "packed" and not self.ue8m0:
+            raise ValueError("use_ue8m0=False with scale_layout='packed'; allowed: True")
 
     def empty(self, x: torch.Tensor, rows: int, width: int) -> torch.Tensor:
-        """Uninitialised fp32 scales [rows, width / group_size] on x's device."""
+        """Uninitialised scales for rows of `width` numbers on x's device; zeros where not all bytes are a group's."""
         groups = width // self.group_size
         if self.layout == "row":
             return x.new_empty((rows, groups), dtype=torch.float32)
+        if self.layout == "packed":
+            # the other way in which vLLM rounds up: see `padded_rows`
+            words, stride = -(-groups // PACKED), (rows + TMA_ALIGNMENT - 1) // TMA_ALIGNMENT * TMA_ALIGNMENT
+            make = x.new_zeros if groups % PACKED else x.new_empty
+            return make((words, stride), dtype=torch.int32).as_strided((rows, words), (1, stride))
         stride = padded_rows(rows) if self.layout == "tma" else rows
         storage = x.new_empty((groups, stride), dtype=torch.float32)
         # as_strided, not slicing: with one group or row, a slice's strides need not say where the next one would start
@@ -117,7 +131,7 @@ def padded_rows(rows: int) -> int:
 
 
 def zero_scale_padding(scales: torch.Tensor) -> None:
-    """Zero the storage between the columns of TMA-aligned scales."""
+    """Zero the storage between the columns of TMA-aligned scales, packed or not."""
     rows, groups = scales.shape
     stride = scales.stride(1)
     if rows < stride == padded_rows(rows):
@@ -127,6 +141,13 @@ def zero_scale_padding(scales: torch.Tensor) -> None:
 def ue8m0(scale: torch.Tensor) -> torch.Tensor:
     """Round positive fp32 scales up to powers of two (UE8M0's value set, kept in fp32)."""
     return torch.exp2(torch.ceil(torch.log2(scale)))
+
+
+def packed_exponents(scale: torch.Tensor) -> torch.Tensor:
+    """The exponents of fp32 scales [rows, groups], four in an int32, the first in the lowest byte: [rows, groups / 4]."""
+    rows, groups = scale.shape
+    exponents = torch.nn.functional.pad((scale.view(torch.int32) >> 23) & 0xFF, (0, -groups % PACKED))
+    return exponents.to(torch.uint8).view(rows, -(-groups // PACKED), PACKED).view(torch.int32).squeeze(-1)
 
 
 def _ignoring_nan_max(x: torch.Tensor) -> torch.Tensor:
@@ -153,10 +174,11 @@ def _flashinfers_scale(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 def group_fp8_quant_reference(
     y: torch.Tensor, how: GroupScales, quant_rounding: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y [M, K] of any float dtype -> codes [M, K] float8_e4m3fn and scales [M, K / group_size] fp32, in plain torch.
+    """y [M, K] of any float dtype -> codes [M, K] float8_e4m3fn and scales as `how` says, in plain torch.
 
-    Mirrors vLLM's `per_token_group_fp8_quant` (custom_op, reciprocal) and `QuantFP8._quantize_group_native` (native,
-    native_floored). The former's floor is that of a group's maximum, EPS; the latter's that of its scale, FP8_MIN_SCALE.
+    Mirrors vLLM's `per_token_group_fp8_quant` and `per_token_group_fp8_quant_packed` (custom_op, reciprocal) and
+    `QuantFP8._quantize_group_native` (native, native_floored). The former's floor is that of a group's maximum, EPS; the
+    latter's that of its scale, FP8_MIN_SCALE.
     """
     rows, width = y.shape
     groups = y.float().view(rows, width // how.group_size, how.group_size)
@@ -182,7 +204,7 @@ def group_fp8_quant_reference(
         codes = codes.nan_to_num(nan=-FP8_MAX, posinf=FP8_MAX, neginf=-FP8_MAX)
     codes = codes.clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE).view(rows, width)
     scales = how.empty(y, rows, width)
-    scales.copy_(scale.squeeze(-1))
+    scales.copy_(packed_exponents(scale.squeeze(-1)) if how.layout == "packed" else scale.squeeze(-1))
     zero_scale_padding(scales)
     return codes, scales
 

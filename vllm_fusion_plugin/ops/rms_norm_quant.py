@@ -112,8 +112,6 @@ class NormInputs(NamedTuple):
         check_rows("x", x)
         check_choice("norm_rounding", rounding, NORM_ROUNDINGS)
         check_choice("quant_rounding", quant_rounding, quant_roundings)
-        if quant_roundings is GROUP_ROUNDINGS:
-            check_group_rounding(quant_rounding, x.dtype)
         if self.weight is not None:
             check_weight("weight", self.weight, x, rounding)
         if self.gemma_weight and self.weight is None:
@@ -272,6 +270,7 @@ def _of_group(arguments: tuple[Any, ...]) -> tuple[NormInputs, GroupScales, str]
     inputs, how = NormInputs(*norm), GroupScales(group_size, layout, ue8m0)
     inputs.check(quant_rounding, GROUP_ROUNDINGS)
     how.check(inputs.x.shape[1])
+    check_group_rounding(quant_rounding, inputs.x.dtype, how)
     return inputs, how, quant_rounding
 
 

@@ -91,7 +91,7 @@ def _check_group(x: torch.Tensor, how: GroupScales, act_rounding: str, quant_rou
     rows, width = _check_input(x)
     how.check(width)
     check_choice("act_rounding", act_rounding, ACT_ROUNDINGS)
-    check_group_rounding(quant_rounding, x.dtype)
+    check_group_rounding(quant_rounding, x.dtype, how)
     return rows, width
 
 

@@ -172,7 +172,7 @@ class Leftovers(InductorPass):
             return f"{made.words} is followed by {q}; {fused}"
         if q.variant == "triton":
             return f"{made.words} is followed by {q}; fused are vLLM's ops and plain torch code"
-        if q.kind == "group" and (reason := _unlike(q)):
+        if q.kind in ("group", "packed") and (reason := _unlike(q)):
             return f"{made.words} is followed by {q}, {reason}"
         if made.kind == "mla" and q.kind == "group" and q.variant == "native":
             return f"{made.words} is followed by {q}; fused is vLLM's op (custom_ops +quant_fp8)"
@@ -203,7 +203,7 @@ class Leftovers(InductorPass):
             if made.compiled:
                 return "; Inductor compiles this quantiser together with what stands before it"
             return "; Inductor compiles this quantiser by itself"
-        if q.variant == "op" and q.kind == "group":
+        if q.variant == "op" and q.kind in ("group", "packed"):
             lone = report.RECORDER.report.passes.get(LONE, "off")
             if lone != "ours":
                 return f"; vLLM's kernel runs by itself ({LONE} is {lone})"

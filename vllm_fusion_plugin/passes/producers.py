@@ -19,9 +19,9 @@ aten = torch.ops.aten
 
 # What a pass of ours fuses with which quantisers: a producer's kind -> (pass, kinds of quantisers.WORDS).
 FUSED: dict[str, tuple[str, tuple[str, ...]]] = {
-    "silu_mul": ("ActivationQuantFusionPass", ("group", "static", "nvfp4")),
-    "norm": ("RMSNormQuantFusionPass", ("group", "token", "static")),
-    "gated_norm": ("RMSNormQuantFusionPass", ("group",)),
+    "silu_mul": ("ActivationQuantFusionPass", ("group", "packed", "static", "nvfp4")),
+    "norm": ("RMSNormQuantFusionPass", ("group", "packed", "token", "static")),
+    "gated_norm": ("RMSNormQuantFusionPass", ("group", "packed")),
     "attention": ("AttnQuantFusionPass", ("static", "nvfp4")),
     "mla": ("MLAAttnQuantFusionPass", ("static", "nvfp4", "group")),
 }

@@ -52,7 +52,7 @@ _OPS = {
 
 WORDS = {
     "group": "an FP8 quantiser in groups",
-    "packed": "an FP8 quantiser in groups with packed scales",
+    "packed": "an FP8 quantiser with packed scales, in groups",
     "token": "an FP8 quantiser with one scale a token",
     "tensor": "an FP8 quantiser with one dynamic scale a tensor",
     "static": "an FP8 quantiser with a static scale",
@@ -78,7 +78,7 @@ class Quantiser:
     """A Triton kernel's name."""
 
     def __str__(self) -> str:
-        size = f" of {self.group_size}" if self.kind == "group" and self.group_size else ""
+        size = f" of {self.group_size}" if self.kind in ("group", "packed") and self.group_size else ""
         how = {
             "native": "in plain torch code",
             "triton": f"in a Triton kernel, {self.kernel}",

@@ -123,19 +123,24 @@ class GroupQuant(Fp8Quant):
         if self.variant == "split":
             return any(split_scales(node) == self.scales for node in ops.get(OURS, []))
         wanted = {k: v for k, v in self._arguments().items() if k not in ("eps", "fp8_min", "fp8_max")}
-        nodes = ops.get("_C.per_token_group_fp8_quant", [])
+        nodes = ops.get(f"_C.{self._op_name}", [])
         return any(all(node.kwargs.get(k) == v for k, v in wanted.items()) for node in nodes)
+
+    @property
+    def _op_name(self) -> str:
+        packed = self.scales.layout == "packed"
+        return "per_token_group_fp8_quant_packed" if packed else "per_token_group_fp8_quant"
 
     def _arguments(self) -> dict[str, Any]:
         """What vLLM's op is called with for such scales, in the order of its schema: the matcher compares that, too."""
-        return {
-            "group_size": self.scales.group_size,
-            "eps": EPS,
-            "fp8_min": -FP8_MAX,
-            "fp8_max": FP8_MAX,
-            "scale_ue8m0": self.scales.ue8m0,
-            "dummy_is_scale_transposed": self.scales.layout != "row",
-            "dummy_is_tma_aligned": self.scales.layout == "tma",
+        size, layout, ue8m0 = self.scales
+        numbers = {"group_size": size, "eps": EPS, "fp8_min": -FP8_MAX, "fp8_max": FP8_MAX}
+        if layout == "packed":
+            return numbers
+        return numbers | {
+            "scale_ue8m0": ue8m0,
+            "dummy_is_scale_transposed": layout != "row",
+            "dummy_is_tma_aligned": layout == "tma",
         }
 
     def __str__(self) -> str:
@@ -150,10 +155,7 @@ class GroupQuant(Fp8Quant):
     def inputs(self, rows: int, width: int) -> list[torch.Tensor]:
         if not self.has_buffers:
             return []
-        return [
-            empty(rows, width, dtype=FP8_DTYPE),
-            empty(rows, width // self.scales.group_size, dtype=torch.float32),
-        ]
+        return [empty(rows, width, dtype=FP8_DTYPE), self.scales.empty(empty(0, dtype=torch.float32), rows, width)]
 
     @property
     def rounding(self) -> str:
@@ -168,8 +170,7 @@ class GroupQuant(Fp8Quant):
             return reason
         if scales.dim() != 2:
             return f"the scales have {scales.dim()} dimensions; fused where there are 2"
-        rows, groups = scales.shape
-        want = self.scales.empty(scales, rows, groups * self.scales.group_size)
+        want = self.scales.empty(scales, scales.shape[0], codes.shape[-1])
         if not same_strides(scales, want):
             return f"the scales' strides {tuple(scales.stride())} are not those of the layout in the call"
         return None
@@ -185,11 +186,12 @@ class GroupQuant(Fp8Quant):
             return layer.forward_native(y)
         if self.variant == "split":
             return torch.ops.vllm_fusion_plugin.group_fp8_quant.default(y, *self.scales, self.rounding)
+        output = "output_s_packed" if self.scales.layout == "packed" else "output_s"
         _, codes, scales = functionalized(
-            torch.ops._C.per_token_group_fp8_quant.default,
+            getattr(torch.ops._C, self._op_name).default,
             input=y,
             output_q=buffers[0],
-            output_s=buffers[1],
+            **{output: buffers[1]},
             **self._arguments(),
         )
         return codes, scales
@@ -198,6 +200,7 @@ class GroupQuant(Fp8Quant):
 def group_quants(group_sizes: tuple[int, ...]) -> list[GroupQuant]:
     """Every group quantiser that vLLM can put into a graph."""
     variants = ["native"] + (["custom_op"] if has_op("per_token_group_fp8_quant") else [])
+    packed = has_op("per_token_group_fp8_quant_packed")
     return [
         GroupQuant(variant, GroupScales(group_size, layout, ue8m0))
         for variant in variants
@@ -208,7 +211,10 @@ def group_quants(group_sizes: tuple[int, ...]) -> list[GroupQuant]:
         for ue8m0 in (False, True)
         # forward_native knows no TMA alignment: it returns plain column-major scales
         if not (variant == "native" and layout == "tma")
-    ] + [GroupQuant("split", block_gemm.SCALES._replace(ue8m0=ue8m0)) for ue8m0 in (False, True)]
+    ] + [
+        *(GroupQuant("split", block_gemm.SCALES._replace(ue8m0=ue8m0)) for ue8m0 in (False, True)),
+        *(GroupQuant("custom_op", GroupScales(size, "packed", True)) for size in group_sizes if packed),
+    ]
 
 
 def split_rounding() -> str:
