@@ -3,17 +3,21 @@
 
 python benchmarks/bench_silu_mul_quant.py                  # the grid, to results/silu_mul_quant.json
 python benchmarks/bench_silu_mul_quant.py --tune           # tiles by shape, best first
+
+Words of a mode, besides the quantiser's: `native` (what Inductor makes of vLLM's SiLU·mul; without it vLLM's op) and, where
+there are no groups, `native_quant` (the quantiser in plain torch code, too).
 """
 
 from __future__ import annotations
 
 import itertools
+from typing import Any, ClassVar
 
 import grid
 import torch
 import torch.nn.functional as F
 from producer import Producer, named, random_rows
-from quantisers import Group
+from quantisers import Group, Static, Token
 
 from vllm_fusion_plugin.kernels import silu_mul_quant as kernels
 from vllm_fusion_plugin.ops import silu_mul_quant as ops
@@ -24,14 +28,20 @@ def silu_and_mul(y: torch.Tensor, x: torch.Tensor) -> None:
     torch.ops._C.silu_and_mul(y, x)
 
 
-class SiluMulGroup(grid.Workload):
-    op = "silu_mul_group_fp8_quant"
-    modes = ("column,native", "row", "column", "tma,ue8m0", "packed,ue8m0", "group64")
+def silu_mul(x: torch.Tensor) -> torch.Tensor:
+    """As vLLM's native layer computes it."""
+    half = x.shape[-1] // 2
+    return F.silu(x[:, :half]) * x[:, half:]
+
+
+class SiluMulWorkload(grid.Workload):
+    """Common to all: SiLU·mul, then one of the quantisers."""
+
+    quantiser: ClassVar[Any]
 
     def __init__(self, mode: str) -> None:
         super().__init__(mode)
-        self.quant = Group.of(mode)
-        self.how = (self.quant.group_size, self.quant.ue8m0, self.form, self.quant.rounding())
+        self.quant = self.quantiser.of(mode)
 
     def inputs(self, rows: int, width: int, dtype: torch.dtype) -> grid.Tensors:
         x = torch.randn(rows, 2 * width, device="cuda", dtype=dtype)
@@ -40,33 +50,41 @@ class SiluMulGroup(grid.Workload):
     def moved_bytes(self, rows: int, width: int) -> int:
         return 4 * rows * width + self.quant.moved_bytes(rows, width)
 
+    def others(self) -> dict[str, grid.Launch]:
+        def unfused(x, y, codes, scales):
+            silu_and_mul(y, x)
+            self.quant.custom_op(y, codes, scales)
+
+        native = grid.compiled(lambda x, scale: self.quant.plain(silu_mul(x), scale))
+        given = isinstance(self.quant, Static)
+
+        def inductor(x, y, codes, scales):
+            native(x, scales if given else None)
+
+        return {"unfused": unfused, "inductor": inductor}
+
+
+class SiluMulGroup(SiluMulWorkload):
+    op = "silu_mul_group_fp8_quant"
+    modes = ("column,native", "row", "column", "tma,ue8m0", "packed,ue8m0", "group64")
+    quantiser = Group
+
+    def __init__(self, mode: str) -> None:
+        super().__init__(mode)
+        self.how = (self.quant.group_size, self.quant.ue8m0, self.form, self.quant.rounding())
+
     def ours(self, tile, x, y, codes, scales):
         kernels.silu_mul_group_fp8_quant(x, codes, scales, *self.how, tile)
 
     def others(self) -> dict[str, grid.Launch]:
         quant = self.quant
 
-        def unfused(x, y, codes, scales):
-            silu_and_mul(y, x)
-            quant.custom_op(y, codes, scales)
-
         def stock_fused(x, y, codes, scales):
             group = (quant.group_size, None, quant.column_major)
             torch.ops._C.silu_and_mul_per_block_quant(codes, x, scales, *group)
 
-        def silu_mul(x):
-            half = x.shape[-1] // 2
-            return F.silu(x[:, :half]) * x[:, half:]
-
-        native = grid.compiled(lambda x: quant.plain(silu_mul(x)))
-
-        def inductor(x, y, codes, scales):
-            native(x)
-
-        impls = {"unfused": unfused, "inductor": inductor}
-        if not quant.ue8m0:  # stock's op knows no UE8M0: it would write other scales
-            impls["stock_fused"] = stock_fused
-        return impls
+        # stock's op knows no UE8M0: it would write other scales
+        return super().others() | ({} if quant.ue8m0 else {"stock_fused": stock_fused})
 
     def tiles(self, rows, width):
         size = self.quant.group_size
@@ -81,11 +99,52 @@ class SiluMulGroup(grid.Workload):
         return kernels.group_tile(rows, width // self.quant.group_size, self.quant.group_size)
 
 
+class SiluMulOneScale(SiluMulWorkload):
+    """With one scale a token or tensor."""
+
+    modes = ("native,native_quant", "native", "custom_op")
+
+    def __init__(self, mode: str) -> None:
+        super().__init__(mode)
+        self.how = (self.form, "native" if "native_quant" in self.words else "custom_op")
+
+
+class SiluMulToken(SiluMulOneScale):
+    op = "silu_mul_token_fp8_quant"
+    quantiser = Token
+
+    def ours(self, tile, x, y, codes, scales):
+        kernels.silu_mul_token_fp8_quant(x, None, codes, scales, *self.how, tile)
+
+    def tiles(self, rows, width):
+        for warps, columns in itertools.product((1, 2, 4, 8, 16, 32), (4, 8, 16)):
+            chunk = 32 * warps * columns
+            if 8 <= width / (32 * warps) <= 128 and chunk < 2 * width:
+                yield kernels.RowTile(chunk, warps)
+
+    def tile(self, rows, width):
+        return kernels.row_tile(rows, width)
+
+
+class SiluMulStatic(SiluMulOneScale):
+    op = "silu_mul_static_fp8_quant"
+    quantiser = Static
+
+    def ours(self, tile, x, y, codes, scale):
+        kernels.silu_mul_static_fp8_quant(x, scale, codes, *self.how)
+
+    def others(self) -> dict[str, grid.Launch]:
+        def stock_fused(x, y, codes, scale):
+            torch.ops._C.silu_and_mul_quant(codes, x, scale)
+
+        return super().others() | {"stock_fused": stock_fused}
+
+
 class SiluMul(Producer):
     """What exactness.py compares."""
 
     stem = "silu_mul"
-    kinds = ("group", "static")
+    kinds = ("group", "token", "static")
 
     def inputs(self, rows, width, dtype, generator):
         return (random_rows(rows, 2 * width, dtype, generator),)
@@ -105,4 +164,4 @@ class SiluMul(Producer):
 
 
 if __name__ == "__main__":
-    grid.main(__doc__, [SiluMulGroup])
+    grid.main(__doc__, [SiluMulGroup, SiluMulToken, SiluMulStatic])

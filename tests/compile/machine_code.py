@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a change of the kernels' source changes the machine code: a hash of the PTX of every variant, without a GPU.
 
-    python tests/compile/machine_code.py before.json            # 670 launches, 350 kernels for sm_90, 10 minutes
+    python tests/compile/machine_code.py before.json            # 720 launches, 364 kernels for sm_90, 10 minutes
     python tests/compile/machine_code.py after.json before.json # and names the launches that have other code
 
 Equal PTX means equal bytes and equal speed. Names of kernels, line numbers and labels do not count.
@@ -84,6 +84,8 @@ def launches() -> Iterator[tuple[str, tuple[Any, ...]]]:
         yield "mla_dual_rms_norm_group_fp8_quant", both
     for rows, act, quantiser in itertools.product(ROWS, ("native", "custom_op"), ("native", "custom_op")):
         yield "silu_mul_static_fp8_quant", (meta(rows, 8192), number(), act, quantiser)
+        for width, bound in ((4096, number()), (14336, None), (28672, None)):
+            yield "silu_mul_token_fp8_quant", (meta(rows, 2 * width), bound, act, quantiser)
     for rows, width in itertools.product(ROWS, WIDTHS):
         for norm, quantiser in norms(rows, width):
             for layout in ("row", "tma"):

@@ -6,6 +6,8 @@ The interpreter runs Python: it takes what the compiler refuses, a constexpr ass
 
 from __future__ import annotations
 
+import itertools
+
 import fake_gpu
 import pytest
 
@@ -74,6 +76,20 @@ def test_silu_mul(dtype, compiled):
             x, *outputs(x, 2048), 128, ue8m0, act_rounding, quant_rounding, pdl=True
         )
     check(compiled, 2)
+
+
+@pytest.mark.parametrize("width", [1792, 14336, 28672])
+def test_silu_mul_token(width, compiled):
+    x = rows_of(2 * width, torch.bfloat16, rows=2)
+    codes, scales = torch.zeros(2, width, dtype=torch.float8_e4m3fn), torch.zeros(2, 1)
+    for rows, rounding in itertools.product((1, 9000), ("native", "custom_op")):
+        tile = silu_mul_quant.row_tile(rows, width)
+        bound = torch.ones(1) if rounding == "native" else None
+        silu_mul_quant.silu_mul_token_fp8_quant(x, bound, codes, scales, rounding, rounding, tile, pdl=True)
+    check(compiled, 4)
+    for kernel in compiled:
+        assert kernel.asm["ptx"].count("bar.sync") <= 2  # those of the row's maximum
+        assert "st.global.b8" not in kernel.asm["ptx"]  # codes leave a thread eight at a time
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

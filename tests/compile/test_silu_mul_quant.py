@@ -138,6 +138,36 @@ def test_static_quant_is_fused(variant):
     assert list(arguments.values())[2:] == [ROUNDING[act_rounding], quant_rounding]
 
 
+class TokenQuantMLP(torch.nn.Module):
+    def __init__(self, bounded=False, between=None):
+        super().__init__()
+        self.act = SiluAndMul()
+        self.quant = QuantFP8(static=False, group_shape=GroupShape.PER_TOKEN, **compat.uncompiled_layer(QuantFP8))
+        self.bound = torch.nn.Parameter(torch.ones(1, dtype=torch.float32), requires_grad=False) if bounded else None
+        self.between = between or (lambda y: y)
+
+    def forward(self, x):
+        return self.quant(self.between(self.act(x)), scale_ub=self.bound)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_token_quant_is_fused(variant):
+    act_rounding, quant_rounding = variant.split("+")
+    makers = [
+        TokenQuantMLP,
+        functools.partial(TokenQuantMLP, bounded=True),
+        functools.partial(TokenQuantMLP, between=lambda y: y.view(-1, y.shape[-1])),
+    ]
+    recording = trace(*makers, custom_ops=VARIANTS[variant])
+    assert recording.matches_by_graph()[PASS] == len(makers)
+    (subgraph,) = recording.subgraphs
+    assert not {op for op in count_ops(subgraph.after) if op.startswith(("_C.", "aten.exp", "aten.amax", "aten.max"))}
+    for (op, arguments), bounded in zip(our_ops(recording), (False, True, False), strict=True):
+        assert op == "silu_mul_token_fp8_quant"
+        assert (arguments["scale_ub"] is not None) == bounded
+        assert list(arguments.values())[2:] == [ROUNDING[act_rounding], quant_rounding]
+
+
 class Nvfp4MLP(torch.nn.Module):
     def __init__(self):
         super().__init__()

@@ -49,12 +49,18 @@ class GroupMode(NamedTuple):
 
 
 class StaticMode(NamedTuple):
+    """Likewise of `silu_mul_static_fp8_quant`."""
+
     dtype: torch.dtype
     act_rounding: str
     quant_rounding: str
 
     def __str__(self) -> str:
         return f"{short(self.dtype)}-act_{self.act_rounding}-quant_{self.quant_rounding}"
+
+
+TokenMode = StaticMode
+"""Likewise of `silu_mul_token_fp8_quant`, which has the same choices."""
 
 
 def short(dtype: torch.dtype) -> str:

@@ -55,6 +55,10 @@ def silu_mul(width: int, layout: str, quant_rounding: str = "custom_op") -> call
     return call("silu_mul_group_fp8_quant", x, 128, layout, True, "native", quant_rounding)
 
 
+def silu_mul_token(width: int, quant_rounding: str) -> calls.Call:
+    return call("silu_mul_token_fp8_quant", meta(64, 2 * width), None, "native", quant_rounding)
+
+
 def group(width: int, layout: str, quant_rounding: str = "custom_op") -> calls.Call:
     return call("group_fp8_quant", meta(64, width), 128, layout, layout == "packed", quant_rounding)
 
@@ -132,6 +136,7 @@ EVERY = {
     "add_norm-split": norm(7168, "tma", add=True, quant_rounding=SPLIT),
     "token": other_norm("token", 4096, add=True),
     "static": other_norm("static", 4096, add=True),
+    "silu_mul_token": silu_mul_token(14336, "native"),
     "silu_mul_static": call(
         "silu_mul_static_fp8_quant", meta(64, 8192), meta(1, dtype=torch.float32), "native", "native"
     ),
@@ -157,7 +162,8 @@ def _some_numbers() -> list[int]:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_widths(width: int, layout: str) -> None:
     numbers = _some_numbers()
-    for made in (silu_mul(width, layout, "native"), group(width, layout, "reciprocal")):
+    others = [silu_mul_token(width, "custom_op")] if layout == "row" else []
+    for made in (silu_mul(width, layout, "native"), group(width, layout, "reciprocal"), *others):
         check(made, numbers)
     if width <= 18432:
         for quant_rounding, add, addends in (

@@ -27,7 +27,17 @@ from . import test_mla_dual_rms_norm_quant as dual
 from . import test_mla_v_up_quant as v_up
 from . import test_nvfp4 as nvfp4
 from . import test_silu_mul_quant as silu
-from .cases import DTYPES, GROUP_ROUNDINGS, GROUP_SIZES, LAYOUTS, ROUNDINGS, GroupMode, StaticMode, random_input
+from .cases import (
+    DTYPES,
+    GROUP_ROUNDINGS,
+    GROUP_SIZES,
+    LAYOUTS,
+    ROUNDINGS,
+    GroupMode,
+    StaticMode,
+    TokenMode,
+    random_input,
+)
 from .checks import assert_codes, assert_same_bytes, one_nan
 from .test_mla_v_up_quant import _bf16_dot  # noqa: F401  (a fixture for all tests here)
 
@@ -77,6 +87,24 @@ def group_modes(draw: st.DrawFn) -> GroupMode:
 def test_silu_mul_group(mode, rows, groups, how, kind, seed, device: torch.device) -> None:
     x = random_input(rows, groups * mode.group_size, mode.dtype, device, seed, kind)
     silu.check_group(spread(x, how), mode)
+
+
+@given(
+    dtype=st.sampled_from(DTYPES),
+    act_rounding=ACT_ROUNDINGS,
+    quant_rounding=st.sampled_from(ROUNDINGS),
+    rows=ROWS,
+    width=st.one_of(st.integers(1, 700), st.sampled_from([1100, 4100])),
+    how=SPREADS,
+    kind=KINDS,
+    bound=st.sampled_from([None, 0.5, 1e-9, 1e9]),
+    seed=SEEDS,
+)
+@examples(20)
+def test_silu_mul_token(dtype, act_rounding, quant_rounding, rows, width, how, kind, bound, seed, device) -> None:
+    x = random_input(rows, width, dtype, device, seed, kind)
+    upper = None if bound is None else torch.tensor([bound], device=device)
+    silu.check_token(spread(x, how), upper, TokenMode(dtype, act_rounding, quant_rounding))
 
 
 @given(

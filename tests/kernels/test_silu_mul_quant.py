@@ -11,16 +11,24 @@ import torch
 
 from vllm_fusion_plugin.kernels import silu_mul_quant as kernels
 from vllm_fusion_plugin.kernels.rounding import is_native
-from vllm_fusion_plugin.ops.quant import group_fp8_quant_reference, static_fp8_quant_reference
+from vllm_fusion_plugin.ops.quant import (
+    FP8_MIN_SCALE,
+    empty_token_scales,
+    group_fp8_quant_reference,
+    static_fp8_quant_reference,
+    token_fp8_quant_reference,
+)
 from vllm_fusion_plugin.ops.silu_mul_quant import (
     silu_mul_group_fp8_quant_reference,
     silu_mul_reference,
+    silu_mul_token_fp8_quant_reference,
 )
 
 from .cases import (
     DTYPES,
     GroupMode,
     StaticMode,
+    TokenMode,
     all_values,
     group_modes,
     random_input,
@@ -31,6 +39,7 @@ from .cases import (
 from .checks import (
     Guarded,
     as_bits,
+    assert_codes,
     assert_same_bytes,
     check_guarded,
     code_steps,
@@ -77,6 +86,27 @@ def check_group(x: torch.Tensor, mode: GroupMode) -> None:
     act_rounding, quant_rounding = mode.act_rounding, mode.quant_rounding
     y = activation(x, act_rounding, quant_rounding)
     check_guarded(*run_group(x, mode), *group_fp8_quant_reference(y, mode.scales, quant_rounding), quant_rounding)
+
+
+def run_token(
+    x: torch.Tensor, scale_ub: torch.Tensor | None, mode: TokenMode, tile: kernels.RowTile | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scales = guarded_codes(x), Guarded(empty_token_scales(x))
+    rounding = (mode.act_rounding, mode.quant_rounding)
+    kernels.silu_mul_token_fp8_quant(x, scale_ub, codes.tensor, scales.tensor, *rounding, tile)
+    codes.check()
+    scales.check()
+    return codes.tensor, scales.tensor
+
+
+def check_token(
+    x: torch.Tensor, scale_ub: torch.Tensor | None, mode: TokenMode, tile: kernels.RowTile | None = None
+) -> None:
+    codes, scales = run_token(x, scale_ub, mode, tile)
+    y = activation(x, mode.act_rounding, mode.quant_rounding)
+    expected_codes, expected_scales = token_fp8_quant_reference(y, scale_ub, mode.quant_rounding)
+    assert_codes(codes, expected_codes, mode.quant_rounding)
+    assert_same_bytes(one_nan(scales), one_nan(expected_scales), "scales")
 
 
 def run_static(x: torch.Tensor, scale: torch.Tensor, mode: StaticMode) -> torch.Tensor:
@@ -171,6 +201,58 @@ def test_eager_keeps_the_sign_of_a_zero_up(dtype: torch.dtype, quant_rounding: s
     differ = as_bits(kept) != as_bits(lost)
     assert bool(differ.any())
     assert bool((as_bits(kept)[differ] & 0x7F == 0).all())
+
+
+@pytest.mark.parametrize("bound", [None, 0.8, 1e-9])
+@pytest.mark.parametrize("mode", static_modes(), ids=str)
+def test_token_modes(mode: TokenMode, bound: float | None, device: torch.device) -> None:
+    scale_ub = None if bound is None else torch.tensor([bound], device=device)
+    for kind in ("special", "normal", "bits"):
+        check_token(random_input(5, 200, mode.dtype, device, seed=6, kind=kind), scale_ub, mode)
+
+
+# In one chunk, in two and more of which the last has all its columns or not; of any alignment
+@pytest.mark.parametrize("width", [1, 7, 96, 512, 1100, 1280, 14336])
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_token_shapes(rows: int, width: int, device: torch.device) -> None:
+    for quant_rounding in ("custom_op", "native"):
+        mode = TokenMode(torch.bfloat16, "native", quant_rounding)
+        x = random_input(rows, width, mode.dtype, device, seed=rows)
+        check_token(x, None, mode)
+        check_token(strided(x), None, mode, kernels.RowTile(256, 1))
+
+
+@pytest.mark.parametrize("quant_rounding", ["custom_op", "native"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_token_all_bit_patterns(dtype: torch.dtype, quant_rounding: str, device: torch.device) -> None:
+    """Every gate once, rows of one exponent and of all, as for groups."""
+    gates = all_values(dtype, device)
+    order = torch.randperm(65536, generator=torch.Generator().manual_seed(4)).to(device)
+    for gate in (gates, gates[order]):
+        x = torch.cat([gate.view(512, 128), gates[order.flip(0)].view(512, 128)], dim=1)
+        for act_rounding in ("custom_op", "native"):
+            check_token(x[::8], None, TokenMode(dtype, act_rounding, quant_rounding))
+
+
+@pytest.mark.parametrize("quant_rounding", ["custom_op", "native"])
+def test_token_floor(quant_rounding: str, device: torch.device) -> None:
+    """Rows of zeros, and of next to nothing: the scale is its floor."""
+    x = torch.zeros(3, 2 * 128, dtype=torch.bfloat16, device=device)
+    x[1, 5], x[1, 128 + 5] = 1.0, 1e-30
+    mode = TokenMode(x.dtype, "custom_op", quant_rounding)
+    check_token(x, None, mode)
+    assert bool((run_token(x, None, mode)[1] == FP8_MIN_SCALE).all())
+
+
+@pytest.mark.parametrize("act_rounding", ["custom_op", "eager"])
+@pytest.mark.parametrize("bound", [None, 0.1])
+def test_token_against_op_reference(bound: float | None, act_rounding: str, device: torch.device) -> None:
+    x = random_input(5, 300, torch.bfloat16, device, seed=5)
+    scale_ub = None if bound is None else torch.tensor([bound], device=device)
+    codes, scales = run_token(x, scale_ub, mode := TokenMode(x.dtype, act_rounding, "custom_op"))
+    expected_codes, expected_scales = silu_mul_token_fp8_quant_reference(x, scale_ub, *mode[1:])
+    assert_same_bytes(codes, expected_codes, "codes")
+    assert_same_bytes(scales, expected_scales, "scales")
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.0123, 3e-5, 700.0])

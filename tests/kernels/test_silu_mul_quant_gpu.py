@@ -16,12 +16,14 @@ import torch
 import torch.nn.functional as F
 
 from vllm_fusion_plugin.kernels import silu_mul_quant as kernels
-from vllm_fusion_plugin.ops.quant import FP8_DTYPE
+from vllm_fusion_plugin.ops.quant import FP8_DTYPE, empty_token_scales
 from vllm_fusion_plugin.ops.silu_mul_quant import (
     silu_mul_group_fp8_quant,
     silu_mul_group_fp8_quant_reference,
     silu_mul_static_fp8_quant,
     silu_mul_static_fp8_quant_reference,
+    silu_mul_token_fp8_quant,
+    silu_mul_token_fp8_quant_reference,
 )
 
 from .cases import (
@@ -29,6 +31,7 @@ from .cases import (
     TMA,
     GroupMode,
     StaticMode,
+    TokenMode,
     all_values,
     group_modes,
     random_input,
@@ -63,6 +66,8 @@ STATIC_SCALES = (1.0, 0.0123, 3e-5, 700.0)
 DEEPSEEK = GroupMode(torch.bfloat16, 128, "tma", False, "custom_op", OPAQUE)
 GROUP_MODES = group_modes(quant_roundings=(OPAQUE,))
 STATIC_MODES = static_modes(quant_roundings=("custom_op",))
+TOKEN_MODES = STATIC_MODES
+BOUNDS = (None, 0.8, 1e-9)
 
 
 # ---- what vLLM computes ----------------------------------------------------------------------------------------------
@@ -87,6 +92,14 @@ class Unfused:
     def group(self, x: torch.Tensor, mode: GroupMode) -> tuple[torch.Tensor, torch.Tensor]:
         return vllms_group_quant(self.activation(x, mode.act_rounding), mode)
 
+    def token(
+        self, x: torch.Tensor, scale_ub: torch.Tensor | None, mode: TokenMode
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.activation(x, mode.act_rounding)
+        codes, scales = torch.empty_like(y, dtype=FP8_DTYPE), empty_token_scales(y)
+        self.ops.dynamic_per_token_scaled_fp8_quant(codes, y, scales, scale_ub)
+        return codes, scales
+
     def static(self, x: torch.Tensor, scale: torch.Tensor, mode: StaticMode) -> torch.Tensor:
         y = self.activation(x, mode.act_rounding)
         codes = torch.empty_like(y, dtype=FP8_DTYPE)
@@ -108,6 +121,13 @@ def unfused() -> Unfused:
 
 def check_group(x: torch.Tensor, mode: GroupMode, unfused: Unfused, what: str) -> None:
     assert_same_outputs(silu_mul_group_fp8_quant(x, **mode.arguments()), unfused.group(x, mode), what)
+
+
+def check_token(x: torch.Tensor, bound: float | None, mode: TokenMode, unfused: Unfused, what: str) -> None:
+    scale_ub = None if bound is None else torch.tensor([bound], device=x.device)
+    outputs = silu_mul_token_fp8_quant(x, scale_ub, act_rounding=mode.act_rounding, quant_rounding=mode.quant_rounding)
+    expected = unfused.token(x.contiguous(), scale_ub, mode)
+    assert_same_outputs(outputs, expected, f"{what}, {mode}, scale_ub {bound}")
 
 
 # ---- all inputs ------------------------------------------------------------------------------------------------------
@@ -153,6 +173,16 @@ def test_group_all_gates(dtype: torch.dtype, unfused: Unfused, device: torch.dev
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_token_all_gates(dtype: torch.dtype, unfused: Unfused, device: torch.device) -> None:
+    """In rows as long as a group is above, for the same reason."""
+    for what, x in all_gates_by_ups(dtype, device).items():
+        rows = torch.cat([half.reshape(-1, 128) for half in x.chunk(2, dim=1)], dim=1)
+        for mode in TOKEN_MODES:
+            for bound in BOUNDS if mode.dtype == dtype else ():
+                check_token(rows, bound, mode, unfused, what)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_static_all_gates(dtype: torch.dtype, unfused: Unfused, device: torch.device) -> None:
     for what, x in all_gates_by_ups(dtype, device).items():
         for mode in STATIC_MODES:
@@ -183,6 +213,12 @@ def test_group_random(mode: GroupMode, unfused: Unfused, device: torch.device) -
         check_group(x, mode, unfused, f"chunk {number}")
 
 
+@pytest.mark.parametrize("mode", TOKEN_MODES, ids=str)
+def test_token_random(mode: TokenMode, unfused: Unfused, device: torch.device) -> None:
+    for number, x in chunks(mode.dtype, device, seed=50 + TOKEN_MODES.index(mode)):
+        check_token(x, BOUNDS[number % len(BOUNDS)], mode, unfused, f"chunk {number}")
+
+
 @pytest.mark.parametrize("mode", STATIC_MODES, ids=str)
 def test_static_random(mode: StaticMode, unfused: Unfused, device: torch.device) -> None:
     for number, x in chunks(mode.dtype, device, seed=100 + STATIC_MODES.index(mode)):
@@ -204,11 +240,22 @@ def test_group_model_shapes(rows: int, width: int, unfused: Unfused, device: tor
     assert_same_outputs(outputs, unfused.group(x, DEEPSEEK), "strided")
 
 
+# Odd ones, and those of models: Llama-3.1-8B and -70B whole and sharded, Qwen3-0.6B, GLM-4.5-Air
+@pytest.mark.parametrize("width", [1, 7, 200, 1792, 3072, 10944, 14336, 28672, 32768])
+@pytest.mark.parametrize("rows", [1, 2, 17, 127, 1000])
+def test_token_model_shapes(rows: int, width: int, unfused: Unfused, device: torch.device) -> None:
+    x = random_input(rows, width, torch.bfloat16, device, seed=rows)
+    for mode in (TokenMode(x.dtype, "custom_op", "custom_op"), TokenMode(x.dtype, "native", "custom_op")):
+        check_token(x, None, mode, unfused, "contiguous")
+        check_token(strided(x), None, mode, unfused, "strided")
+
+
 # ---- native quantisers -----------------------------------------------------------------------------------------------
 
 
 def inductors(quantise: Callable, mode: GroupMode | StaticMode, unfused: Unfused) -> Callable:
     """vLLM's native quantiser as Inductor compiles it, after the SiLU·mul of the mode (in the same kernel if native)."""
+    torch._dynamo.reset()  # each mode compiles the same functions anew; after eight times torch would not compile them
     if mode.act_rounding == "native":
         return torch.compile(lambda x, *scale: quantise(forward_native(x), *scale))
     compiled = torch.compile(quantise)
@@ -238,6 +285,22 @@ def test_group_native_quant(mode: GroupMode, unfused: Unfused, device: torch.dev
     expected_codes, expected_scales = inductors(quantise, mode, unfused)(x)
     assert_same_bytes(scales, expected_scales.contiguous(), "scales")
     assert_one_step_at_most(codes, expected_codes)
+
+
+@pytest.mark.parametrize("width", [512, 3072, 14336, 28672])
+@pytest.mark.parametrize("mode", static_modes(quant_roundings=("native",)), ids=str)
+def test_token_native_quant(mode: TokenMode, width: int, unfused: Unfused, device: torch.device) -> None:
+    """Byte for byte: a maximum is the same in any order, and the rest are the instructions of Inductor's kernel."""
+    from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+
+    layer = native_quantiser(static=False, group_shape=GroupShape.PER_TOKEN)
+    expected = inductors(lambda y, *scale_ub: layer(y, None, *scale_ub), mode, unfused)
+    x = random_input(1024, width, mode.dtype, device, seed=15)
+    rounding = {"act_rounding": mode.act_rounding, "quant_rounding": mode.quant_rounding}
+    for bound in BOUNDS[:2]:
+        scale_ub = [] if bound is None else [torch.tensor([bound], device=device)]
+        outputs = silu_mul_token_fp8_quant(x, *scale_ub, **rounding)
+        assert_same_outputs(outputs, expected(x, *scale_ub), f"scale_ub {bound}")
 
 
 @pytest.mark.parametrize("mode", static_modes(quant_roundings=("native",)), ids=str)
@@ -271,6 +334,12 @@ def test_group_more_than_two_to_the_31_elements(unfused: Unfused, device: torch.
         check_ends(silu_mul_group_fp8_quant(x, **mode.arguments()), [unfused.group(x[end], mode) for end in ENDS])
 
 
+def test_token_more_than_two_to_the_31_elements(unfused: Unfused, device: torch.device) -> None:
+    x = zeros_but_for_ends(device, seeds=(18, 19))
+    mode = TokenMode(x.dtype, "custom_op", "custom_op")
+    check_ends(silu_mul_token_fp8_quant(x), [unfused.token(x[end], None, mode) for end in ENDS])
+
+
 def test_static_more_than_two_to_the_31_elements(unfused: Unfused, device: torch.device) -> None:
     x = zeros_but_for_ends(device, seeds=(18, 19))
     scale, mode = torch.tensor([0.0123], device=device), StaticMode(x.dtype, "custom_op", "custom_op")
@@ -290,6 +359,16 @@ def test_chain_in_a_cuda_graph(device: torch.device) -> None:
 def test_pdl_switch_changes_no_byte(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     x = random_input(33, 1536, torch.bfloat16, device, seed=42)
     check_pdl_switch(lambda: silu_mul_group_fp8_quant(x, **DEEPSEEK.arguments()), x.device, monkeypatch)
+    check_pdl_switch(lambda: silu_mul_token_fp8_quant(x), x.device, monkeypatch)
+
+
+def test_token_chain_in_a_cuda_graph(device: torch.device) -> None:
+    check_cuda_graph_of_group_op(
+        silu_mul_token_fp8_quant,
+        lambda seed: random_input(512, 8192, torch.bfloat16, device, seed),
+        links=3,
+        first_seed=60,
+    )
 
 
 # ---- compute-sanitizer -----------------------------------------------------------------------------------------------
@@ -304,6 +383,13 @@ def test_sanitizer_group(rows: int, mode: GroupMode, device: torch.device) -> No
     expected_codes, expected_scales = silu_mul_group_fp8_quant_reference(x, **mode.arguments())
     assert_same_bytes(codes.cpu(), expected_codes.cpu(), "codes")
     check_columns(scales, expected_scales, mode.scale_layout in ("tma", "packed"))
+
+
+@pytest.mark.parametrize("rows, width", [(1, 512), (3, 700), (17, 2048), (2, 14336)])
+def test_sanitizer_token(rows: int, width: int, device: torch.device) -> None:
+    x = strided(random_input(rows, width, torch.float16, device, seed=47))
+    expected = silu_mul_token_fp8_quant_reference(x)
+    assert_same_outputs([t.cpu() for t in silu_mul_token_fp8_quant(x)], [t.cpu() for t in expected])
 
 
 @pytest.mark.parametrize("rows, width", [(1, 512), (3, 700), (17, 2048)])

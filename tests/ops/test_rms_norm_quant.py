@@ -11,7 +11,6 @@ from tests.kernels.checks import assert_same_outputs, check_deterministic
 from tests.kernels.norm_checks import BF16, EPSILON, exact_input, inputs, zeros
 from vllm_fusion_plugin.ops import quant
 from vllm_fusion_plugin.ops.rms_norm_quant import (
-    MAX_WIDTH,
     NormInputs,
     rms_norm_group_fp8_quant,
     rms_norm_group_fp8_quant_reference,
@@ -125,8 +124,11 @@ BAD_X = {
     "fp32": (lambda x: x.float(), r"x has dtype torch\.float32; allowed: torch\.bfloat16, torch\.float16"),
     "1-D": (lambda x: x[0], r"x has 1 dimensions, shape \(256,\); allowed: 2"),
     "3-D": (lambda x: x[None], r"x has 3 dimensions, shape \(1, 2, 256\); allowed: 2"),
-    "no width": (lambda x: x[:, :0], rf"x has 0 columns; allowed: 1 to {MAX_WIDTH}"),
-    "wide": (lambda x: x.new_zeros(1, MAX_WIDTH + 128), rf"x has {MAX_WIDTH + 128} columns; allowed: 1 to {MAX_WIDTH}"),
+    "no width": (lambda x: x[:, :0], rf"x has 0 columns; allowed: 1 to {quant.MAX_WIDTH}"),
+    "wide": (
+        lambda x: x.new_zeros(1, quant.MAX_WIDTH + 128),
+        rf"x has {quant.MAX_WIDTH + 128} columns; allowed: 1 to {quant.MAX_WIDTH}",
+    ),
     "strided columns": (lambda x: x[:, ::2], r"x has stride 2 along its columns; allowed: 1"),
 }
 

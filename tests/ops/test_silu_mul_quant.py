@@ -10,6 +10,7 @@ from tests.kernels.cases import (
     ALLOWED_OF_GROUPS,
     TMA,
     StaticMode,
+    TokenMode,
     random_input,
     zeros_laid_out_as,
 )
@@ -19,13 +20,15 @@ from tests.kernels.checks import (
     check_deterministic,
     check_tma_outputs,
 )
-from tests.kernels.test_silu_mul_quant import DEEPSEEK, run_group, run_static
-from vllm_fusion_plugin.ops.quant import GroupScales
+from tests.kernels.test_silu_mul_quant import DEEPSEEK, run_group, run_static, run_token
+from vllm_fusion_plugin.ops.quant import MAX_WIDTH, GroupScales
 from vllm_fusion_plugin.ops.silu_mul_quant import (
     silu_mul_group_fp8_quant,
     silu_mul_group_fp8_quant_reference,
     silu_mul_static_fp8_quant,
     silu_mul_static_fp8_quant_reference,
+    silu_mul_token_fp8_quant,
+    silu_mul_token_fp8_quant_reference,
 )
 
 OPS = torch.ops.vllm_fusion_plugin
@@ -38,6 +41,14 @@ def test_group_op_is_its_kernel(rows: int, device: torch.device) -> None:
     x = random_input(rows, 384, torch.bfloat16, device, seed=7)
     outputs = silu_mul_group_fp8_quant(x, TMA)
     check_tma_outputs(outputs, run_group(x, DEEPSEEK))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_token_op_is_its_kernel(rows: int, device: torch.device) -> None:
+    x, scale_ub = random_input(rows, 300, torch.float16, device, seed=8), torch.tensor([0.5], device=device)
+    mode = TokenMode(torch.float16, "custom_op", "custom_op")
+    assert_same_outputs(silu_mul_token_fp8_quant(x), run_token(x, None, mode))
+    assert_same_outputs(silu_mul_token_fp8_quant(x, scale_ub), run_token(x, scale_ub, mode))
 
 
 def test_static_op_is_its_kernel(device: torch.device) -> None:
@@ -58,6 +69,13 @@ def test_group_opcheck(arguments: tuple, device: torch.device) -> None:
     torch.library.opcheck(OPS.silu_mul_group_fp8_quant.default, (x, *arguments))
 
 
+@pytest.mark.parametrize("bounded", [False, True])
+def test_token_opcheck(bounded: bool, device: torch.device) -> None:
+    x = random_input(5, 100, torch.bfloat16, device, seed=10)
+    scale_ub = torch.tensor([0.1], device=device) if bounded else None
+    torch.library.opcheck(OPS.silu_mul_token_fp8_quant.default, (x, scale_ub, "native", "native"))
+
+
 def test_static_opcheck(device: torch.device) -> None:
     x = random_input(5, 256, torch.float16, device, seed=10)
     scale = torch.tensor([0.1], device=device)
@@ -69,17 +87,19 @@ def test_compiled_ops_with_dynamic_tokens(device: torch.device) -> None:
     @torch.compile(fullgraph=True, dynamic=True)
     def compiled(x: torch.Tensor, scale: torch.Tensor):
         group = OPS.silu_mul_group_fp8_quant(x, 128, "tma", False, "custom_op", "custom_op")
-        return *group, OPS.silu_mul_static_fp8_quant(x, scale, "custom_op", "custom_op")
+        token = OPS.silu_mul_token_fp8_quant(x, scale, "custom_op", "custom_op")
+        return *group, *token, OPS.silu_mul_static_fp8_quant(x, scale, "custom_op", "custom_op")
 
     scale = torch.tensor([0.03], device=device)
     for rows in (5, 2, 33):
         x = random_input(rows, 256, torch.bfloat16, device, seed=rows)
-        group = silu_mul_group_fp8_quant(x, TMA)
-        assert_same_outputs(compiled(x, scale), (*group, silu_mul_static_fp8_quant(x, scale)))
+        expected = (*silu_mul_group_fp8_quant(x, TMA), *silu_mul_token_fp8_quant(x, scale))
+        assert_same_outputs(compiled(x, scale), (*expected, silu_mul_static_fp8_quant(x, scale)))
 
 
 def test_ops_are_deterministic_and_leave_their_input(device: torch.device) -> None:
-    check_deterministic(silu_mul_group_fp8_quant, random_input(5, 384, torch.bfloat16, device, seed=11, kind="special"))
+    for op in (silu_mul_group_fp8_quant, silu_mul_token_fp8_quant):
+        check_deterministic(op, random_input(5, 384, torch.bfloat16, device, seed=11, kind="special"))
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -106,6 +126,8 @@ def test_bad_input_is_refused(bad: str, device: torch.device) -> None:
     for call in (
         lambda: silu_mul_group_fp8_quant(x),
         lambda: silu_mul_group_fp8_quant_reference(x),
+        lambda: silu_mul_token_fp8_quant(x),
+        lambda: silu_mul_token_fp8_quant_reference(x),
         lambda: silu_mul_static_fp8_quant(x, scale),
         lambda: silu_mul_static_fp8_quant_reference(x, scale),
     ):
@@ -155,13 +177,24 @@ def test_bad_scale_is_refused(scale: torch.Tensor, message: str, device: torch.d
     for call in (silu_mul_static_fp8_quant, silu_mul_static_fp8_quant_reference):
         with pytest.raises(ValueError, match=message):
             call(X.to(device), scale)
+    for call in (silu_mul_token_fp8_quant, silu_mul_token_fp8_quant_reference):
+        with pytest.raises(ValueError, match=message.replace("scale", "scale_ub", 1)):
+            call(X.to(device), scale)
 
 
-def test_bad_static_forms_are_refused(device: torch.device) -> None:
+def test_bad_forms_are_refused(device: torch.device) -> None:
     scale = torch.ones(1, device=device)
     for name, allowed in (("act_rounding", "custom_op, eager, native"), ("quant_rounding", "custom_op, native")):
-        with pytest.raises(ValueError, match=rf"{name}='inductor' .*allowed: {allowed}"):
-            silu_mul_static_fp8_quant(X.to(device), scale, **{name: "inductor"})
+        for op in (silu_mul_static_fp8_quant, silu_mul_token_fp8_quant):
+            with pytest.raises(ValueError, match=rf"{name}='inductor' .*allowed: {allowed}"):
+                op(X.to(device), scale, **{name: "inductor"})
+
+
+def test_a_row_that_does_not_fit_into_registers_is_refused(device: torch.device) -> None:
+    x = torch.zeros(1, 2 * MAX_WIDTH + 2, dtype=torch.bfloat16, device=device)
+    for call in (silu_mul_token_fp8_quant, silu_mul_token_fp8_quant_reference):
+        with pytest.raises(ValueError, match=r"x has 65538 columns; allowed: 2 to 65536"):
+            call(x)
 
 
 def test_bad_arguments_are_refused_while_compiling(device: torch.device) -> None:

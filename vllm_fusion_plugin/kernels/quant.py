@@ -210,11 +210,11 @@ def running_max(top, magnitude, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def token_scale(magnitude, bound_ptr, NATIVE: tl.constexpr):
-    """Scale [rows] of rows whose numbers have `magnitude` [rows, columns]; bound_ptr is vLLM's `scale_ub` or None."""
-    top = tl.max(magnitude, axis=1)  # ignores NaN, as fmaxf does
-    if NATIVE:
-        top = tl.where(tl.max((magnitude != magnitude).to(tl.int32), axis=1) > 0, float("nan"), top)
+def token_scale(top, bound_ptr, NATIVE: tl.constexpr):
+    """Scale [rows] of rows that have their largest magnitudes in `top` [rows, columns], NaN as running_max leaves it;
+    bound_ptr is vLLM's `scale_ub` or None."""
+    # Bits of magnitudes have the order of the magnitudes, NaN last; a warp finds the largest integer in one instruction.
+    top = tl.max(top.to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
     if bound_ptr is not None:
         bound = tl.load(bound_ptr)
         if NATIVE:

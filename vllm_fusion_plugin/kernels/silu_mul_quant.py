@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SiLU·mul + FP8 quantiser: one pass over the input, one program a tile of whole groups."""
+"""SiLU·mul + FP8 quantiser: one pass over the input, one program a tile of whole groups, or a row if that has one scale."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -116,6 +117,55 @@ def _static_kernel(
         tl.store(codes_ptr + row * width + column, code, mask=column < width)
 
 
+# Triton is not to see that codes_ptr is aligned, but that its uses are, to 8: it would store 16 codes a thread, and for that
+# load x in twos of 16 bytes with a gap between the threads.
+@triton.jit(do_not_specialize_on_alignment=["codes_ptr"])
+def _token_kernel(
+    x_ptr,
+    bound_ptr,
+    codes_ptr,
+    scales_ptr,
+    x_stride,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    NATIVE: tl.constexpr,
+    ACT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    wait_for_producer(PDL)
+    # All of the row is asked for before anything waits for it.
+    gates, ups = (), ()
+    for first in tl.static_range(0, WIDTH, CHUNK):
+        column = first + tl.arange(0, CHUNK)[None, :]
+        x_ptrs = x_ptr + (row * x_stride + column)
+        if first + CHUNK <= WIDTH:
+            gate = tl.load(x_ptrs)
+            up = tl.load(x_ptrs + WIDTH)
+        else:
+            gate = tl.load(x_ptrs, mask=column < WIDTH, other=0.0)
+            up = tl.load(x_ptrs + WIDTH, mask=column < WIDTH, other=0.0)
+        gates = gates + (gate,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no unpacking
+        ups = ups + (up,)  # type: ignore[assignment]  # noqa: RUF005
+    products = ()
+    top = tl.zeros([1, CHUNK], tl.float32)
+    for first in tl.static_range(0, WIDTH, CHUNK):
+        y = _silu_mul(gates[first // CHUNK], ups[first // CHUNK], ACT)
+        top = quant.running_max(top, tl.abs(y), NATIVE)
+        products = products + (y,)  # type: ignore[assignment]  # noqa: RUF005
+    scale = quant.token_scale(top, bound_ptr, NATIVE)
+    tl.store(scales_ptr + row + tl.arange(0, 1), scale)
+    for first in tl.static_range(0, WIDTH, CHUNK):
+        column = first + tl.arange(0, CHUNK)[None, :]
+        code = quant.token_codes(products[first // CHUNK], scale[:, None], bound_ptr is not None, NATIVE)
+        codes_ptrs = tl.multiple_of(codes_ptr + (row * WIDTH + column), (1, ALIGNED))
+        if first + CHUNK <= WIDTH:
+            tl.store(codes_ptrs, code)
+        else:
+            tl.store(codes_ptrs, code, mask=column < WIDTH)
+
+
 def group_tile(rows: int, groups: int, group_size: int) -> Tile:
     """Tile for `rows` rows of `groups` groups, tuned on an H200 (benchmarks/bench_silu_mul_quant.py --tune).
 
@@ -142,6 +192,29 @@ def group_tile(rows: int, groups: int, group_size: int) -> Tile:
     else:
         tile = Tile(2, 4 * per_128, 2, scales_from_all=False)
     return tile.fitting(rows, groups)
+
+
+class RowTile(NamedTuple):
+    """How a program has a row: all of it in registers, `chunk` columns, a power of two, at a time."""
+
+    chunk: int
+    num_warps: int
+
+
+# From so many elements on, more rows than the GPU works on at once.
+MANY_ELEMENTS = 2**22
+
+
+def row_tile(rows: int, width: int) -> RowTile:
+    """Tile for `rows` rows of `width`. Not tuned yet: benchmarks/bench_silu_mul_quant.py --tune.
+
+    A thread has 8 columns of each chunk, the most that it loads at once. While every row has a place on the GPU, the time is
+    that of one row, and many threads share it. Beyond, fewer threads with up to 56 columns each leave room for a second row,
+    which is loaded while the first waits for its maximum.
+    """
+    columns = 16 if rows * width < MANY_ELEMENTS else 56
+    num_warps = min(32, next_power_of_2(cdiv(width, 32 * columns)))
+    return RowTile(min(256 * num_warps, next_power_of_2(width)), num_warps)
 
 
 def static_block(rows: int, width: int) -> int:
@@ -194,6 +267,40 @@ def silu_mul_group_fp8_quant(
         ACT=_act_constants(x, act_rounding, quant_rounding),
         TILE=constants,
         QUANT=quant.group_constants(scales, group_size, use_ue8m0, quant_rounding),
+        num_warps=tile.num_warps,
+        **pdl_options(x.device, pdl),
+    )
+
+
+def silu_mul_token_fp8_quant(
+    x: torch.Tensor,
+    scale_ub: torch.Tensor | None,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    act_rounding: str,
+    quant_rounding: str,
+    tile: RowTile | None = None,
+    pdl: bool | None = None,
+) -> None:
+    """Write codes [M, K] and scales [M, 1] of x [M, 2 * K]; arguments as the op checked them."""
+    rows, width = codes.shape
+    if rows == 0:
+        return
+    tile = tile or choose(row_tile, rows, width)
+    launch(
+        _token_kernel,
+        (rows,),
+        x.device,
+        x,
+        scale_ub,
+        codes,
+        scales,
+        row_stride(x),
+        WIDTH=width,
+        CHUNK=tile.chunk,
+        ALIGNED=math.gcd(width, 8),
+        NATIVE=is_native(quant_rounding),
+        ACT=_act_constants(x, act_rounding, quant_rounding),
         num_warps=tile.num_warps,
         **pdl_options(x.device, pdl),
     )

@@ -60,6 +60,8 @@ PACKED = 4
 SCALES = "int group_size, str scale_layout, bool use_ue8m0"
 # Floor of a group's maximum in vLLM's op: the `eps` that its layers call it with.
 EPS = 1e-10
+# Of a row that a kernel keeps in registers.
+MAX_WIDTH = 32768
 # Smaller fp32 numbers are subnormal: 0 to fast math.
 FP32_TINY = 2.0**-126
 
@@ -67,6 +69,14 @@ FP32_TINY = 2.0**-126
 def check_choice(name: str, value: str, allowed: tuple[str, ...] = ROUNDINGS) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(allowed)}")
+
+
+def check_number(name: str, number: torch.Tensor, x: torch.Tensor) -> None:
+    """Raises ValueError on what is no scale, or no bound of scales, for x."""
+    if number.numel() != 1 or number.dtype != torch.float32:
+        raise ValueError(f"{name} is {number.dtype} of shape {tuple(number.shape)}; allowed: one float32 value")
+    if number.device != x.device:
+        raise ValueError(f"{name} is on {number.device}; allowed: x's device, {x.device}")
 
 
 def check_group_rounding(quant_rounding: str, dtype: torch.dtype, how: GroupScales) -> None:
@@ -219,6 +229,11 @@ def static_fp8_quant_reference(y: torch.Tensor, scale: torch.Tensor, quant_round
     if quant_rounding == "custom_op":
         q = q.nan_to_num(nan=FP8_MAX, posinf=FP8_MAX, neginf=-FP8_MAX)
     return q.clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
+
+
+def empty_token_scales(x: torch.Tensor) -> torch.Tensor:
+    """Uninitialised fp32 scales [M, 1] of x [M, ...], on its device."""
+    return x.new_empty((x.shape[0], 1), dtype=torch.float32)
 
 
 def token_fp8_quant_reference(

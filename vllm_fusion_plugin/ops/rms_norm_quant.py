@@ -47,11 +47,14 @@ from .quant import (
     FP8_DTYPE,
     GROUP_ROUNDINGS,
     INPUT_DTYPES,
+    MAX_WIDTH,
     ROUNDINGS,
     SCALES,
     GroupScales,
     check_choice,
     check_group_rounding,
+    check_number,
+    empty_token_scales,
     group_fp8_quant_reference,
     is_native,
     static_fp8_quant_reference,
@@ -63,8 +66,6 @@ ROW_ARGUMENTS = ("x", "residual", "x_addend", "residual_addend")
 NORM_ROUNDINGS = ("native", "eager", "custom_op")
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SUM_COLUMNS = (0, 1024, 2048)
-# A whole row is kept in registers.
-MAX_WIDTH = 32768
 
 # NormInputs in a schema, in front of what the quantiser needs.
 NORM = (
@@ -328,20 +329,13 @@ def rms_norm_group_fp8_quant(
 # ---- FP8 by token ----------------------------------------------------------------------------------------------------
 
 
-def _check_number(name: str, number: torch.Tensor, x: torch.Tensor) -> None:
-    if number.numel() != 1 or number.dtype != torch.float32:
-        raise ValueError(f"{name} is {number.dtype} of shape {tuple(number.shape)}; allowed: one float32 value")
-    if number.device != x.device:
-        raise ValueError(f"{name} is on {number.device}; allowed: x's device, {x.device}")
-
-
 def _of_token(arguments: tuple[Any, ...]) -> tuple[NormInputs, torch.Tensor | None, str]:
     """The op's arguments, checked."""
     *norm, scale_ub, quant_rounding = arguments
     inputs = NormInputs(*norm)
     inputs.check(quant_rounding)
     if scale_ub is not None:
-        _check_number("scale_ub", scale_ub, inputs.x)
+        check_number("scale_ub", scale_ub, inputs.x)
     return inputs, scale_ub, quant_rounding
 
 
@@ -354,20 +348,16 @@ def rms_norm_token_fp8_quant_reference(
     return [*token_fp8_quant_reference(y, scale_ub, quant_rounding), *extras]
 
 
-def _empty_token_scales(norm: NormInputs) -> torch.Tensor:
-    return norm.x.new_empty((norm.x.shape[0], 1), dtype=torch.float32)
-
-
 def _token_fake(*arguments: Any) -> list[torch.Tensor]:
     norm, _, _ = _of_token(arguments)
-    return [norm.empty_codes(), _empty_token_scales(norm), *_given(*norm.empty_extras())]
+    return [norm.empty_codes(), empty_token_scales(norm.x), *_given(*norm.empty_extras())]
 
 
 def _token_cuda(*arguments: Any) -> list[torch.Tensor]:
     from ..kernels.rms_norm_quant import rms_norm_token_fp8_quant as launch
 
     norm, scale_ub, quant_rounding = _of_token(arguments)
-    codes, scales, extras = norm.empty_codes(), _empty_token_scales(norm), norm.empty_extras()
+    codes, scales, extras = norm.empty_codes(), empty_token_scales(norm.x), norm.empty_extras()
     launch(norm, scale_ub, codes, scales, *extras, quant_rounding)
     return [codes, scales, *_given(*extras)]
 
@@ -417,7 +407,7 @@ def _of_static(arguments: tuple[Any, ...]) -> tuple[NormInputs, torch.Tensor, st
     *norm, scale, quant_rounding = arguments
     inputs = NormInputs(*norm)
     inputs.check(quant_rounding)
-    _check_number("scale", scale, inputs.x)
+    check_number("scale", scale, inputs.x)
     return inputs, scale, quant_rounding
 
 

@@ -28,13 +28,17 @@ from .nvfp4 import check_global_scale, check_width, empty_block_scales, nvfp4_qu
 from .quant import (
     FP8_DTYPE,
     INPUT_DTYPES,
+    MAX_WIDTH,
     SCALES,
     GroupScales,
     check_choice,
     check_group_rounding,
+    check_number,
+    empty_token_scales,
     group_fp8_quant_reference,
     is_native,
     static_fp8_quant_reference,
+    token_fp8_quant_reference,
 )
 from .registry import register
 
@@ -148,6 +152,79 @@ def silu_mul_group_fp8_quant(
     return _GROUP(x, *scales, act_rounding, quant_rounding)
 
 
+# ---- FP8 by token ----------------------------------------------------------------------------------------------------
+
+
+def silu_mul_token_fp8_quant_reference(
+    x: torch.Tensor,
+    scale_ub: torch.Tensor | None = None,
+    act_rounding: str = "custom_op",
+    quant_rounding: str = "custom_op",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`silu_mul_token_fp8_quant` in plain torch, on any device."""
+    _check_token(x, scale_ub, act_rounding, quant_rounding)
+    return token_fp8_quant_reference(_activation(x, act_rounding, quant_rounding), scale_ub, quant_rounding)
+
+
+def _check_token(
+    x: torch.Tensor, scale_ub: torch.Tensor | None, act_rounding: str, quant_rounding: str
+) -> tuple[int, int]:
+    rows, width = _check_input(x)
+    if width > MAX_WIDTH:
+        raise ValueError(f"x has {2 * width} columns; allowed: 2 to {2 * MAX_WIDTH}")
+    if scale_ub is not None:
+        check_number("scale_ub", scale_ub, x)
+    check_choice("act_rounding", act_rounding, ACT_ROUNDINGS)
+    check_choice("quant_rounding", quant_rounding)
+    return rows, width
+
+
+def _token_fake(x, scale_ub, act_rounding, quant_rounding):
+    rows, width = _check_token(x, scale_ub, act_rounding, quant_rounding)
+    return x.new_empty((rows, width), dtype=FP8_DTYPE), empty_token_scales(x)
+
+
+def _token_cuda(x, scale_ub, act_rounding, quant_rounding):
+    from ..kernels.silu_mul_quant import silu_mul_token_fp8_quant as launch
+
+    codes, scales = _token_fake(x, scale_ub, act_rounding, quant_rounding)
+    launch(x, scale_ub, codes, scales, act_rounding, quant_rounding)
+    return codes, scales
+
+
+_TOKEN = register(
+    "silu_mul_token_fp8_quant(Tensor x, Tensor? scale_ub, str act_rounding, str quant_rounding) -> (Tensor, Tensor)",
+    fake=_token_fake,
+    cuda=_token_cuda,
+    cpu=silu_mul_token_fp8_quant_reference,
+)
+
+
+def silu_mul_token_fp8_quant(
+    x: torch.Tensor,
+    scale_ub: torch.Tensor | None = None,
+    *,
+    act_rounding: str = "custom_op",
+    quant_rounding: str = "custom_op",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """silu(gate) * up, quantised to FP8 with one scale a row, in one kernel.
+
+    Args:
+        x: [M, 2 * K] bf16 or fp16, gate then up; rows may be strided, columns not. M may be 0; K is 1 to 32768.
+        scale_ub: one float32 value on x's device that limits a row's maximum; None for no limit.
+        act_rounding, quant_rounding: which of vLLM's roundings to reproduce; see the module's docstring.
+
+    Returns:
+        codes [M, K] float8_e4m3fn and scales [M, 1] fp32, both contiguous.
+
+    Raises:
+        ValueError: an argument is not one of the above; the message names it, its value and what is allowed.
+
+    Mirrors vLLM's `silu_and_mul` followed by `dynamic_per_token_scaled_fp8_quant`.
+    """
+    return _TOKEN(x, scale_ub, act_rounding, quant_rounding)
+
+
 # ---- static FP8 ------------------------------------------------------------------------------------------------------
 
 
@@ -161,10 +238,7 @@ def silu_mul_static_fp8_quant_reference(
 
 def _check_static(x: torch.Tensor, scale: torch.Tensor, act_rounding: str, quant_rounding: str) -> tuple[int, int]:
     rows, width = _check_input(x)
-    if scale.numel() != 1 or scale.dtype != torch.float32:
-        raise ValueError(f"scale is {scale.dtype} of shape {tuple(scale.shape)}; allowed: one float32 value")
-    if scale.device != x.device:
-        raise ValueError(f"scale is on {scale.device}; allowed: x's device, {x.device}")
+    check_number("scale", scale, x)
     check_choice("act_rounding", act_rounding, ACT_ROUNDINGS)
     check_choice("quant_rounding", quant_rounding)
     return rows, width

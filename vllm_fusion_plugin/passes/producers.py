@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 # What a pass of ours fuses with which quantisers: a producer's kind -> (pass, kinds of quantisers.WORDS).
 FUSED: dict[str, tuple[str, tuple[str, ...]]] = {
-    "silu_mul": ("ActivationQuantFusionPass", ("group", "packed", "static", "nvfp4")),
+    "silu_mul": ("ActivationQuantFusionPass", ("group", "packed", "token", "static", "nvfp4")),
     "norm": ("RMSNormQuantFusionPass", ("group", "packed", "token", "static")),
     "gated_norm": ("RMSNormQuantFusionPass", ("group", "packed")),
     "attention": ("AttnQuantFusionPass", ("static", "nvfp4")),

@@ -274,13 +274,28 @@ class TokenQuant(Fp8Quant):
         return f"token[{self.variant}{',bounded' if self.bounded else ''}]"
 
     def inputs(self, rows: int, width: int) -> list[torch.Tensor]:
+        """The upper bound, if there is one, and what the custom op writes to."""
+        bound = [empty(1, dtype=torch.float32)] if self.bounded else []
         if self.variant == "native":
-            return []
-        return [empty(rows, width, dtype=FP8_DTYPE), empty(rows, 1, dtype=torch.float32)]
+            return bound
+        return [*bound, empty(rows, width, dtype=FP8_DTYPE), empty(rows, 1, dtype=torch.float32)]
 
-    def __call__(
-        self, y: torch.Tensor, scale_ub: torch.Tensor | None, *buffers: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def input_count(self) -> int:
+        return self.bounded + 2 * (self.variant == "custom_op")
+
+    def bound_of(self, inputs: tuple[Any, ...]) -> Any:
+        """The upper bound among such inputs, or None."""
+        return inputs[0] if self.bounded else None
+
+    def refuse(self, *inputs: torch.Tensor) -> str | None:
+        """Why inputs of a graph's quantiser do not fit, or None if they do."""
+        if self.bounded and (count := inputs[0].numel()) != 1:
+            return f"{count} upper bounds of the scales; fused for one"
+        return refuse_codes(inputs[self.bounded]) if self.variant == "custom_op" else None
+
+    def __call__(self, y: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scale_ub, buffers = self.bound_of(inputs), inputs[self.bounded :]
         if self.variant == "native":
             return _quant_fp8(static=False, group_shape=GroupShape.PER_TOKEN).forward_native(y, scale_ub=scale_ub)
         _, codes, scales = functionalized(

@@ -151,25 +151,12 @@ class RMSNormGroupQuant(RMSNormQuant):
 class RMSNormTokenQuant(RMSNormQuant):
     quant: quantisers.TokenQuant
 
-    def quant_inputs(self) -> list[torch.Tensor]:
-        bound = [empty(1, dtype=torch.float32)] if self.quant.bounded else []
-        return [*bound, *super().quant_inputs()]
-
-    def quantise(self, normed: torch.Tensor, inputs: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-        return self.quant(normed, *(inputs if self.quant.bounded else (None, *inputs)))
-
     def fused(self, norm, quant_inputs):
-        scale_ub = quant_inputs[0] if self.quant.bounded else None
-        return ops.rms_norm_token_fp8_quant.default(*norm, scale_ub, self.quant.rounding)
+        return ops.rms_norm_token_fp8_quant.default(*norm, self.quant.bound_of(quant_inputs), self.quant.rounding)
 
     def refuse(self, match: Match) -> str | None:
-        if reason := super().refuse(match):
-            return reason
-        if self.quant.bounded and (count := self.quant_value(match, 0).numel()) != 1:
-            return f"{count} upper bounds of the scales; fused for one"
-        if self.quant.variant == "custom_op":
-            return quantisers.refuse_codes(self.quant_value(match, int(self.quant.bounded)))
-        return None
+        values = [self.quant_value(match, position) for position in range(self.quant.input_count)]
+        return super().refuse(match) or self.quant.refuse(*values)
 
 
 class RMSNormStaticQuant(RMSNormQuant):

@@ -114,6 +114,26 @@ class SiluMulGroupQuant(SiluMulQuant):
         return self.quant.refuse(*(match.kwargs[f"arg{i}"].meta["val"] for i in (1, 2)))
 
 
+class SiluMulTokenQuant(SiluMulQuant):
+    quant: quantisers.TokenQuant
+
+    def inputs(self) -> list[torch.Tensor]:
+        width = GROUPS * 16
+        return [empty(ROWS, 2 * width, dtype=self.dtype), *self.quant.inputs(ROWS, width)]
+
+    def pattern(self, x: torch.Tensor, *inputs: torch.Tensor) -> Any:
+        return self.quant(self.silu_mul(x), *inputs)
+
+    def replacement(self, x: torch.Tensor, *inputs: torch.Tensor) -> Any:
+        return torch.ops.vllm_fusion_plugin.silu_mul_token_fp8_quant.default(
+            x, self.quant.bound_of(inputs), self.roundings["act_rounding"], self.roundings["quant_rounding"]
+        )
+
+    def refuse(self, match: Match) -> str | None:
+        values = [match.kwargs[f"arg{1 + i}"].meta["val"] for i in range(self.quant.input_count)]
+        return super().refuse(match) or self.quant.refuse(*values)
+
+
 class SiluMulStaticQuant(SiluMulQuant):
     quant: quantisers.StaticQuant
 
@@ -177,7 +197,7 @@ class SiluMulNvfp4Quant(SiluMulQuant):
 
 
 class ActivationQuantFusionPass(FusionPass):
-    """Fuses SiLU·mul with the static FP8, group FP8 or NVFP4 quantiser after it.
+    """Fuses SiLU·mul with the FP8 quantiser (group, token or static) or NVFP4 quantiser after it.
 
     Both SiLU·mul and the quantiser may be vLLM's custom ops or decomposed to aten. Takes a VllmConfig, as stock does.
     """
@@ -191,6 +211,8 @@ class ActivationQuantFusionPass(FusionPass):
         for variant in silu_mul_variants():
             for group_quant in quantisers.group_quants(GROUP_SIZES):
                 self.register(SiluMulGroupQuant(variant, group_quant, dtype, precision_casts))
+            for token_quant in quantisers.token_quants():
+                self.register(SiluMulTokenQuant(variant, token_quant, dtype, precision_casts))
             for static_quant in quantisers.static_quants():
                 self.register(SiluMulStaticQuant(variant, static_quant, dtype, precision_casts))
             for nvfp4_quant in quantisers.nvfp4_quants():
