@@ -98,12 +98,12 @@ _QUANTISERS = {
     "nvfp4": "NVFP4 quantiser",
     "quantiser": "quantiser",
 }
-_USES = ("norm", "sum")  # that a norm's result or its sum is read elsewhere, too
+_USES = ("norm", "sum", "act")  # that a norm's result, its sum or SiLU·mul's result is read elsewhere, too
 # In reasons and notes.
 _KEY = re.compile(
     r"(?:[a-z0-9_]+(?:\[[^\]]*\])?\+)?"  # a producer
     r"(?:(?:group\d+|token|static)\[[^\]]*\]|(?<=\+)nvfp4(?:\[\w+\])?)"  # a quantiser
-    r"(?:\+(?:norm|sum))*(?:\[\w+\])?"
+    r"(?:\+(?:norm|sum|act))*(?:\[\w+\])?"
 )
 # Reasons for what no quantiser follows: `explain` of passes that look for what comes before one.
 _NO_QUANTISER = re.compile(

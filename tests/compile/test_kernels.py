@@ -75,7 +75,9 @@ def test_silu_mul(dtype, compiled):
         silu_mul_quant.silu_mul_group_fp8_quant(
             x, *outputs(x, 2048), 128, ue8m0, act_rounding, quant_rounding, pdl=True
         )
-    check(compiled, 2)
+    act = torch.zeros(5, 2048, dtype=dtype)
+    silu_mul_quant.silu_mul_group_fp8_quant(x, *outputs(x, 2048), 128, True, "native", "custom_op", pdl=True, act=act)
+    check(compiled, 3)
 
 
 @pytest.mark.parametrize("width", [1792, 14336, 28672])
@@ -84,8 +86,8 @@ def test_silu_mul_token(width, compiled):
     codes, scales = torch.zeros(2, width, dtype=torch.float8_e4m3fn), torch.zeros(2, 1)
     for rows, rounding in itertools.product((1, 9000), ("native", "custom_op")):
         tile = silu_mul_quant.row_tile(rows, width)
-        bound = torch.ones(1) if rounding == "native" else None
-        silu_mul_quant.silu_mul_token_fp8_quant(x, bound, codes, scales, rounding, rounding, tile, pdl=True)
+        bound, act = (torch.ones(1), None) if rounding == "native" else (None, torch.zeros_like(codes, dtype=x.dtype))
+        silu_mul_quant.silu_mul_token_fp8_quant(x, bound, codes, scales, rounding, rounding, tile, pdl=True, act=act)
     check(compiled, 4)
     for kernel in compiled:
         assert kernel.asm["ptx"].count("bar.sync") <= 2  # those of the row's maximum

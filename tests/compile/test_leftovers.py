@@ -61,11 +61,21 @@ class Before(nn.Module):
 
 
 class Twice(Before):
-    """A second reader."""
+    """A second reader of what a static quantiser reads."""
 
     def forward(self, x):
         y = self.make(x)
-        return *self.quant(y), torch.relu(y)
+        return self.quant(y, self.scale)[0], torch.relu(y)
+
+
+class TwoQuantisers(Before):
+    def __init__(self, make):
+        super().__init__(make)
+        self.other = quantiser(GroupShape.PER_TOKEN)
+
+    def forward(self, x):
+        y = self.make(x)
+        return *self.quant(y), *self.other(y)
 
 
 @triton.jit
@@ -188,7 +198,7 @@ def test_quantisers_that_a_pass_does_not_fuse(variant):
         functools.partial(Before, norm, size=32),
         functools.partial(Before, SiluAndMul, size=32),
         functools.partial(Before, SiluAndMul, between=pad),
-        functools.partial(Twice, SiluAndMul),
+        functools.partial(Twice, SiluAndMul, static=True),
         custom_ops=VARIANTS[variant],
     )
     assert_missed(
@@ -221,6 +231,13 @@ def test_quantisers_of_every_kind():
         ),
         (NONE, "no pass fuses GELU·mul", "an FP8 quantiser with a static scale"),
     )
+
+
+def test_a_second_quantiser():
+    recording = trace(*(functools.partial(TwoQuantisers, make) for make in (SiluAndMul, norm)))
+    assert recording.matches_by_graph()[ACT] == 1
+    also = "is fused with one quantiser already; its result is also read by an FP8 quantiser in groups of 128"
+    assert_missed((ACT, "SiLU·mul", also), (NORM, "the norm", also))
 
 
 class Product(nn.Module):

@@ -126,7 +126,7 @@ def test_group_quant_is_fused(variant):
     assert not {op for op in ops if op.startswith(("_C.", "aten.exp", "aten.div"))}
     for (_, arguments), (layout, size, ue8m0) in zip(our_ops(recording), cases, strict=True):
         roundings = [ROUNDING[act_rounding], group_rounding(quant_rounding)]
-        assert list(arguments.values())[1:] == [size, layout, ue8m0, *roundings]
+        assert list(arguments.values())[1:] == [size, layout, ue8m0, *roundings, False]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -165,7 +165,45 @@ def test_token_quant_is_fused(variant):
     for (op, arguments), bounded in zip(our_ops(recording), (False, True, False), strict=True):
         assert op == "silu_mul_token_fp8_quant"
         assert (arguments["scale_ub"] is not None) == bounded
-        assert list(arguments.values())[2:] == [ROUNDING[act_rounding], quant_rounding]
+        assert list(arguments.values())[2:] == [ROUNDING[act_rounding], quant_rounding, False]
+
+
+class GroupQuantAndReader(GroupQuantMLP):
+    def forward(self, x):
+        y = self.act(x)
+        return *self.quant(y), y
+
+
+class TokenQuantAndReader(TokenQuantMLP):
+    def forward(self, x):
+        y = self.act(x)
+        return *self.quant(self.between(y), scale_ub=self.bound), torch.relu(y)
+
+
+WITH_READERS = {
+    "group": (GroupQuantAndReader, functools.partial(GroupQuantAndReader, ue8m0=True, **LAYOUTS["column"])),
+    "token": (
+        TokenQuantAndReader,
+        functools.partial(TokenQuantAndReader, bounded=True),
+        functools.partial(TokenQuantAndReader, between=lambda y: y.view(-1, y.shape[-1])),
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_second_reader_gets_the_rows(variant):
+    makers = [maker for makers in WITH_READERS.values() for maker in makers]
+    recording = trace(*makers, GroupQuantMLP, custom_ops=VARIANTS[variant])
+    if variant == "native+native":  # which rounds what the other reader gets, and not what is quantised
+        assert recording.matches_by_graph()[PASS] == 1
+        assert sum("other users too, which read it rounded" in reason for reason in reasons()) == len(makers)
+        return
+    assert recording.matches_by_graph()[PASS] == len(makers) + 1
+    assert [arguments["keep_act"] for _, arguments in our_ops(recording)] == [True] * len(makers) + [False]
+    (subgraph,) = recording.subgraphs
+    assert not {op for op in count_ops(subgraph.after) if op.startswith(("_C.", "aten.exp", "aten.div"))}
+    found = [f.pattern for s in report.RECORDER.report.subgraphs for f in s.found]
+    assert sum(pattern.endswith("+act") for pattern in found) == len(makers)
 
 
 class Nvfp4MLP(torch.nn.Module):
@@ -216,10 +254,10 @@ def test_precision_casts_round_as_the_custom_op_does():
 # ---- what must not match ---------------------------------------------------------------------------------------------
 
 
-class UsedTwice(GroupQuantMLP):
+class StaticQuantAndReader(StaticQuantMLP):
     def forward(self, x):
         y = self.act(x)
-        return *self.quant(y), y
+        return self.quant(y, self.scale)[0], y
 
 
 class CalledDirectly(GroupQuantMLP):
@@ -259,7 +297,7 @@ class Unquantised(GroupQuantMLP):
 
 
 LEFT_ALONE = {
-    UsedTwice: "has other readers",
+    StaticQuantAndReader: "has other readers",
     WrongLayout: "strides",
     IntegerQuant: "torch.int8",
     OtherRange: "'fp8_max': 240.0",

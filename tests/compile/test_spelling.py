@@ -234,6 +234,21 @@ def test_silu_mul_is_fused(forms, eliminate_noops):
     assert not reasons()
 
 
+READ_TWICE = {
+    "rank 3": lambda m, x, z: (lambda y: (y[0], y))(m.act(x[None])),
+    "chunks": lambda m, x, z: (lambda y: (y, y + 1))(HALVES["chunk"](m, x, z)),
+    "several": lambda m, x, z: (lambda y: (y[0], m.gemma(y.reshape(-1, 2 * WIDTH))[None] * 2))(m.act(x[None])),
+}
+
+
+@pytest.mark.parametrize("forms", ["custom ops", "native+custom op", "custom op+native"])
+def test_silu_mul_with_other_readers_is_fused(forms):
+    written = {k: v for k, v in READ_TWICE.items() if not (k == "chunks" and forms == "custom op+native")}
+    recording = trace(makers(written), FORMS[forms], eliminate_noops=False)
+    assert [arguments["keep_act"] for _, arguments in our_ops(recording)] == [True] * len(written)
+    assert not reasons()
+
+
 @pytest.mark.parametrize("forms", FORMS)
 def test_rank_3_is_fused_with_its_layout(forms):
     native = "native" in forms.partition("+")[2] or forms == "native"
@@ -278,9 +293,6 @@ LEFT = {
     "other tensor": lambda m, x, z: F.silu(x[..., :WIDTH]) * z[..., WIDTH:],
     "select of the other dimension": halves_of(lambda x: x.view(-1, WIDTH, 2).unbind(2)),
     "sigmoid": lambda m, x, z: (lambda gate: gate * torch.sigmoid(gate) * x[..., WIDTH:])(x[..., :WIDTH]),
-    "other readers": lambda m, x, z: (lambda y: (y[0], y))(m.act(x[None])),
-    "other readers of chunks": lambda m, x, z: (lambda y: (y, y + 1))(HALVES["chunk"](m, x, z)),
-    "several": lambda m, x, z: (lambda y: (y[0], m.gemma(y.reshape(-1, 2 * WIDTH))[None] * 2))(m.act(x[None])),
 }
 
 
@@ -302,6 +314,8 @@ def compared_passes():
 @pytest.mark.parametrize("forms", FORMS)
 def test_is_left_node_for_node(forms):
     left = {k: v for k, v in LEFT.items() if not (k == "leading rows" and forms == "custom ops")}
+    if forms == "native":
+        left |= READ_TWICE
     with compared_passes() as runs:
         recording = trace(makers(left), FORMS[forms], eliminate_noops=False)
     assert not our_ops(recording)

@@ -136,6 +136,7 @@ EVERY = {
     "add_norm-split": norm(7168, "tma", add=True, quant_rounding=SPLIT),
     "token": other_norm("token", 4096, add=True),
     "static": other_norm("static", 4096, add=True),
+    "silu_mul-keep_act": call("silu_mul_group_fp8_quant", meta(64, 24576), 128, "tma", True, "native", SPLIT, True),
     "silu_mul_token": silu_mul_token(14336, "native"),
     "silu_mul_static": call(
         "silu_mul_static_fp8_quant", meta(64, 8192), meta(1, dtype=torch.float32), "native", "native"

@@ -82,11 +82,11 @@ def group_modes(draw: st.DrawFn) -> GroupMode:
     )._replace(**draw(PACKED_OR_NOT))
 
 
-@given(mode=group_modes(), rows=ROWS, groups=st.integers(1, 9), how=SPREADS, kind=KINDS, seed=SEEDS)
+@given(mode=group_modes(), rows=ROWS, groups=st.integers(1, 9), how=SPREADS, kind=KINDS, seed=SEEDS, keep=st.booleans())
 @examples(30)
-def test_silu_mul_group(mode, rows, groups, how, kind, seed, device: torch.device) -> None:
+def test_silu_mul_group(mode, rows, groups, how, kind, seed, keep, device: torch.device) -> None:
     x = random_input(rows, groups * mode.group_size, mode.dtype, device, seed, kind)
-    silu.check_group(spread(x, how), mode)
+    silu.check_group(spread(x, how), mode, keep and silu.rounded_act(mode))
 
 
 @given(
@@ -99,12 +99,14 @@ def test_silu_mul_group(mode, rows, groups, how, kind, seed, device: torch.devic
     kind=KINDS,
     bound=st.sampled_from([None, 0.5, 1e-9, 1e9]),
     seed=SEEDS,
+    keep=st.booleans(),
 )
 @examples(20)
-def test_silu_mul_token(dtype, act_rounding, quant_rounding, rows, width, how, kind, bound, seed, device) -> None:
+def test_silu_mul_token(dtype, act_rounding, quant_rounding, rows, width, how, kind, bound, seed, keep, device) -> None:
     x = random_input(rows, width, dtype, device, seed, kind)
     upper = None if bound is None else torch.tensor([bound], device=device)
-    silu.check_token(spread(x, how), upper, TokenMode(dtype, act_rounding, quant_rounding))
+    mode = TokenMode(dtype, act_rounding, quant_rounding)
+    silu.check_token(spread(x, how), upper, mode, keep_act=keep and silu.rounded_act(mode))
 
 
 @given(

@@ -71,39 +71,71 @@ def activation(x: torch.Tensor, act_rounding: str, quant_rounding: str) -> torch
     return y if is_native(quant_rounding) else y.to(x.dtype)
 
 
-def run_group(x: torch.Tensor, mode: GroupMode) -> tuple[Guarded, Guarded]:
+def rounded_act(mode: GroupMode | TokenMode) -> bool:
+    """Whether what is quantised is rounded first."""
+    return mode.act_rounding != "native" or not is_native(mode.quant_rounding)
+
+
+def run_group(x: torch.Tensor, mode: GroupMode, act: Guarded | None = None) -> tuple[Guarded, Guarded]:
     codes = guarded_codes(x)
     scales = guarded_scales(x, mode.scales, x.shape[1] // 2)
     kernels.silu_mul_group_fp8_quant(
-        x, codes.tensor, scales.tensor, mode.group_size, mode.use_ue8m0, mode.act_rounding, mode.quant_rounding
-    )
+        x, codes.tensor, scales.tensor, mode.group_size, mode.use_ue8m0, mode.act_rounding, mode.quant_rounding,
+        act=None if act is None else act.tensor,
+    )  # fmt: skip
     codes.check()
     scales.check()
     return codes, scales
 
 
-def check_group(x: torch.Tensor, mode: GroupMode) -> None:
+def guarded_act(x: torch.Tensor) -> Guarded:
+    return Guarded(x.new_empty((x.shape[0], x.shape[1] // 2)))
+
+
+def check_act(act: Guarded, y: torch.Tensor) -> None:
+    """What the kernel wrote is what it quantised, no byte beside it."""
+    act.check()
+    assert_same_bytes(one_nan(act.tensor), one_nan(y), "act")
+
+
+def check_group(x: torch.Tensor, mode: GroupMode, keep_act: bool = False) -> None:
     act_rounding, quant_rounding = mode.act_rounding, mode.quant_rounding
     y = activation(x, act_rounding, quant_rounding)
-    check_guarded(*run_group(x, mode), *group_fp8_quant_reference(y, mode.scales, quant_rounding), quant_rounding)
+    act = guarded_act(x) if keep_act else None
+    check_guarded(*run_group(x, mode, act), *group_fp8_quant_reference(y, mode.scales, quant_rounding), quant_rounding)
+    if act is not None:
+        check_act(act, y)
 
 
 def run_token(
-    x: torch.Tensor, scale_ub: torch.Tensor | None, mode: TokenMode, tile: kernels.RowTile | None = None
+    x: torch.Tensor,
+    scale_ub: torch.Tensor | None,
+    mode: TokenMode,
+    tile: kernels.RowTile | None = None,
+    act: Guarded | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     codes, scales = guarded_codes(x), Guarded(empty_token_scales(x))
     rounding = (mode.act_rounding, mode.quant_rounding)
-    kernels.silu_mul_token_fp8_quant(x, scale_ub, codes.tensor, scales.tensor, *rounding, tile)
+    kernels.silu_mul_token_fp8_quant(
+        x, scale_ub, codes.tensor, scales.tensor, *rounding, tile, act=None if act is None else act.tensor
+    )
     codes.check()
     scales.check()
     return codes.tensor, scales.tensor
 
 
 def check_token(
-    x: torch.Tensor, scale_ub: torch.Tensor | None, mode: TokenMode, tile: kernels.RowTile | None = None
+    x: torch.Tensor,
+    scale_ub: torch.Tensor | None,
+    mode: TokenMode,
+    tile: kernels.RowTile | None = None,
+    keep_act: bool = False,
 ) -> None:
-    codes, scales = run_token(x, scale_ub, mode, tile)
+    act = guarded_act(x) if keep_act else None
+    codes, scales = run_token(x, scale_ub, mode, tile, act)
     y = activation(x, mode.act_rounding, mode.quant_rounding)
+    if act is not None:
+        check_act(act, y)
     expected_codes, expected_scales = token_fp8_quant_reference(y, scale_ub, mode.quant_rounding)
     assert_codes(codes, expected_codes, mode.quant_rounding)
     assert_same_bytes(one_nan(scales), one_nan(expected_scales), "scales")
@@ -168,6 +200,27 @@ def test_group_floors(device: torch.device) -> None:
         if mode.dtype == x.dtype and mode.group_size == 128:
             check_group(x, mode)
             assert bool((run_group(x, mode)[1].tensor > 0).all())
+
+
+# Where all is native, nothing is rounded that could be kept.
+KEEPING = [
+    mode for mode in group_modes()
+    if (mode.group_size, mode.use_ue8m0, mode.scale_layout) == (128, False, "tma") and rounded_act(mode)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", KEEPING, ids=str)
+def test_group_keeps_act(mode: GroupMode, device: torch.device) -> None:
+    for rows, groups, kind in ((5, 3, "special"), (1, 1, "normal"), (33, 7, "normal")):
+        x = random_input(rows, groups * mode.group_size, mode.dtype, device, seed=12, kind=kind)
+        check_group(strided(x), mode, keep_act=True)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in static_modes() if rounded_act(mode)], ids=str)
+def test_token_keeps_act(mode: TokenMode, device: torch.device) -> None:
+    for rows, width, kind in ((5, 200, "special"), (0, 64, "normal"), (2, 1100, "bits")):
+        x = random_input(rows, width, mode.dtype, device, seed=12, kind=kind)
+        check_token(strided(x), None, mode, kernels.RowTile(256, 1), keep_act=True)
 
 
 # the layout moves scales about and no more: test_group_modes has them all

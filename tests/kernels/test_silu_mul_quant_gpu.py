@@ -52,6 +52,7 @@ from .checks import (
     code_steps,
     count_differing,
     native_quantiser,
+    one_nan,
     vllms_group_quant,
 )
 from .installed import NATIVE, OPAQUE
@@ -123,6 +124,11 @@ def check_group(x: torch.Tensor, mode: GroupMode, unfused: Unfused, what: str) -
     assert_same_outputs(silu_mul_group_fp8_quant(x, **mode.arguments()), unfused.group(x, mode), what)
 
 
+def check_act(act: torch.Tensor, x: torch.Tensor, act_rounding: str, unfused: Unfused) -> None:
+    """Rows that are kept are those of vLLM's SiLU·mul."""
+    assert_same_bytes(one_nan(act), one_nan(unfused.activation(x, act_rounding)), f"act, {act_rounding}")
+
+
 def check_token(x: torch.Tensor, bound: float | None, mode: TokenMode, unfused: Unfused, what: str) -> None:
     scale_ub = None if bound is None else torch.tensor([bound], device=x.device)
     outputs = silu_mul_token_fp8_quant(x, scale_ub, act_rounding=mode.act_rounding, quant_rounding=mode.quant_rounding)
@@ -170,6 +176,20 @@ def test_group_all_gates(dtype: torch.dtype, unfused: Unfused, device: torch.dev
         for mode in GROUP_MODES:
             if mode.dtype == dtype:
                 check_group(x, mode, unfused, f"{what}, {mode}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_kept_act_of_all_gates(dtype: torch.dtype, unfused: Unfused, device: torch.device) -> None:
+    for x in all_gates_by_ups(dtype, device).values():
+        for act_rounding in ("native", "custom_op"):
+            mode = DEEPSEEK._replace(dtype=dtype, act_rounding=act_rounding)
+            *outputs, act = silu_mul_group_fp8_quant(x, **mode.arguments(), keep_act=True)
+            assert_same_outputs(outputs, unfused.group(x, mode), str(mode))
+            check_act(act, x, act_rounding, unfused)
+            rows = torch.cat([half.reshape(-1, 128) for half in x.chunk(2, dim=1)], dim=1)
+            *outputs, act = silu_mul_token_fp8_quant(rows, act_rounding=act_rounding, keep_act=True)
+            assert_same_outputs(outputs, unfused.token(rows, None, TokenMode(dtype, act_rounding, "custom_op")))
+            check_act(act, rows, act_rounding, unfused)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)

@@ -25,6 +25,7 @@ from vllm_fusion_plugin.ops.quant import MAX_WIDTH, GroupScales
 from vllm_fusion_plugin.ops.silu_mul_quant import (
     silu_mul_group_fp8_quant,
     silu_mul_group_fp8_quant_reference,
+    silu_mul_reference,
     silu_mul_static_fp8_quant,
     silu_mul_static_fp8_quant_reference,
     silu_mul_token_fp8_quant,
@@ -57,13 +58,26 @@ def test_static_op_is_its_kernel(device: torch.device) -> None:
     assert_same_bytes(silu_mul_static_fp8_quant(x, scale), expected, "codes")
 
 
+def test_ops_that_keep_act(device: torch.device) -> None:
+    """Codes and scales are as without, and the rows are what they are of."""
+    x, scale_ub = random_input(5, 384, torch.bfloat16, device, seed=12), torch.tensor([0.5], device=device)
+    for act_rounding, quant_rounding in (("custom_op", "native"), ("native", "custom_op"), ("eager", "custom_op")):
+        how = {"act_rounding": act_rounding, "quant_rounding": quant_rounding}
+        *group, act = silu_mul_group_fp8_quant(x, TMA, **how, keep_act=True)
+        assert_same_outputs(group, silu_mul_group_fp8_quant(x, TMA, **how))
+        *token, same = silu_mul_token_fp8_quant(x, scale_ub, **how, keep_act=True)
+        assert_same_outputs(token, silu_mul_token_fp8_quant(x, scale_ub, **how))
+        assert_same_outputs([act, act], [same, silu_mul_reference(x, act_rounding)])
+
+
 GROUP_ARGUMENTS = [
     (128, "row", False, "custom_op", "custom_op"),
     (64, "tma", True, "native", "native"),
+    (128, "tma", True, "native", "custom_op", True),
 ]
 
 
-@pytest.mark.parametrize("arguments", GROUP_ARGUMENTS, ids=["row-major", "tma-ue8m0-native"])
+@pytest.mark.parametrize("arguments", GROUP_ARGUMENTS, ids=["row-major", "tma-ue8m0-native", "keep_act"])
 def test_group_opcheck(arguments: tuple, device: torch.device) -> None:
     x = random_input(5, 256, torch.bfloat16, device, seed=9)
     torch.library.opcheck(OPS.silu_mul_group_fp8_quant.default, (x, *arguments))
@@ -73,7 +87,8 @@ def test_group_opcheck(arguments: tuple, device: torch.device) -> None:
 def test_token_opcheck(bounded: bool, device: torch.device) -> None:
     x = random_input(5, 100, torch.bfloat16, device, seed=10)
     scale_ub = torch.tensor([0.1], device=device) if bounded else None
-    torch.library.opcheck(OPS.silu_mul_token_fp8_quant.default, (x, scale_ub, "native", "native"))
+    how = ("native", "custom_op", True) if bounded else ("native", "native")
+    torch.library.opcheck(OPS.silu_mul_token_fp8_quant.default, (x, scale_ub, *how))
 
 
 def test_static_opcheck(device: torch.device) -> None:
@@ -188,6 +203,18 @@ def test_bad_forms_are_refused(device: torch.device) -> None:
         for op in (silu_mul_static_fp8_quant, silu_mul_token_fp8_quant):
             with pytest.raises(ValueError, match=rf"{name}='inductor' .*allowed: {allowed}"):
                 op(X.to(device), scale, **{name: "inductor"})
+
+
+def test_keeping_what_is_not_rounded_is_refused(device: torch.device) -> None:
+    how = {"act_rounding": "native", "quant_rounding": "native", "keep_act": True}
+    for call in (
+        lambda: silu_mul_group_fp8_quant(X.to(device), **how),
+        lambda: silu_mul_group_fp8_quant_reference(X.to(device), **how),
+        lambda: silu_mul_token_fp8_quant(X.to(device), **how),
+        lambda: silu_mul_token_fp8_quant_reference(X.to(device), **how),
+    ):
+        with pytest.raises(ValueError, match=r"keep_act=True with act_rounding='native' and quant_rounding='native'"):
+            call()
 
 
 def test_a_row_that_does_not_fit_into_registers_is_refused(device: torch.device) -> None:

@@ -50,6 +50,7 @@ def _group_kernel(
     x_ptr,
     codes_ptr,
     scales_ptr,
+    act_ptr,
     rows,
     width,
     padded_rows,
@@ -77,8 +78,10 @@ def _group_kernel(
 
     y = _silu_mul(gate, up, ACT)
     scale, codes = quant.group(y, eps, QUANT)
-    codes_ptrs = codes_ptr + row64[:, None, None] * width + column[None, :, :]
-    tl.store(codes_ptrs, codes, mask=mask)
+    offset = row64[:, None, None] * width + column[None, :, :]
+    tl.store(codes_ptr + offset, codes, mask=mask)
+    if act_ptr is not None:
+        tl.store(act_ptr + offset, y.to(act_ptr.dtype.element_ty), mask=mask)
     group_mask = group * QUANT.group_size < width
     scale_columns = quant.scale_columns(scales_ptr, group, scale_group_stride, QUANT)
     quant.store_scales(scale_columns, scale, row, rows, group_mask, scale_row_stride, TILE.scales_from_all, QUANT)
@@ -125,6 +128,7 @@ def _token_kernel(
     bound_ptr,
     codes_ptr,
     scales_ptr,
+    act_ptr,
     x_stride,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -152,6 +156,9 @@ def _token_kernel(
     top = tl.zeros([1, CHUNK], tl.float32)
     for first in tl.static_range(0, WIDTH, CHUNK):
         y = _silu_mul(gates[first // CHUNK], ups[first // CHUNK], ACT)
+        if act_ptr is not None:
+            column = first + tl.arange(0, CHUNK)[None, :]
+            tl.store(act_ptr + (row * WIDTH + column), y.to(act_ptr.dtype.element_ty), mask=column < WIDTH)
         top = quant.running_max(top, tl.abs(y), NATIVE)
         products = products + (y,)  # type: ignore[assignment]  # noqa: RUF005
     scale = quant.token_scale(top, bound_ptr, NATIVE)
@@ -242,8 +249,10 @@ def silu_mul_group_fp8_quant(
     quant_rounding: str,
     tile: Tile | None = None,
     pdl: bool | None = None,
+    act: torch.Tensor | None = None,
 ) -> None:
-    """Write codes [M, K] and scales [M, K / group_size] of x [M, 2 * K]; arguments as the op checked them."""
+    """Write codes [M, K], scales [M, K / group_size] and, if given, act [M, K] of x [M, 2 * K]; arguments as the op checked
+    them."""
     rows, width = codes.shape
     if rows == 0:
         return
@@ -257,6 +266,7 @@ def silu_mul_group_fp8_quant(
         x,
         codes,
         scales,
+        act,
         rows,
         width,
         rows_with_padding(scales, rows),
@@ -281,8 +291,9 @@ def silu_mul_token_fp8_quant(
     quant_rounding: str,
     tile: RowTile | None = None,
     pdl: bool | None = None,
+    act: torch.Tensor | None = None,
 ) -> None:
-    """Write codes [M, K] and scales [M, 1] of x [M, 2 * K]; arguments as the op checked them."""
+    """Write codes [M, K], scales [M, 1] and, if given, act [M, K] of x [M, 2 * K]; arguments as the op checked them."""
     rows, width = codes.shape
     if rows == 0:
         return
@@ -295,6 +306,7 @@ def silu_mul_token_fp8_quant(
         scale_ub,
         codes,
         scales,
+        act,
         row_stride(x),
         WIDTH=width,
         CHUNK=tile.chunk,

@@ -58,6 +58,8 @@ def _check_input(x: torch.Tensor) -> tuple[int, int]:
 
 
 ACT_ROUNDINGS = ("custom_op", "eager", "native")
+# How a schema ends, of an op that can return SiLU·mul's rows too.
+ROUNDINGS_AND_KEEP = "str act_rounding, str quant_rounding, bool keep_act=False"
 
 
 def silu_mul_reference(x: torch.Tensor, act_rounding: str = "custom_op", *, rounded: bool = True) -> torch.Tensor:
@@ -72,8 +74,26 @@ def silu_mul_reference(x: torch.Tensor, act_rounding: str = "custom_op", *, roun
     return y.to(x.dtype) if rounded else y
 
 
+def _is_rounded(act_rounding: str, quant_rounding: str) -> bool:
+    """Whether the product is a number of x's dtype."""
+    return act_rounding != "native" or not is_native(quant_rounding)
+
+
 def _activation(x: torch.Tensor, act_rounding: str, quant_rounding: str) -> torch.Tensor:
-    return silu_mul_reference(x, act_rounding, rounded=act_rounding != "native" or not is_native(quant_rounding))
+    return silu_mul_reference(x, act_rounding, rounded=_is_rounded(act_rounding, quant_rounding))
+
+
+def _check_keep_act(keep_act: bool, act_rounding: str, quant_rounding: str) -> None:
+    if keep_act and not _is_rounded(act_rounding, quant_rounding):
+        raise ValueError(
+            f"keep_act=True with {act_rounding=} and {quant_rounding=}, which round nothing to keep; allowed: another of "
+            "the two"
+        )
+
+
+def _empty_act(x: torch.Tensor, keep_act: bool) -> list[torch.Tensor]:
+    """Uninitialised rows of SiLU·mul, if they are returned."""
+    return [x.new_empty((x.shape[0], x.shape[1] // 2))] if keep_act else []
 
 
 # ---- group FP8 -------------------------------------------------------------------------------------------------------
@@ -85,41 +105,48 @@ def silu_mul_group_fp8_quant_reference(
     *,
     act_rounding: str = "custom_op",
     quant_rounding: str = "custom_op",
-) -> tuple[torch.Tensor, torch.Tensor]:
+    keep_act: bool = False,
+) -> list[torch.Tensor]:
     """`silu_mul_group_fp8_quant` in plain torch, on any device."""
-    _check_group(x, scales, act_rounding, quant_rounding)
-    return group_fp8_quant_reference(_activation(x, act_rounding, quant_rounding), scales, quant_rounding)
+    _check_group(x, scales, act_rounding, quant_rounding, keep_act)
+    y = _activation(x, act_rounding, quant_rounding)
+    return [*group_fp8_quant_reference(y, scales, quant_rounding), *[y] * keep_act]
 
 
-def _check_group(x: torch.Tensor, how: GroupScales, act_rounding: str, quant_rounding: str) -> tuple[int, int]:
+def _check_group(
+    x: torch.Tensor, how: GroupScales, act_rounding: str, quant_rounding: str, keep_act: bool
+) -> tuple[int, int]:
     rows, width = _check_input(x)
     how.check(width)
     check_choice("act_rounding", act_rounding, ACT_ROUNDINGS)
     check_group_rounding(quant_rounding, x.dtype, how)
+    _check_keep_act(keep_act, act_rounding, quant_rounding)
     return rows, width
 
 
-def _group_fake(x, group_size, scale_layout, use_ue8m0, act_rounding, quant_rounding):
+def _group_fake(x, group_size, scale_layout, use_ue8m0, act_rounding, quant_rounding, keep_act=False):
     how = GroupScales(group_size, scale_layout, use_ue8m0)
-    rows, width = _check_group(x, how, act_rounding, quant_rounding)
-    return x.new_empty((rows, width), dtype=FP8_DTYPE), how.empty(x, rows, width)
+    rows, width = _check_group(x, how, act_rounding, quant_rounding, keep_act)
+    return [x.new_empty((rows, width), dtype=FP8_DTYPE), how.empty(x, rows, width), *_empty_act(x, keep_act)]
 
 
-def _group_cuda(x, group_size, scale_layout, use_ue8m0, act_rounding, quant_rounding):
+def _group_cuda(x, group_size, scale_layout, use_ue8m0, act_rounding, quant_rounding, keep_act=False):
     from ..kernels.silu_mul_quant import silu_mul_group_fp8_quant as launch
 
-    codes, scales = _group_fake(x, group_size, scale_layout, use_ue8m0, act_rounding, quant_rounding)
-    launch(x, codes, scales, group_size, use_ue8m0, act_rounding, quant_rounding)
-    return codes, scales
+    outputs = _group_fake(x, group_size, scale_layout, use_ue8m0, act_rounding, quant_rounding, keep_act)
+    codes, scales, *act = outputs
+    launch(x, codes, scales, group_size, use_ue8m0, act_rounding, quant_rounding, act=act[0] if keep_act else None)
+    return outputs
 
 
-def _group_cpu(x, group_size, scale_layout, use_ue8m0, act_rounding, quant_rounding):
+def _group_cpu(x, group_size, scale_layout, use_ue8m0, act_rounding, quant_rounding, keep_act=False):
+    rounding = {"act_rounding": act_rounding, "quant_rounding": quant_rounding}
     how = GroupScales(group_size, scale_layout, use_ue8m0)
-    return silu_mul_group_fp8_quant_reference(x, how, act_rounding=act_rounding, quant_rounding=quant_rounding)
+    return silu_mul_group_fp8_quant_reference(x, how, **rounding, keep_act=keep_act)
 
 
 _GROUP = register(
-    f"silu_mul_group_fp8_quant(Tensor x, {SCALES}, str act_rounding, str quant_rounding) -> (Tensor, Tensor)",
+    f"silu_mul_group_fp8_quant(Tensor x, {SCALES}, {ROUNDINGS_AND_KEEP}) -> Tensor[]",
     fake=_group_fake,
     cuda=_group_cuda,
     cpu=_group_cpu,
@@ -132,16 +159,19 @@ def silu_mul_group_fp8_quant(
     *,
     act_rounding: str = "custom_op",
     quant_rounding: str = "custom_op",
-) -> tuple[torch.Tensor, torch.Tensor]:
+    keep_act: bool = False,
+) -> list[torch.Tensor]:
     """silu(gate) * up, quantised to FP8 in groups along each row, in one kernel.
 
     Args:
         x: [M, 2 * K] bf16 or fp16, gate then up; rows may be strided, columns not. M may be 0.
         scales: size of the groups, 64 or 128, which divides K; layout of the scales; whether they are powers of two.
         act_rounding, quant_rounding: which of vLLM's roundings to reproduce; see the module's docstring.
+        keep_act: return silu(gate) * up too. Not where both roundings are native ones, which never round it.
 
     Returns:
-        codes [M, K] float8_e4m3fn, contiguous, and scales [M, K / group_size] fp32 in the layout asked for.
+        [codes, scales], then act if keep_act: codes [M, K] float8_e4m3fn, contiguous, scales [M, K / group_size] fp32 in the
+        layout asked for, act [M, K] in x's dtype, contiguous.
 
     Raises:
         ValueError: an argument is not one of the above; the message names it, its value and what is allowed.
@@ -149,7 +179,7 @@ def silu_mul_group_fp8_quant(
     Mirrors vLLM's `silu_and_mul` followed by `per_token_group_fp8_quant` (DeepSeek-V3's 1 × 128 activation quantiser,
     arXiv:2412.19437, section 3.3).
     """
-    return _GROUP(x, *scales, act_rounding, quant_rounding)
+    return _GROUP(x, *scales, act_rounding, quant_rounding, keep_act)
 
 
 # ---- FP8 by token ----------------------------------------------------------------------------------------------------
@@ -160,14 +190,16 @@ def silu_mul_token_fp8_quant_reference(
     scale_ub: torch.Tensor | None = None,
     act_rounding: str = "custom_op",
     quant_rounding: str = "custom_op",
-) -> tuple[torch.Tensor, torch.Tensor]:
+    keep_act: bool = False,
+) -> list[torch.Tensor]:
     """`silu_mul_token_fp8_quant` in plain torch, on any device."""
-    _check_token(x, scale_ub, act_rounding, quant_rounding)
-    return token_fp8_quant_reference(_activation(x, act_rounding, quant_rounding), scale_ub, quant_rounding)
+    _check_token(x, scale_ub, act_rounding, quant_rounding, keep_act)
+    y = _activation(x, act_rounding, quant_rounding)
+    return [*token_fp8_quant_reference(y, scale_ub, quant_rounding), *[y] * keep_act]
 
 
 def _check_token(
-    x: torch.Tensor, scale_ub: torch.Tensor | None, act_rounding: str, quant_rounding: str
+    x: torch.Tensor, scale_ub: torch.Tensor | None, act_rounding: str, quant_rounding: str, keep_act: bool
 ) -> tuple[int, int]:
     rows, width = _check_input(x)
     if width > MAX_WIDTH:
@@ -176,24 +208,26 @@ def _check_token(
         check_number("scale_ub", scale_ub, x)
     check_choice("act_rounding", act_rounding, ACT_ROUNDINGS)
     check_choice("quant_rounding", quant_rounding)
+    _check_keep_act(keep_act, act_rounding, quant_rounding)
     return rows, width
 
 
-def _token_fake(x, scale_ub, act_rounding, quant_rounding):
-    rows, width = _check_token(x, scale_ub, act_rounding, quant_rounding)
-    return x.new_empty((rows, width), dtype=FP8_DTYPE), empty_token_scales(x)
+def _token_fake(x, scale_ub, act_rounding, quant_rounding, keep_act=False):
+    rows, width = _check_token(x, scale_ub, act_rounding, quant_rounding, keep_act)
+    return [x.new_empty((rows, width), dtype=FP8_DTYPE), empty_token_scales(x), *_empty_act(x, keep_act)]
 
 
-def _token_cuda(x, scale_ub, act_rounding, quant_rounding):
+def _token_cuda(x, scale_ub, act_rounding, quant_rounding, keep_act=False):
     from ..kernels.silu_mul_quant import silu_mul_token_fp8_quant as launch
 
-    codes, scales = _token_fake(x, scale_ub, act_rounding, quant_rounding)
-    launch(x, scale_ub, codes, scales, act_rounding, quant_rounding)
-    return codes, scales
+    outputs = _token_fake(x, scale_ub, act_rounding, quant_rounding, keep_act)
+    codes, scales, *act = outputs
+    launch(x, scale_ub, codes, scales, act_rounding, quant_rounding, act=act[0] if keep_act else None)
+    return outputs
 
 
 _TOKEN = register(
-    "silu_mul_token_fp8_quant(Tensor x, Tensor? scale_ub, str act_rounding, str quant_rounding) -> (Tensor, Tensor)",
+    f"silu_mul_token_fp8_quant(Tensor x, Tensor? scale_ub, {ROUNDINGS_AND_KEEP}) -> Tensor[]",
     fake=_token_fake,
     cuda=_token_cuda,
     cpu=silu_mul_token_fp8_quant_reference,
@@ -206,23 +240,25 @@ def silu_mul_token_fp8_quant(
     *,
     act_rounding: str = "custom_op",
     quant_rounding: str = "custom_op",
-) -> tuple[torch.Tensor, torch.Tensor]:
+    keep_act: bool = False,
+) -> list[torch.Tensor]:
     """silu(gate) * up, quantised to FP8 with one scale a row, in one kernel.
 
     Args:
         x: [M, 2 * K] bf16 or fp16, gate then up; rows may be strided, columns not. M may be 0; K is 1 to 32768.
         scale_ub: one float32 value on x's device that limits a row's maximum; None for no limit.
-        act_rounding, quant_rounding: which of vLLM's roundings to reproduce; see the module's docstring.
+        act_rounding, quant_rounding, keep_act: as for groups.
 
     Returns:
-        codes [M, K] float8_e4m3fn and scales [M, 1] fp32, both contiguous.
+        [codes, scales], then act if keep_act: codes [M, K] float8_e4m3fn, scales [M, 1] fp32, act [M, K] in x's dtype, all
+        contiguous.
 
     Raises:
         ValueError: an argument is not one of the above; the message names it, its value and what is allowed.
 
     Mirrors vLLM's `silu_and_mul` followed by `dynamic_per_token_scaled_fp8_quant`.
     """
-    return _TOKEN(x, scale_ub, act_rounding, quant_rounding)
+    return _TOKEN(x, scale_ub, act_rounding, quant_rounding, keep_act)
 
 
 # ---- static FP8 ------------------------------------------------------------------------------------------------------

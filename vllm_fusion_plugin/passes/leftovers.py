@@ -166,7 +166,8 @@ class Leftovers(InductorPass):
                 "itself"
             )
         if name.startswith("vllm_fusion_plugin."):
-            return f"the norm is fused with one quantiser already; its result is also read by {q}"
+            what = "SiLU·mul" if made.kind == "silu_mul" else "the norm"
+            return f"{what} is fused with one quantiser already; its result is also read by {q}"
         fused = f"with {made.words} are fused: {', '.join(kinds)}"
         if q.kind not in kinds:
             return f"{made.words} is followed by {q}; {fused}"
@@ -181,8 +182,7 @@ class Leftovers(InductorPass):
         dtype = q.value.meta["val"].dtype
         if q.variant == "op" and dtype not in INPUT_DTYPES:
             return f"{made.words} gives {dtype}; fused for {', '.join(map(str, INPUT_DTYPES))}"
-        # A norm may have other readers.
-        if made.kind != "norm" and (others := _other_readers(q, made, self._quantisers)):
+        if q.kind not in _KEPT.get(made.kind, ()) and (others := _other_readers(q, made, self._quantisers)):
             readers = ", ".join(others)
             return f"{made.words} has other readers besides {q}: {readers}; fused where the quantiser is the only one"
         return None
@@ -210,6 +210,9 @@ class Leftovers(InductorPass):
             return f"; vLLM's kernel runs by itself, called with {_numbers(q.node)}"
         return ""
 
+
+# What may have other readers besides a quantiser, and of which kind that is then.
+_KEPT = {"norm": producers.FUSED["norm"][1], "silu_mul": ("group", "token")}
 
 PASS_NAMES = {
     "ActivationQuantFusionPass": "activation_quant_fusion_pass",

@@ -30,6 +30,8 @@ _ATTENTION = {
     "unified_attention_with_output": ("attention", "attention"),
     "unified_mla_attention_with_output": ("mla", "latent attention (MLA)"),
 }
+# What ops of ours, by a part of their names, also return.
+_OURS = {"rms_norm": "norm", "silu_mul": "silu_mul"}
 _MATMULS = ("mm", "addmm", "bmm", "matmul", "linear", "gemm")
 
 # Looked through besides views, and named: with one of these, the graph is not the one that a pass looks for.
@@ -112,7 +114,8 @@ def _describe(node: fx.Node, chain: list[fx.Node]) -> tuple[str, str]:
     if name in compat.ALLREDUCE_NORMS:
         return "norm", "an RMS norm in one op with the all-reduce before it"
     if name.startswith("vllm_fusion_plugin."):
-        return ("norm" if "rms_norm" in name else ""), f"this package's {name.partition('.')[2]}"
+        kind = next((kind for part, kind in _OURS.items() if part in name), "")
+        return kind, f"this package's {name.partition('.')[2]}"
     if name == "_C.silu_and_mul":
         return "silu_mul", "SiLU·mul"
     if name in compat.ACTIVATION_OPS:

@@ -54,10 +54,16 @@ def _rounding(variant: str, precision_casts: bool) -> str:
 
 
 class SiluMulQuant(PatternReplacement):
-    """Common to all: x [M, 2 * K] -> SiLU·mul in one of its variants -> a quantiser."""
+    """Common to all: x [M, 2 * K] -> SiLU·mul in one of its variants -> a quantiser.
 
-    def __init__(self, variant: str, quant: Any, dtype: torch.dtype, precision_casts: bool) -> None:
+    Outputs are the quantiser's, then SiLU·mul's result if something else reads it (`keep_act`).
+    """
+
+    def __init__(
+        self, variant: str, quant: Any, dtype: torch.dtype, precision_casts: bool, keep_act: bool = False
+    ) -> None:
         self.variant = variant
+        self.keep_act = keep_act
         self.silu_mul = silu_mul_variants()[variant]
         self.quant = quant
         self.dtype = dtype
@@ -70,11 +76,18 @@ class SiluMulQuant(PatternReplacement):
         )
 
     def possible(self, ops: OpIndex) -> bool:
-        return SILU_MUL_OPS[self.variant] in ops and self.quant.possible(ops)
+        if SILU_MUL_OPS[self.variant] not in ops or not self.quant.possible(ops):
+            return False
+        return not self.keep_act or any(len(y.users) > self.quant.readers for y in silu_mul_outputs(ops, self.variant))
 
     def key(self) -> str:
         rounding = "" if self.roundings["act_rounding"] == self.variant else f",{self.roundings['act_rounding']}"
-        return f"silu_mul[{self.variant}{rounding}]+{self.quant}"
+        return f"silu_mul[{self.variant}{rounding}]+{self.quant}" + ("+act" if self.keep_act else "")
+
+    def quantised(self, x: torch.Tensor, *inputs: torch.Tensor) -> Any:
+        """The outputs of a dynamic quantiser after SiLU·mul of x, and the latter if it is kept."""
+        y = self.silu_mul(x)
+        return (*self.quant(y, *inputs), *([y] if self.keep_act else []))
 
     def refuse(self, match: Match) -> str | None:
         x = match.kwargs["arg0"].meta["val"]
@@ -84,6 +97,11 @@ class SiluMulQuant(PatternReplacement):
             return f"input is {x.dtype}; fused for bfloat16 and float16"
         if x.stride(-1) != 1:
             return "input's columns are strided"
+        if self.keep_act and self.variant == self.quant.variant == "native":
+            return (
+                "SiLU·mul's result has other users too, which read it rounded, and a quantiser in plain torch code does "
+                "not; fused with vLLM's quantiser op"
+            )
         return None
 
 
@@ -95,16 +113,11 @@ class SiluMulGroupQuant(SiluMulQuant):
         return [empty(ROWS, 2 * width, dtype=self.dtype), *self.quant.inputs(ROWS, width)]
 
     def pattern(self, x: torch.Tensor, *buffers: torch.Tensor) -> Any:
-        return self.quant(self.silu_mul(x), *buffers)
+        return self.quantised(x, *buffers)
 
     def replacement(self, x: torch.Tensor, *buffers: torch.Tensor) -> Any:
-        q = self.quant
-        return torch.ops.vllm_fusion_plugin.silu_mul_group_fp8_quant.default(
-            x,
-            *q.scales,
-            self.roundings["act_rounding"],
-            self.roundings["quant_rounding"],
-        )
+        how = (*self.quant.scales, *self.roundings.values(), self.keep_act)
+        return torch.ops.vllm_fusion_plugin.silu_mul_group_fp8_quant.default(x, *how)
 
     def refuse(self, match: Match) -> str | None:
         if reason := super().refuse(match):
@@ -122,12 +135,11 @@ class SiluMulTokenQuant(SiluMulQuant):
         return [empty(ROWS, 2 * width, dtype=self.dtype), *self.quant.inputs(ROWS, width)]
 
     def pattern(self, x: torch.Tensor, *inputs: torch.Tensor) -> Any:
-        return self.quant(self.silu_mul(x), *inputs)
+        return self.quantised(x, *inputs)
 
     def replacement(self, x: torch.Tensor, *inputs: torch.Tensor) -> Any:
-        return torch.ops.vllm_fusion_plugin.silu_mul_token_fp8_quant.default(
-            x, self.quant.bound_of(inputs), self.roundings["act_rounding"], self.roundings["quant_rounding"]
-        )
+        how = (self.quant.bound_of(inputs), *self.roundings.values(), self.keep_act)
+        return torch.ops.vllm_fusion_plugin.silu_mul_token_fp8_quant.default(x, *how)
 
     def refuse(self, match: Match) -> str | None:
         values = [match.kwargs[f"arg{1 + i}"].meta["val"] for i in range(self.quant.input_count)]
@@ -208,11 +220,13 @@ class ActivationQuantFusionPass(FusionPass):
         super().__init__(config)
         precision_casts = bool(config.compilation_config.inductor_compile_config.get("emulate_precision_casts"))
         dtype = self.model_dtype if self.model_dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+        for keep_act in (False, True):  # the other way round, nothing would be left for False
+            for variant in silu_mul_variants():
+                for group_quant in quantisers.group_quants(GROUP_SIZES):
+                    self.register(SiluMulGroupQuant(variant, group_quant, dtype, precision_casts, keep_act))
+                for token_quant in quantisers.token_quants():
+                    self.register(SiluMulTokenQuant(variant, token_quant, dtype, precision_casts, keep_act))
         for variant in silu_mul_variants():
-            for group_quant in quantisers.group_quants(GROUP_SIZES):
-                self.register(SiluMulGroupQuant(variant, group_quant, dtype, precision_casts))
-            for token_quant in quantisers.token_quants():
-                self.register(SiluMulTokenQuant(variant, token_quant, dtype, precision_casts))
             for static_quant in quantisers.static_quants():
                 self.register(SiluMulStaticQuant(variant, static_quant, dtype, precision_casts))
             for nvfp4_quant in quantisers.nvfp4_quants():
@@ -223,22 +237,19 @@ class ActivationQuantFusionPass(FusionPass):
     def explain(self, graph: fx.Graph) -> None:
         """Of what no quantiser follows: what one follows is leftovers.py's."""
         quantised = producers.before_quantisers(graph)
-        for node in silu_mul_outputs(graph):
+        ops = OpIndex(graph)
+        for node in (y for variant in SILU_MUL_OPS for y in silu_mul_outputs(ops, variant)):
             if node not in self.seen_in_refused and node not in quantised:
                 report.RECORDER.missed(self.name, _why(node), report.module_of(node))
 
 
-def silu_mul_outputs(graph: fx.Graph) -> list[fx.Node]:
-    """Results of SiLU·mul still in the graph, in either variant."""
-    found = []
-    for node in graph.nodes:
-        if node.target is aten.exp.default:
-            product = _native_product(node)
-            if product is not None:
-                found.append(product)
-        elif called_op(node) == "_C.silu_and_mul":
-            found += [user for user in node.users if user.target is operator.getitem and user.args[1] == 1]
-    return found
+def silu_mul_outputs(ops: OpIndex, variant: str) -> list[fx.Node]:
+    """Results of SiLU·mul of that variant in a graph with these ops."""
+    nodes = ops.get(SILU_MUL_OPS[variant], [])
+    if variant == "native":
+        return [product for node in nodes if (product := _native_product(node)) is not None]
+    users = (user for node in nodes for user in node.users)
+    return [user for user in users if user.target is operator.getitem and user.args[1] == 1]
 
 
 def _native_product(exp: fx.Node) -> fx.Node | None:
