@@ -4,9 +4,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import fake_gpu
 import pytest
 from tracer import TraceError, Tracer
+
+from vllm_fusion_plugin.tracing import fake_gpu
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import fake_gpu
+from vllm_fusion_plugin.tracing import fake_gpu
 
 if __name__ == "__main__":
     if reason := fake_gpu.unavailable():

@@ -6,17 +6,16 @@ from __future__ import annotations
 import re
 from types import SimpleNamespace
 
-import fake_gpu
 import pytest
 
 from vllm_fusion_plugin.graph import called_op
+from vllm_fusion_plugin.tracing import fake_gpu
 
 if reason := fake_gpu.unavailable():
     pytest.skip(reason, allow_module_level=True)
 fake_gpu.install()
 
 import torch  # noqa: E402
-from recorder import Recording, count_ops  # noqa: E402
 from trace_module import make_config, on_device, trace_module  # noqa: E402
 from vllm.config import set_current_vllm_config  # noqa: E402
 from vllm.model_executor.layers.attention import Attention  # noqa: E402
@@ -31,6 +30,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E4
 
 from tests.forked import in_a_fork  # noqa: E402
 from vllm_fusion_plugin import compat, plugin, report  # noqa: E402
+from vllm_fusion_plugin.tracing.subgraphs import Recording, count_ops  # noqa: E402
 
 PASS = "attn_quant_fusion"
 OP = "vllm.unified_attention_with_output"

@@ -7,15 +7,15 @@ import functools
 import io
 from types import SimpleNamespace
 
-import fake_gpu
 import pytest
+
+from vllm_fusion_plugin.tracing import fake_gpu
 
 if reason := fake_gpu.unavailable():
     pytest.skip(reason, allow_module_level=True)
 fake_gpu.install()
 
 import torch  # noqa: E402
-from recorder import count_ops  # noqa: E402
 from rich.console import Console  # noqa: E402
 from torch import nn  # noqa: E402
 from trace_module import (  # noqa: E402
@@ -33,6 +33,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm  # noqa: E402
 from vllm_fusion_plugin import compat, report, roundings  # noqa: E402
 from vllm_fusion_plugin.kernels.rounding import FLASHINFER_ROWS  # noqa: E402
 from vllm_fusion_plugin.passes import block_gemm  # noqa: E402
+from vllm_fusion_plugin.tracing.subgraphs import count_ops  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("registered")
 

@@ -11,10 +11,10 @@ import functools
 from typing import Any
 from unittest import mock
 
-import fake_gpu
 import pytest
 
 from vllm_fusion_plugin.graph import called_op
+from vllm_fusion_plugin.tracing import fake_gpu
 
 if reason := fake_gpu.unavailable():
     pytest.skip(reason, allow_module_level=True)
@@ -25,7 +25,6 @@ import torch  # noqa: E402
 from hypothesis import event, given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from random_modules import WIDTH, Program, Step, programs  # noqa: E402
-from recorder import Recording  # noqa: E402
 from run_graphs import inputs_of, run_on_cpu  # noqa: E402
 from torch import fx  # noqa: E402
 from trace_module import check_graphs, make_config, trace_branches  # noqa: E402
@@ -36,6 +35,7 @@ from tests.fuzz_profiles import examples  # noqa: E402
 from vllm_fusion_plugin import compat, plugin, report  # noqa: E402
 from vllm_fusion_plugin.passes import pass_manager, quantisers  # noqa: E402
 from vllm_fusion_plugin.passes.base import FusionPass  # noqa: E402
+from vllm_fusion_plugin.tracing.subgraphs import Recording  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import functools
 
-import fake_gpu
 import pytest
+
+from vllm_fusion_plugin.tracing import fake_gpu
 
 if reason := fake_gpu.unavailable():
     pytest.skip(reason, allow_module_level=True)
 fake_gpu.install()
 
 import torch  # noqa: E402
-from recorder import count_ops  # noqa: E402
 from rms_norm_modules import EPSILON, LAYOUTS, PASS, group, holds, token, trace  # noqa: E402
 from torch import nn  # noqa: E402
 from trace_module import group_rounding, our_ops, reasons  # noqa: E402
 from vllm.model_executor.layers.layernorm import RMSNormGated  # noqa: E402
+
+from vllm_fusion_plugin.tracing.subgraphs import count_ops  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("registered")
 

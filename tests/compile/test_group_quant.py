@@ -6,15 +6,15 @@ from __future__ import annotations
 import functools
 import itertools
 
-import fake_gpu
 import pytest
+
+from vllm_fusion_plugin.tracing import fake_gpu
 
 if reason := fake_gpu.unavailable():
     pytest.skip(reason, allow_module_level=True)
 fake_gpu.install()
 
 import torch  # noqa: E402
-from recorder import count_ops  # noqa: E402
 from torch import nn  # noqa: E402
 from trace_module import check_graphs, group_rounding, make_config, our_ops, reasons, trace_branches  # noqa: E402
 from vllm.model_executor.layers.activation import SiluAndMul  # noqa: E402
@@ -22,6 +22,7 @@ from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8  # 
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape  # noqa: E402
 
 from vllm_fusion_plugin import compat, plugin, report  # noqa: E402
+from vllm_fusion_plugin.tracing.subgraphs import count_ops  # noqa: E402
 
 PASS = "group_quant_pass"
 VLLM_OP = "_C.per_token_group_fp8_quant.default"

@@ -6,17 +6,16 @@ from __future__ import annotations
 import itertools
 from functools import partial
 
-import fake_gpu
 import pytest
 
 from vllm_fusion_plugin.graph import called_op
+from vllm_fusion_plugin.tracing import fake_gpu
 
 if reason := fake_gpu.unavailable():
     pytest.skip(reason, allow_module_level=True)
 fake_gpu.install()
 
 import torch  # noqa: E402
-from recorder import Recording, count_ops  # noqa: E402
 from trace_module import make_config, on_device, trace_module  # noqa: E402
 from vllm.config import set_current_vllm_config  # noqa: E402
 from vllm.model_executor.layers.attention.mla_attention import MLAAttention, MLACommonImpl  # noqa: E402
@@ -24,6 +23,7 @@ from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8  # 
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape, kFp8Dynamic128Sym  # noqa: E402
 
 from vllm_fusion_plugin import compat, plugin, report  # noqa: E402
+from vllm_fusion_plugin.tracing.subgraphs import Recording, count_ops  # noqa: E402
 
 PASS = "mla_attn_quant_fusion"
 OP = "vllm.unified_mla_attention_with_output"

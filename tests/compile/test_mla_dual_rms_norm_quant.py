@@ -6,15 +6,15 @@ from __future__ import annotations
 import functools
 import itertools
 
-import fake_gpu
 import pytest
+
+from vllm_fusion_plugin.tracing import fake_gpu
 
 if reason := fake_gpu.unavailable():
     pytest.skip(reason, allow_module_level=True)
 fake_gpu.install()
 
 import torch  # noqa: E402
-from recorder import count_ops  # noqa: E402
 from rms_norm_modules import EPSILON, LAYOUTS, PASS, group, holds, trace  # noqa: E402
 from torch import nn  # noqa: E402
 from trace_module import group_rounding, make_config, our_ops, reasons, trace_branches  # noqa: E402
@@ -23,6 +23,7 @@ from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm  # noqa: 
 
 from vllm_fusion_plugin import report  # noqa: E402
 from vllm_fusion_plugin.passes import mla_dual_rms_norm_quant  # noqa: E402
+from vllm_fusion_plugin.tracing.subgraphs import count_ops  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("registered")
 

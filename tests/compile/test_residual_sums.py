@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import fake_gpu
 import pytest
 
 from vllm_fusion_plugin.graph import called_op
+from vllm_fusion_plugin.tracing import fake_gpu
 
 if reason := fake_gpu.unavailable():
     pytest.skip(reason, allow_module_level=True)

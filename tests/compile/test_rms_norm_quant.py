@@ -9,15 +9,15 @@ from __future__ import annotations
 import functools
 import itertools
 
-import fake_gpu
 import pytest
+
+from vllm_fusion_plugin.tracing import fake_gpu
 
 if reason := fake_gpu.unavailable():
     pytest.skip(reason, allow_module_level=True)
 fake_gpu.install()
 
 import torch  # noqa: E402
-from recorder import count_ops  # noqa: E402
 from rms_norm_modules import (  # noqa: E402
     EPSILON,
     LAYOUTS,
@@ -40,6 +40,7 @@ from vllm.platforms import current_platform  # noqa: E402
 from tests.forked import in_a_fork  # noqa: E402
 from vllm_fusion_plugin import compat, report  # noqa: E402
 from vllm_fusion_plugin.passes.rms_norm_quant import RMSNormQuantFusionPass  # noqa: E402
+from vllm_fusion_plugin.tracing.subgraphs import count_ops  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("registered")
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 
-import fake_gpu
 import pytest
+
+from vllm_fusion_plugin.tracing import fake_gpu
 
 pytestmark = pytest.mark.slow
 

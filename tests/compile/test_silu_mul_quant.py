@@ -6,15 +6,15 @@ from __future__ import annotations
 import functools
 import itertools
 
-import fake_gpu
 import pytest
+
+from vllm_fusion_plugin.tracing import fake_gpu
 
 if reason := fake_gpu.unavailable():
     pytest.skip(reason, allow_module_level=True)
 fake_gpu.install()
 
 import torch  # noqa: E402
-from recorder import Recording, count_ops  # noqa: E402
 from trace_module import (  # noqa: E402
     check_graphs,
     group_rounding,
@@ -30,6 +30,7 @@ from vllm.platforms import current_platform  # noqa: E402
 
 from tests.forked import in_a_fork  # noqa: E402
 from vllm_fusion_plugin import compat, plugin, report  # noqa: E402
+from vllm_fusion_plugin.tracing.subgraphs import Recording, count_ops  # noqa: E402
 
 PASS = "activation_quant_fusion_pass"
 OURS = "vllm_fusion_plugin.silu_mul_{}_fp8_quant.default"

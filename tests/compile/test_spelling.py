@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
-import fake_gpu
 import pytest
+
+from vllm_fusion_plugin.tracing import fake_gpu
 
 pytestmark = pytest.mark.slow  # 5 minutes in all
 
@@ -21,7 +22,6 @@ fake_gpu.install()
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from recorder import Recording  # noqa: E402
 from run_graphs import inputs_of, run_on_cpu  # noqa: E402
 from torch import fx, nn  # noqa: E402
 from trace_module import check_graphs, make_config, our_ops, reasons, trace_branches  # noqa: E402
@@ -36,6 +36,7 @@ from vllm_fusion_plugin import compat, plugin, report  # noqa: E402
 from vllm_fusion_plugin.graph import same_shape, same_strides  # noqa: E402
 from vllm_fusion_plugin.passes.base import FusionPass  # noqa: E402
 from vllm_fusion_plugin.passes.normalise import Spelling  # noqa: E402
+from vllm_fusion_plugin.tracing.subgraphs import Recording  # noqa: E402
 
 WIDTH = 512
 

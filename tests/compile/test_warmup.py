@@ -6,8 +6,9 @@ from __future__ import annotations
 import logging
 from types import SimpleNamespace
 
-import fake_gpu
 import pytest
+
+from vllm_fusion_plugin.tracing import fake_gpu
 
 if reason := fake_gpu.unavailable():
     pytest.skip(reason, allow_module_level=True)

@@ -17,23 +17,20 @@ import os
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import fake_gpu
-
-TOKENS = 64  # any number above 1: it becomes a symbol
+from vllm_fusion_plugin.tracing import fake_gpu
+from vllm_fusion_plugin.tracing import model as tracing
 
 
 def main(arguments: list[str] | None = None) -> None:
     """arguments: those of the command line by default."""
     options = parse_arguments(arguments)
     with tempfile.TemporaryDirectory() as cache:
-        prepare_environment(options.env, cache)
+        tracing.prepare_environment(cache)
+        set_environment(options.env)
         os.environ["VLLM_FUSION_PLUGIN"] = str(int(options.plugin))
         fake_gpu.install()
         result = trace(options)
@@ -69,16 +66,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def prepare_environment(assignments: list[str], cache: str) -> None:
-    """assignments: NAME=VALUE each. Has to happen before vLLM is imported, which reads some of these then."""
-    os.environ |= {
-        "VLLM_CACHE_ROOT": cache,
-        "VLLM_DISABLE_COMPILE_CACHE": "1",
-        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",  # the same trace on a machine that has a GPU
-    }
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+def set_environment(assignments: list[str]) -> None:
+    """assignments: NAME=VALUE each."""
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
         if not equals:
@@ -89,7 +78,7 @@ def prepare_environment(assignments: list[str], cache: str) -> None:
 def import_vllm() -> None:
     """What all traces need and what takes long, for a process that will fork."""
     for module in (
-        "recorder",
+        "vllm_fusion_plugin.tracing.subgraphs",
         "torch._inductor.compile_fx",
         "vllm.compilation.backends",
         "vllm.engine.arg_utils",
@@ -111,26 +100,12 @@ def import_vllm() -> None:
 
 
 def trace(options: argparse.Namespace) -> dict[str, Any]:
-    import torch
-    from recorder import record_subgraphs
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from vllm.config import set_current_vllm_config
-    from vllm.forward_context import set_forward_context
-    from vllm.model_executor.model_loader.utils import initialize_model
-    from vllm.utils.torch_utils import set_default_torch_dtype
-
     started, cpu = time.monotonic(), time.process_time()
     config = engine_config(options)
-    # vLLM makes some real tensors on the way, on the CPU: they may be mixed with fake ones.
-    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with set_current_vllm_config(config), torch.no_grad(), set_default_torch_dtype(config.model_config.dtype):
-        join_fake_process_groups(options.tp)
-        with fake_mode, torch.device("cuda"):
-            model = initialize_model(config).eval()
-            finish_weights(model, config)
-            tokens, positions = torch.zeros(TOKENS, dtype=torch.int32), torch.zeros(TOKENS, dtype=torch.int64)
-        with fake_mode, set_forward_context(None, config, num_tokens=TOKENS), record_subgraphs() as recording:
-            model(tokens, positions)
+    with tracing.building(config):
+        model = tracing.build(config)
+        tracing.finish_weights(model, config)
+        recording = tracing.compile_model(model, config)
     if options.dump_graphs:
         dump_graphs(recording, options.dump_graphs)
     return describe(options, model, recording) | {
@@ -145,77 +120,21 @@ def engine_config(options: argparse.Namespace) -> Any:
     from vllm.usage.usage_lib import UsageContext
 
     # All-reduce fusion makes a workspace together with the other ranks, and there are none.
-    alone = {"fuse_allreduce_rms": False} if options.tp > 1 else {}
+    unfused = {"fuse_allreduce_rms": False} if options.tp > 1 else {}
     arguments = EngineArgs(
         model=str(options.model),
-        skip_tokenizer_init=True,
-        tensor_parallel_size=options.tp,
-        # Otherwise vLLM counts the GPUs to see whether it needs Ray.
-        distributed_executor_backend="mp" if options.tp > 1 else None,
-        compilation_config=options.compilation_config | {"pass_config": alone | options.pass_config},
+        compilation_config=options.compilation_config | {"pass_config": unfused | options.pass_config},
+        **tracing.alone(options.tp),
         **options.engine_args,
     )
     return arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
 
 
-def join_fake_process_groups(world_size: int) -> None:
-    """Be rank 0 of `world_size`. The other ranks do not exist; collectives return at once, which fake tensors allow."""
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-    from vllm.distributed import parallel_state
-
-    new_group, model_parallel_group = dist.new_group, parallel_state.init_model_parallel_group
-
-    def new_fake_group(ranks: Any = None, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-        return new_group(ranks, *args, backend="fake", **kwargs)  # vLLM asks for gloo here and there
-
-    def without_broadcaster(*args: Any, **kwargs: Any) -> Any:
-        # The broadcaster waits for the others.
-        return model_parallel_group(*args, **kwargs | {"use_message_queue_broadcaster": False})
-
-    dist.new_group = new_fake_group
-    parallel_state.init_model_parallel_group = without_broadcaster
-    # vLLM finds out by exchanging messages.
-    parallel_state.in_the_same_node_as = lambda *args, **kwargs: [True] * world_size
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
-    parallel_state.init_distributed_environment(world_size, rank=0, local_rank=0, backend="fake")
-    parallel_state.initialize_model_parallel(world_size, backend="fake")
-
-
-def finish_weights(model: Any, config: Any) -> None:
-    """What follows loading: kernels bring weights and scales into their layout, which the graph then shows."""
-    import torch
-    from torch._subclasses import fake_impls
-    from vllm.model_executor.model_loader.utils import process_weights_after_loading
-
-    def scalar(fake_mode: Any, func: Any, tensor: Any) -> float | int:
-        # Attention layers look whether the checkpoint had scales for the KV cache; -1 is what they hold if it had none.
-        return -1.0 if tensor.dtype.is_floating_point else 0
-
-    read_scalar = torch.ops.aten._local_scalar_dense.default
-    with (
-        mock.patch.dict(fake_impls.op_implementations_dict, {read_scalar: scalar}),
-        weights_without_deep_gemm(),
-        torch.compiler.set_stance("force_eager"),
-    ):
-        process_weights_after_loading(model, config.model_config, torch.device("cuda"))
-
-
-@contextlib.contextmanager
-def weights_without_deep_gemm() -> Iterator[None]:
-    """DeepGEMM rearranges weight scales with a kernel. On Hopper the layout it wants is the one they have already."""
-    from vllm.utils import deep_gemm
-
-    if deep_gemm.is_deep_gemm_supported():
-        deep_gemm._lazy_init()  # or it would put its own function back
-    with mock.patch.object(deep_gemm, "_transform_sf_into_required_layout_impl", lambda sf, **layout: sf):
-        yield
-
-
 def describe(options: argparse.Namespace, model: Any, recording: Any) -> dict[str, Any]:
     import torch
-    from recorder import count_ops
     from vllm.compilation.passes.vllm_inductor_pass import get_match_table
+
+    from vllm_fusion_plugin.tracing.subgraphs import count_ops
 
     manager = recording.pass_manager
     return {
@@ -223,7 +142,7 @@ def describe(options: argparse.Namespace, model: Any, recording: Any) -> dict[st
         "gpu": fake_gpu.H200.name,
         "tp": options.tp,
         "versions": {"vllm": metadata.version("vllm"), "torch": torch.__version__},
-        "linear_kernels": linear_kernels(model),
+        "linear_kernels": tracing.linear_kernels(model),
         "pass_manager": class_path(manager),
         "passes": [class_path(p) for p in manager.passes],
         "graphs": [
@@ -240,31 +159,12 @@ def describe(options: argparse.Namespace, model: Any, recording: Any) -> dict[st
         "matches_by_graph": recording.matches_by_graph(),
         "matches_by_layer": recording.matches_by_layer(),
         "match_table": get_match_table(),
-        "plugin": plugin_report(model) if options.plugin else None,
+        "plugin": tracing.plugin_report(model) if options.plugin else None,
     }
 
 
 def class_path(instance: Any) -> str:
     return f"{type(instance).__module__}.{type(instance).__qualname__}"
-
-
-def linear_kernels(model: Any) -> Counter[str]:
-    """How many layers use which of vLLM's GEMMs. It decides what there is to fuse: some quantise inside."""
-    return Counter(
-        type(part).__name__
-        for module in model.modules()
-        for part in vars(getattr(module, "quant_method", None) or argparse.Namespace()).values()
-        if type(part).__module__.startswith("vllm.model_executor.kernels.linear")
-    )
-
-
-def plugin_report(model: Any) -> dict[str, Any]:
-    """As a worker that holds the model would answer."""
-    from vllm_fusion_plugin import compat
-    from vllm_fusion_plugin.report import get_fusion_report
-
-    worker = argparse.Namespace(model_runner=argparse.Namespace(model=model))
-    return get_fusion_report() | {"linear_kernels": compat.linear_kernels(worker)}
 
 
 def dump_graphs(recording: Any, folder: Path) -> None:

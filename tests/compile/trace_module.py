@@ -19,8 +19,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from recorder import Recording, record_subgraphs
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from vllm_fusion_plugin.tracing.subgraphs import Recording, record_subgraphs
 
 MODELS = Path(__file__).parent.parent / "models"
 

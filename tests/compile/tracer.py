@@ -21,7 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import fake_gpu
+from vllm_fusion_plugin.tracing import fake_gpu
+from vllm_fusion_plugin.tracing import model as tracing
 
 HERE = Path(__file__).parent
 MODELS = HERE.parent / "models"
@@ -111,7 +112,7 @@ def serve() -> None:
     import trace_model
 
     with tempfile.TemporaryDirectory() as cache:
-        trace_model.prepare_environment([], cache)
+        tracing.prepare_environment(cache)
         fake_gpu.install()
         trace_model.import_vllm()
         for line in sys.stdin:

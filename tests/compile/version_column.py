@@ -16,9 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import fake_gpu
 import pytest
 from tracer import TraceError, Tracer
+
+from vllm_fusion_plugin.tracing import fake_gpu
 
 MODELS = ("qwen3-8b-8layers", "qwen3-next-8layers", "deepseek-v3-5layers")
 

@@ -6,7 +6,7 @@ runs as on the GPU. What is missing is the driver below them: vLLM's extensions 
 and Triton ask it questions. `install()` answers these, one function below for each of those who ask. Nothing is
 executed and no code is generated: this is for what graphs look like and what matches in them, never for numbers or speed.
 
-    import fake_gpu
+    from vllm_fusion_plugin.tracing import fake_gpu
     fake_gpu.install()       # before anything imports vLLM: vLLM's modules copy their platform at import
 
 There is no way back within a process, for the same reason.
@@ -41,6 +41,11 @@ class Gpu:
 
 
 H200 = Gpu("NVIDIA H200", (9, 0), 139 << 30, 132)
+GPUS = {
+    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 79 << 30, 132),
+    "h200": H200,
+    "b200": Gpu("NVIDIA B200", (10, 0), 178 << 30, 148),
+}
 
 _installed: Gpu | None = None
 
@@ -114,7 +119,7 @@ def _stub_driver() -> Path:
     stub = folder / "libcuda.so.1"
     if stub.exists():
         return stub
-    [package] = importlib.util.find_spec("vllm").submodule_search_locations
+    [package] = importlib.util.find_spec("vllm").submodule_search_locations  # type: ignore[union-attr,misc]
     extensions = [str(path) for path in Path(package).rglob("*.so")]
     symbols = subprocess.run(
         ["nm", "-D", "--undefined-only", *extensions], capture_output=True, text=True, check=True
@@ -177,7 +182,7 @@ def _answer_for_torch_cuda(gpu: Gpu) -> None:
 
     # Dynamo keeps references of its own, taken when it was imported.
     for name in ("current_device", "current_stream", "get_device_properties"):
-        setattr(CudaInterface, name, staticmethod(answers[name]))
+        setattr(CudaInterface, name, staticmethod(answers[name]))  # type: ignore[arg-type]
 
 
 # ---- Triton: kernels called in a model's forward are traced, and their mutated arguments found by compiling to TTIR ---
@@ -229,7 +234,7 @@ def _keep_constant_folding_off_the_gpu() -> None:
             with OnCpu():
                 return super().run(*args, **kwargs)
 
-    joint_graph.UniformValueConstantFolder = Folder
+    joint_graph.UniformValueConstantFolder = Folder  # type: ignore[misc]
 
 
 # ---- vLLM -------------------------------------------------------------------------------------------------------------
@@ -250,10 +255,10 @@ def _answer_for_vllm() -> None:
             # Without NCCL, and without custom all-reduce: both want streams and peers.
             return "vllm.distributed.device_communicators.base_device_communicator.DeviceCommunicatorBase"
 
-    platforms._current_platform = FakeGpuPlatform()
+    platforms._current_platform = FakeGpuPlatform()  # type: ignore[assignment]
 
     from vllm.model_executor.models import registry
 
     # vLLM looks at a model's class in a second process, to keep CUDA out of the first. It would know none of our answers,
     # and takes as long to start as this one.
-    registry._run_in_subprocess = lambda look: look()
+    registry._run_in_subprocess = lambda look: look()  # type: ignore[assignment]

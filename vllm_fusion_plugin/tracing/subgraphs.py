@@ -14,7 +14,7 @@ import contextlib
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -73,8 +73,10 @@ class _Done(Exception):
 
 
 @contextlib.contextmanager
-def record_subgraphs() -> Iterator[Recording]:
-    """Record what vLLM compiles inside the block; the call that compiles ends with its compilation."""
+def record_subgraphs(progress: Callable[[int], None] = lambda piece: None) -> Iterator[Recording]:
+    """Record what vLLM compiles inside the block; the call that compiles ends with its compilation.
+
+    progress: called with the position of each piece that vLLM has compiled or has reused."""
     from vllm.compilation.backends import VllmBackend
 
     recording = Recording()
@@ -83,9 +85,9 @@ def record_subgraphs() -> Iterator[Recording]:
 
     def configure_and_hook(backend: VllmBackend) -> None:
         configure(backend)
-        _hook(backend, recording)
+        _hook(backend, recording, progress)
         # vLLM saves when all pieces are compiled.
-        backend.compiler_manager.save_to_file = end_of_compilation
+        backend.compiler_manager.save_to_file = end_of_compilation  # type: ignore[method-assign]
 
     def end_of_compilation() -> None:
         nonlocal complete
@@ -100,7 +102,7 @@ def record_subgraphs() -> Iterator[Recording]:
                 raise
 
 
-def _hook(backend: Any, recording: Recording) -> None:
+def _hook(backend: Any, recording: Recording, progress: Callable[[int], None]) -> None:
     manager = recording.pass_manager = backend.pass_manager
     pieces = backend.compiler_manager
     compile_piece, compile_graph = pieces.compile, pieces.compiler.compile
@@ -128,6 +130,7 @@ def _hook(backend: Any, recording: Recording) -> None:
         # Our description stands for the compiled artefact, so vLLM hands it out again for an identical piece.
         subgraph = compile_piece(*args, graph_index=graph_index, **kwargs)
         subgraph.pieces.append(graph_index)
+        progress(graph_index)
         return subgraph
 
     backend.inductor_config[backend.pass_key] = RunPassesAndStop()
