@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__
+from .child import ChildError, UserError
 from .demo import compare
 from .report import PASS_WORDS, sum_match_tables
 
@@ -88,6 +91,53 @@ def demo_command(
     else:
         shutil.rmtree(folder)
     raise typer.Exit(0 if passed else 1)
+
+
+# What the commands that ask vLLM have in common.
+VllmFlags = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[-- FLAGS]", help="Flags as for `vllm serve`, after --.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+
+
+class Gpu(enum.StrEnum):
+    h100 = "h100"
+    h200 = "h200"
+    b200 = "b200"
+
+
+@app.command("doctor")
+def doctor_command(
+    flags: VllmFlags = None,
+    gpu: Annotated[Gpu, typer.Option(help="The GPU to ask vLLM for, where there is none.")] = Gpu.h100,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether vLLM finds the plugin, which passes would be ours, which flags do nothing, and what to change.
+
+    Exit status 0: the plugin would be at work. 1: something stands in its way. 2: vLLM could not be asked.
+    """
+    from .doctor import command
+
+    with _told_to_the_user():
+        diagnosis = command.diagnose(flags or [], gpu.value)
+    if as_json:
+        print(diagnosis.model_dump_json(indent=1))
+    else:
+        command.show(diagnosis, Console())
+    raise typer.Exit(diagnosis.exit_status)
+
+
+@contextlib.contextmanager
+def _told_to_the_user() -> Iterator[None]:
+    """An error in one line, exit status 2; Ctrl-C ends without a traceback, exit status 130."""
+    try:
+        yield
+    except (UserError, ChildError) as e:
+        Console(stderr=True, soft_wrap=True).print(f"error: {e}", style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 def _write_checkpoint(folder: Path) -> Path:

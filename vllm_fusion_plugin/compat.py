@@ -9,6 +9,8 @@ Read against 0.20.2, 0.26.0, 0.32.0 and 0.33.0. Features are probed, not derived
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import inspect
 import logging
 import os
@@ -245,6 +247,71 @@ def why_dynamic_gemm_is_unknown(flashinfer_rows: int) -> str | None:
 def most_tokens(config: Any) -> int:
     """The most tokens that a forward pass of the model has (all versions read)."""
     return int(config.scheduler_config.max_num_batched_tokens)
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
+
+def engine_parser() -> Any:
+    """vLLM's parser of the flags of an engine, which `vllm serve` adds a server's to (all versions read)."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+
+
+def engine_arguments(namespace: Any) -> Any:
+    """EngineArgs from what `engine_parser` has parsed (all versions read)."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    return AsyncEngineArgs.from_cli_args(namespace)
+
+
+def fusion_flags(compilation_config: Any) -> dict[str, bool]:
+    """The fusion flags of a CompilationConfig, or of a dict for one, that are set: before an engine's configuration is made,
+    that is by a user. Up to then those that are not are None (all versions read)."""
+    from vllm.config import PassConfig
+
+    given = compilation_config.get("pass_config", {}) if isinstance(compilation_config, dict) else compilation_config
+    given = getattr(given, "pass_config", given) or {}
+    values = given if isinstance(given, dict) else vars(given)
+    plain = vars(PassConfig())
+    flags = {name: value for name, value in values.items() if name.startswith(("fuse_", "enable_"))}
+    return {name: bool(value) for name, value in flags.items() if value is not None and value != plain.get(name)}
+
+
+def splits_at_attention(config: Any) -> bool:
+    """Whether attention is between the graphs that passes see, and in none (all versions read)."""
+    compilation = config.compilation_config
+    return not compilation.use_inductor_graph_partition and compilation.splitting_ops_contain_attention()
+
+
+def fused_gemm_libraries() -> dict[str, str]:
+    """What vLLM says of the libraries that decide which block GEMM it runs: "usable", or why not (all versions read)."""
+    from vllm.utils import flashinfer, import_utils
+
+    said = {}
+    if importlib.util.find_spec("flashinfer") is None:
+        said["FlashInfer"] = "not installed"
+    else:
+        usable = flashinfer.has_flashinfer()
+        said["FlashInfer"] = (
+            "usable" if usable else "without flashinfer-cubin, and without nvcc and ninja to compile with"
+        )
+    said["DeepGEMM"] = "usable" if import_utils.has_deep_gemm() else "not installed"
+    return said
+
+
+def pass_manager(config: Any) -> Any:
+    """A pass manager as vLLM makes it for the engine of `config` when it compiles (all versions read)."""
+    from vllm.config import set_current_vllm_config
+    from vllm.platforms import current_platform
+
+    module, _, name = current_platform.get_pass_manager_cls().rpartition(".")
+    with set_current_vllm_config(config, check_compile=False):
+        manager = getattr(importlib.import_module(module), name)()
+        manager.configure(config)
+    return manager
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
