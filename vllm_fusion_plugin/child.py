@@ -97,6 +97,7 @@ def answer(function: Callable[[dict[str, Any], Callable[[Any], None]], Any]) -> 
     except BaseException as e:
         traceback.print_exc()
         write({"failed": one_line(e)})
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # threads that vLLM or torch have started could wait for others
 

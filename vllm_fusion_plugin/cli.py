@@ -128,6 +128,46 @@ def doctor_command(
     raise typer.Exit(diagnosis.exit_status)
 
 
+@app.command("explain")
+def explain_command(
+    model: Annotated[str, typer.Argument(help="A folder with a config.json, or an id in Hugging Face's cache.")],
+    flags: VllmFlags = None,
+    gpu: Annotated[Gpu, typer.Option(help="The GPU to explain for; none has to be here.")] = Gpu.h100,
+    tp: Annotated[int, typer.Option("--tp", min=1, help="How many GPUs share the model.")] = 1,
+    flashinfer: Annotated[bool, typer.Option(help="Whether FlashInfer is usable there.")] = True,
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens in a forward pass, to say what it saves; repeatable.", show_default="1, 8192"),
+    ] = None,
+    as_json: AsJson = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page to this file instead.", dir_okay=False)] = None,
+) -> None:
+    """Say what fuses in a model, what does not and why, and what it saves. Needs vLLM's CUDA build, and no GPU.
+
+    Exit status 0: explained. 1: explained, and the plugin or a flag does nothing. 2: it cannot be explained.
+    """
+    from .explain import command, page, terminal
+
+    with _told_to_the_user():
+        explanation = command.ask(model, flags or [], gpu.value, tp, flashinfer, tokens or [1, 8192])
+        if html is not None:
+            _write(html, page.page(explanation))
+    if as_json:
+        print(explanation.model_dump_json(indent=1))
+    elif html is not None:
+        Console(stderr=True, soft_wrap=True).print(f"{explanation.summary}; page: {html}", highlight=False)
+    else:
+        Console().print(*terminal.renderables(explanation), sep="\n")
+    raise typer.Exit(explanation.exit_status)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"{path} cannot be written: {e.strerror}") from None
+
+
 @contextlib.contextmanager
 def _told_to_the_user() -> Iterator[None]:
     """An error in one line, exit status 2; Ctrl-C ends without a traceback, exit status 130."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -62,6 +63,9 @@ def set_arguments(node: fx.Node, **values: Any) -> None:
     node.args, node.kwargs = tuple((arguments_of(node) | values).values()), {}
 
 
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
+
+
 class OpIndex(dict[str, list[fx.Node]]):
     """The nodes of a graph by the op that they call, "namespace.name", auto_functionalized ops by their own name."""
 
@@ -70,6 +74,25 @@ class OpIndex(dict[str, list[fx.Node]]):
         for node in graph.nodes:
             if node.op == "call_function":
                 self.setdefault(called_op(node), []).append(node)
+
+
+def quantised(results: Iterable[Any]) -> tuple[str, int]:
+    """Of nodes among which one has quantised numbers: the module that reads them, and how many a row has; ("", 0) if none
+    has. FP4 lies two to a byte, beside scales that are FP8."""
+    values = [(node, node.meta.get("val")) for node in results if isinstance(node, fx.Node)]
+    for dtypes, numbers in (((torch.uint8,), 2), (FP8_DTYPES, 1)):
+        for node, value in values:
+            if isinstance(value, torch.Tensor) and value.dtype in dtypes and value.dim():
+                return _reader(node), numbers * int(value.shape[-1])
+    return "", 0
+
+
+def _reader(node: fx.Node) -> str:
+    """The module of what reads a node, looking through nodes that know none."""
+    for user in node.users:
+        if module := module_of(user) or _reader(user):
+            return module
+    return ""
 
 
 def innermost_common(nodes: list[fx.Node]) -> str:

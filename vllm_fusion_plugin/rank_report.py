@@ -16,12 +16,21 @@ MODEL_CODE, VLLMS_PASS = "vLLM's model code", "vLLM's own pass"
 _ROOT = re.compile(r"^L\['self'\]\.?")
 
 
-class Found(BaseModel):
-    """A match of one pattern in one compiled graph."""
+class Boundary(BaseModel):
+    """A quantiser, and what has made its input."""
 
     pass_name: str
-    pattern: str
     module: str = ""
+    reader: str = ""
+    """The module that reads what is quantised, such as a linear layer; "" if unknown."""
+    width: int = 0
+    """Numbers in a row of what is quantised; 0 if unknown."""
+
+
+class Found(Boundary):
+    """A match of one pattern in one compiled graph."""
+
+    pattern: str
 
     @property
     def by_a_pass(self) -> bool:
@@ -29,12 +38,10 @@ class Found(BaseModel):
         return self.pass_name not in (MODEL_CODE, VLLMS_PASS)
 
 
-class Missed(BaseModel):
+class Missed(Boundary):
     """A boundary that a pass looks for and did not fuse."""
 
-    pass_name: str
     reason: str
-    module: str = ""
 
 
 class Subgraph(BaseModel):

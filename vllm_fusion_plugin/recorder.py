@@ -245,13 +245,17 @@ class Recorder:
             return self._current
         return self.report.subgraphs[-1] if self.report.subgraphs else None
 
-    def found(self, pass_name: str, pattern: str, module: str) -> None:
+    def found(self, pass_name: str, pattern: str, module: str, reader: str = "", width: int = 0) -> None:
+        """See rank_report.Found."""
         if self._target is not None:
-            self._target.found.append(Found(pass_name=pass_name, pattern=pattern, module=module))
+            boundary = Found(pass_name=pass_name, pattern=pattern, module=module, reader=reader, width=width)
+            self._target.found.append(boundary)
 
-    def missed(self, pass_name: str, reason: str, module: str = "") -> None:
+    def missed(self, pass_name: str, reason: str, module: str = "", reader: str = "", width: int = 0) -> None:
+        """See rank_report.Missed."""
         if self._target is not None:
-            self._target.missed.append(Missed(pass_name=pass_name, reason=reason, module=module))
+            boundary = Missed(pass_name=pass_name, reason=reason, module=module, reader=reader, width=width)
+            self._target.missed.append(boundary)
 
     def mark(self) -> tuple[int, int]:
         """How much there is to tell of the subgraph at hand, for `take_back`."""
@@ -278,8 +282,11 @@ def _carry_over(part: Part, source_position: int, reuse_position: int) -> None:
                 return ".".join(theirs.split(".")[: module.count(".") + 1])
         return ""
 
-    reuse.found = [f.model_copy(update={"module": renamed(f.module)}) for f in source.found]
-    reuse.missed = [m.model_copy(update={"module": renamed(m.module)}) for m in source.missed]
+    def renamed_modules(boundary: Found | Missed) -> dict[str, str]:
+        return {"module": renamed(boundary.module), "reader": boundary.reader and renamed(boundary.reader)}
+
+    reuse.found = [f.model_copy(update=renamed_modules(f)) for f in source.found]
+    reuse.missed = [m.model_copy(update=renamed_modules(m)) for m in source.missed]
 
 
 RECORDER = Recorder()

@@ -129,18 +129,32 @@ def pattern_words(key: str) -> str:
     return " + ".join(words)
 
 
+def alone(subgraph: Subgraph) -> list[Found]:
+    """Quantisers in this package's kernel, fused with nothing, that no reason tells of."""
+    if any("this package's kernel" in m.reason for m in subgraph.missed):
+        return []
+    return [f for f in subgraph.found if f.pass_name == LONE]
+
+
+def reason_words(reason: str) -> str:
+    """A reason or a note with its patterns' keys in words."""
+    return _KEY.sub(lambda key: pattern_words(key[0]), reason)
+
+
+def names_quantiser(reason: str) -> bool:
+    """Whether a reason is of a quantiser, and not of something that none follows."""
+    return not _NO_QUANTISER.search(reason)
+
+
 def _fused(subgraph: Subgraph) -> Iterator[tuple[str, str, str]]:
     return ((f.pass_name, pattern_words(f.pattern), f.module) for f in subgraph.found if f.pass_name != LONE)
 
 
 def _not_fused(subgraph: Subgraph) -> Iterator[tuple[str, str, str]]:
     for m in subgraph.missed:
-        yield m.pass_name, _KEY.sub(lambda key: pattern_words(key[0]), m.reason), m.module
-    # A reason that names the kernel says what stands before the quantiser, too.
-    if not any("this package's kernel" in m.reason for m in subgraph.missed):
-        for f in subgraph.found:
-            if f.pass_name == LONE:
-                yield LONE, f"{pattern_words(f.pattern)}, by itself in this package's kernel", f.module
+        yield m.pass_name, reason_words(m.reason), m.module
+    for f in alone(subgraph):
+        yield LONE, f"{pattern_words(f.pattern)}, by itself in this package's kernel", f.module
 
 
 def _state(rank: RankReport) -> list[tuple[str, str]]:
@@ -148,7 +162,7 @@ def _state(rank: RankReport) -> list[tuple[str, str]]:
 
 
 def _notes(rank: RankReport) -> list[tuple[str]]:
-    return [(_KEY.sub(lambda key: pattern_words(key[0]), note),) for note in rank.notes]
+    return [(reason_words(note),) for note in rank.notes]
 
 
 def _count_quantisers(rank: RankReport) -> tuple[int, int]:
@@ -160,7 +174,7 @@ def _count_quantisers(rank: RankReport) -> tuple[int, int]:
 
     def is_one(pass_name: str, words: str, module: str) -> bool:
         # The op of two norms has the one quantiser that is found after the first.
-        return pass_name != DUAL and not _NO_QUANTISER.search(words)
+        return pass_name != DUAL and names_quantiser(words)
 
     return count(_fused), count(_not_fused)
 
@@ -177,9 +191,9 @@ def _ranks(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {_spans(ranks)}"
 
 
-def _layer(module: str) -> str:
+def layer_name(module: str) -> str:
     """What has a name in the model: "layers.0.mlp.down_proj.quant_method.fp8_linear.quant_fp8" -> "...mlp.down_proj"."""
-    return module.partition(".quant_method")[0]
+    return re.split(r"\.(?:quant_method|scheme)\b", module, maxsplit=1)[0]
 
 
 def _tokens(compile_range: str) -> str:
@@ -327,7 +341,9 @@ class FusionReport(BaseModel):
                 PASS_WORDS.get(pass_name, pass_name),
                 what + (f", for {tokens} tokens" if tokens else ""),
                 "; ".join(
-                    filter(None, [model, shorten((_layer(m) for m, _ in modules), spaced_from=60), self._only(ranks)])
+                    filter(
+                        None, [model, shorten((layer_name(m) for m, _ in modules), spaced_from=60), self._only(ranks)]
+                    )
                 ),
             )
             for ((model, pass_name, what, tokens), modules), ranks in sorted(rows.items(), key=lambda row: row[0][0])

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flags of `vllm serve`, parsed as vLLM parses them, and which of its fusion flags do nothing."""
+"""Flags of `vllm serve`, parsed as vLLM parses them, and which of its fusion flags do nothing.
+
+Importing this imports neither vLLM nor torch; `parse`, `engine_config` and `without_effect` do."""
 
 from __future__ import annotations
 
@@ -9,7 +11,6 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from . import compat
 from .child import UserError
 
 INDUCTOR_PARTITION = "-cc.use_inductor_graph_partition=true"
@@ -40,6 +41,8 @@ def parse(flags: Sequence[str], **fixed: Any) -> Flags:
     Raises:
         UserError: vLLM does not accept them.
     """
+    from . import compat
+
     parser = compat.engine_parser()
 
     def refuse(message: str) -> None:
@@ -87,7 +90,8 @@ def engine_config(arguments: Any) -> Any:
 def _first_line(error: Exception) -> str:
     """What vLLM says. Its configurations are pydantic's, whose messages begin with a count and a field."""
     try:
-        return "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())  # type: ignore[attr-defined]
+        said = "; ".join(e["msg"].removeprefix("Value error, ") for e in error.errors())  # type: ignore[attr-defined]
+        return _joined(said)
     except AttributeError:
         said = _joined(str(error)) or "it does not say why"
         return said if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {said}"
@@ -151,6 +155,8 @@ def without_effect(config: Any, asked: Mapping[str, bool]) -> list[NoEffect]:
     """Which fusion flags do nothing in the engine of `config`, a VllmConfig, as far as that shows before it compiles.
 
     asked: those that a user has set."""
+    from . import compat
+
     wanted = [flag for flag, value in asked.items() if value]
     nothing = compat.why_nothing_compiles(config)
     if nothing:
@@ -179,6 +185,8 @@ def what_compiles(nothing: str) -> str:
 
 
 def _unmet(flag: str, config: Any) -> NoEffect | None:
+    from . import compat
+
     if flag in ("fuse_allreduce_rms", "enable_sp") and config.parallel_config.tensor_parallel_size == 1:
         return NoEffect(flag=flag, why="with a tensor-parallel size of 1 nothing is reduced")
     if flag == "fuse_attn_quant" and compat.splits_at_attention(config):

@@ -11,8 +11,10 @@ a test has the case whose traces it asks as its parameter.
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
+from tracer import MODELS
 
 pytestmark = pytest.mark.slow
 
@@ -221,3 +223,35 @@ def test_report_says_what_is_left(case, trace_model):
         assert "vLLM splits the model at attention" in m["reason"]
         assert "it runs this package's kernel, by itself" in m["reason"]
     assert len(lines) == 4 + case.lone and not missed(trace, NORM) and not missed(trace, DUAL)
+
+
+@pytest.mark.parametrize("case", ["qwen3-defaults", "deepseek-v3-defaults"], indirect=True)
+def test_explain_counts_what_the_report_counts(case, trace_model):
+    """It traces the layers that differ, and counts the others by them."""
+    from typer.testing import CliRunner
+
+    from vllm_fusion_plugin import cli
+    from vllm_fusion_plugin.explain.explanation import Explanation
+    from vllm_fusion_plugin.report import RankReport
+
+    result = CliRunner().invoke(cli.app, ["explain", str(MODELS / case.model), "--gpu", "h200", "--json"])
+    assert result.exit_code == 0, result.output
+    e = Explanation(**json.loads(result.stdout))
+    trace = trace_model(case.model, plugin=True, env=dict(case.env))
+    report = RankReport.model_validate(trace["plugin"])
+    boundaries = [b for kind in e.kinds for b in kind.boundaries]
+    fused, left = (
+        sum(report.layer_table().values()) - case.dual - case.lone,
+        sum(len(s.missed) for s in report.subgraphs),
+    )
+    assert (e.fused, e.left) == (fused, left)
+    ops = {b.op: 0 for b in boundaries if b.fused}
+    for b in boundaries:
+        if b.fused:
+            ops[b.op] += b.places
+    # the op of both latent norms has taken the place of the first one's
+    assert {op: by_layer(trace, "ops_after", OP.format(op)) for op in ops} == ops | (
+        {"rms_norm_group_fp8_quant": case.norms - case.dual}
+    )
+    assert [s.launches for s in e.saves] == [sum(ops.values())] * 2
+    assert sum(kind.layers for kind in e.kinds) == int(case.model.rpartition("-")[2].removesuffix("layers"))

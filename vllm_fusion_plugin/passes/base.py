@@ -17,7 +17,7 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from .. import fingerprint, report, roundings, settings
-from ..graph import OpIndex, innermost_common
+from ..graph import OpIndex, innermost_common, quantised
 from .normalise import Spelling
 from .pattern import (
     DuplicatePatternError,
@@ -148,7 +148,8 @@ class FusionPass(VllmPatternMatcherPass):
         if self.refused.pop(place, None):
             for node in match.nodes:
                 self.seen_in_refused.pop(node, None)
-        report.RECORDER.found(self.pass_name, replacement.key(), innermost_common(match.nodes))
+        module = innermost_common(match.nodes)
+        report.RECORDER.found(self.pass_name, replacement.key(), module, *quantised(match.output_nodes()))
         if replacement.inexactness:
             report.RECORDER.note(f"{self.name}: {replacement.key()} is {replacement.inexactness}")
         return True

@@ -16,7 +16,7 @@ from torch import fx
 from vllm.config import VllmConfig
 
 from .. import compat, report, roundings
-from ..graph import arguments_of, called_op
+from ..graph import arguments_of, called_op, quantised
 from ..kernels.rounding import FLASHINFER_ROWS
 from ..ops import block_gemm, group_quant  # noqa: F401  (registers the ops)
 from ..ops.quant import GroupScales
@@ -145,5 +145,6 @@ def report_alone(graph: fx.Graph, pass_name: str) -> int:
     """Report the quantisers that were split off and run by themselves; how many there are."""
     found = split_quantisers(graph)
     for node, scales in found.items():
-        report.RECORDER.found(pass_name, str(quantisers.GroupQuant("split", scales)), report.module_of(node))
+        key = str(quantisers.GroupQuant("split", scales))
+        report.RECORDER.found(pass_name, key, report.module_of(node), *quantised(node.users))
     return len(found)

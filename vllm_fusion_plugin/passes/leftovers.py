@@ -10,12 +10,13 @@ import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 from vllm.compilation.passes.inductor_pass import InductorPass
 from vllm.config import VllmConfig
 
 from .. import compat, report
-from ..graph import called_op
+from ..graph import called_op, quantised
 from ..ops.quant import EPS, FP8_DTYPE, FP8_MAX, GROUP_SIZES, INPUT_DTYPES
 from . import producers, quantisers
 from .attn_quant import AttentionQuantPass
@@ -78,7 +79,8 @@ class Leftovers(InductorPass):
                 continue
             producer = self._made(quantiser.value)
             pass_name, reason = self._why(quantiser, producer, reported)
-            report.RECORDER.missed(pass_name, reason, _module(quantiser, producer))
+            module = _module(quantiser, producer)
+            report.RECORDER.missed(pass_name, reason, module, module, _width(quantiser))
         self._report_refused(graph, reported)
 
     def _report_fused(self, boundary: Fused) -> None:
@@ -86,7 +88,8 @@ class Leftovers(InductorPass):
         if by == report.VLLMS_PASS and report.RECORDER.report.passes.get(boundary.owner) == "ours":
             return  # put there by our pass, which has reported it
         pattern = f"{boundary.pattern}[{called_op(boundary.node)}]"
-        report.RECORDER.found(by, pattern, report.module_of(boundary.node))
+        results = quantised([boundary.node, *boundary.node.users])
+        report.RECORDER.found(by, pattern, report.module_of(boundary.node), *results)
 
     def _report_refused(self, graph: fx.Graph, reported: set[tuple[int, fx.Node]]) -> None:
         """Matches that were refused where this module sees no quantiser."""
@@ -225,6 +228,12 @@ PASS_NAMES = {
 def _module(q: Quantiser, made: Producer) -> str:
     # nodes that another pass has put there may know no module
     return next(iter(report.modules_of([q.node, *q.node.users, q.value, made.node])), "")
+
+
+def _width(q: Quantiser) -> int:
+    """Numbers in a row of what is quantised; 0 if that is no tensor of rows."""
+    value = q.value.meta.get("val")
+    return int(value.shape[-1]) if isinstance(value, torch.Tensor) and value.dim() else 0
 
 
 def _numbers(node: fx.Node) -> dict[str, Any]:

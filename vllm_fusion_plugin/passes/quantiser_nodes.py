@@ -16,12 +16,11 @@ import torch
 from torch import fx
 
 from .. import compat
-from ..graph import CONVERT, called_op, triton_kernel_name
+from ..graph import CONVERT, FP8_DTYPES, called_op, triton_kernel_name
 from .quantisers import OURS, SPLIT
 
 aten = torch.ops.aten
 
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 VIEWS: tuple[Any, ...] = (
