@@ -106,9 +106,9 @@ def _engine(flags: list[str], where: str, out: str) -> Engine:
             )
         else:
             state = record.report.passes.get(fusion.name, "off")
-        engine.passes.append(
-            PassState(name=fusion.name, switch=fusion.switch, state=state, do=_what_to_do(fusion, state))
-        )
+        do = _what_to_do(fusion, state)
+        state = state.removesuffix(f": set {fusion.switch}=true for it")  # `do` has it as a flag of vLLM's
+        engine.passes.append(PassState(name=fusion.name, switch=fusion.switch, state=state, do=do))
     return engine
 
 

@@ -106,7 +106,7 @@ def explain(traced: Traced, model: str, gpu: str, tensor_parallel_size: int, tok
         do=traced.do,
         linear_kernels=traced.report.linear_kernels,
         fused=sum(b.places for b in boundaries if b.fused and b.quantiser),
-        left=sum(b.places for b in boundaries if not b.fused and b.quantiser),
+        left=sum(b.places for b in boundaries if not b.fused),
         kinds=kinds,
         saves=[savings.total(((b.places, b.saves) for b in boundaries), n, gpu) for n in tokens if not traced.state],
         no_effect=[*traced.no_effect, *_matched_nothing(traced)],
@@ -167,7 +167,7 @@ def _boundaries(report: RankReport, itemsize: int) -> list[tuple[Boundary, str]]
         compiled.setdefault((sub.part, sub.index), set()).add(sub.compile_range)
         told: list[tuple[Boundary, str]] = []
         told += [(_found(f, itemsize), f.reader or f.module) for f in sub.found if f.pass_name != LONE]
-        told += [(_missed(m), m.reader or m.module) for m in sub.missed]
+        told += [(_missed(m), m.reader or m.module) for m in sub.missed if names_quantiser(m.reason)]
         told += [(_alone(f), f.reader or f.module) for f in alone(sub)]
         seen += [((sub.part, sub.index, b.model_dump_json(), module), sub.compile_range) for b, module in told]
     ranges: dict[Any, set[str]] = {}
@@ -197,8 +197,7 @@ def _found(found: Found, itemsize: int) -> Boundary:
 
 def _missed(missed: Missed) -> Boundary:
     by = PASS_WORDS.get(missed.pass_name, missed.pass_name)
-    why = reason_words(missed.reason)
-    return Boundary(fused=False, quantiser=names_quantiser(why), by="" if by == NOBODY else by, why=why)
+    return Boundary(fused=False, by="" if by == NOBODY else by, why=reason_words(missed.reason))
 
 
 def _alone(found: Found) -> Boundary:
