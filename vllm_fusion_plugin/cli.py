@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from rich.text import Text
 from . import __version__
 from .child import ChildError, UserError
 from .demo import compare
-from .report import PASS_WORDS, sum_match_tables
+from .report import PASS_WORDS, FusionReport, sum_match_tables
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fusion passes and fused kernels for vLLM.")
 
@@ -159,6 +160,45 @@ def explain_command(
     else:
         Console().print(*terminal.renderables(explanation), sep="\n")
     raise typer.Exit(explanation.exit_status)
+
+
+@app.command("report")
+def report_command(
+    url: Annotated[
+        str | None, typer.Option(help="A running server, such as http://localhost:8000; needs VLLM_SERVER_DEV_MODE=1.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of vLLM's compiled code.", show_default="vLLM's own", file_okay=False)
+    ] = None,
+    as_json: AsJson = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page to this file, too.", dir_okay=False)] = None,
+) -> None:
+    """Show what has fused: in a running server, or in what was last compiled on this machine.
+
+    Exit status 0: the plugin was at work on every rank. 1: not so. 2: there is no report.
+    """
+    from . import served
+
+    with _told_to_the_user():
+        if url is not None and cache is not None:
+            raise UserError("--url asks a running server, and --cache reads what one has kept: name one of them")
+        report, where = (served.ask(url), url) if url else served.read(cache or served.cache_root())
+        if as_json:
+            print(report.to_json())
+        else:
+            console = Console()
+            console.print(*report.tables(), sep="\n")
+            console.print(f"\nfrom {where}", style="dim", soft_wrap=True, highlight=False)
+        if html is not None:
+            _write(html, _page(report))
+    raise typer.Exit(0 if report.ranks and all(rank.manager.startswith("active") for rank in report.ranks) else 1)
+
+
+def _page(report: FusionReport) -> str:
+    with open(os.devnull, "w") as nowhere:
+        console = Console(record=True, width=120, file=nowhere)
+        console.print(*report.tables(), sep="\n")
+        return console.export_html(inline_styles=True)
 
 
 def _write(path: Path, text: str) -> None:

@@ -234,7 +234,19 @@ def _get_fusion_report(worker: Any) -> dict[str, Any]:
         report.linear_kernels = compat.linear_kernels(worker)
     except Exception as e:
         record.note(f"linear kernels could not be counted: {type(e).__name__}: {e}")
+    _note_flags_without_effect(worker.vllm_config, record)
     return report.model_dump()
+
+
+def _note_flags_without_effect(config: Any, record: EngineRecord) -> None:
+    """Fusion flags that are on in an engine, and do nothing there, whoever has switched them on."""
+    from . import vllm_flags
+
+    with contextlib.suppress(Exception):
+        passes = config.compilation_config.pass_config
+        on = {f.switch: bool(getattr(passes, f.switch, False)) for f in fusions.entering("pass")}
+        for flag in vllm_flags.without_effect(config, on):
+            record.note(f"{flag.flag} is on, and does nothing: {flag.why}")
 
 
 def _state(config: Any, record: EngineRecord) -> str:

@@ -43,6 +43,7 @@ __all__ = [
     "module_of",
     "modules_of",
     "pattern_words",
+    "rank_line",
     "shorten",
     "sum_match_tables",
 ]
@@ -185,6 +186,12 @@ def _in_words(fused: int, left: int) -> str:
     if not left:
         return f"all {fused} quantisers fused"
     return f"{fused or 'none'} of {fused + left} quantisers fused; {left} left, see below"
+
+
+def rank_line(rank: RankReport) -> str:
+    """What one rank logs when it is about to serve."""
+    said = _in_words(*_count_quantisers(rank)).replace("see below", "see vllm-fusion-plugin report")
+    return f"rank {rank.rank}: {said}"
 
 
 def _ranks(ranks: list[int]) -> str:

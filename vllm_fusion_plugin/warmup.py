@@ -9,6 +9,7 @@ smallest number of tokens that chooses each of its tiles.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import torch
 
 from . import compat, seams
 from .ops import calls, registry
-from .report import RECORDER
+from .report import RECORDER, rank_line
 
 logger = logging.getLogger("vllm.fusion_plugin")
 
@@ -68,6 +69,8 @@ def before_serving() -> None:
         RECORDER.note(f"warm-up failed: {type(e).__name__}: {e}")
     finally:
         calls.record(False)
+    with contextlib.suppress(Exception):  # a report must never stop vLLM
+        logger.info("vllm-fusion-plugin: %s", rank_line(RECORDER.report))
 
 
 def warm_up(most: int) -> WarmUp:

@@ -67,6 +67,12 @@ def test_state_and_layers(child, name):
     assert fused_in == {f"layers.{i}" for i in range(layers.get("activation_quant_fusion_pass", 0))}
 
 
+def test_flags_that_do_nothing_are_named(child):
+    for name, report in child[0].items():
+        flags = {note.partition(" ")[0] for note in report.notes if "is on, and does nothing: eager" in note}
+        assert flags == ({"fuse_act_quant", "fuse_norm_quant"} if name == "eager" else set())
+
+
 def test_a_warm_start_reports_what_the_cold_one_did(child):
     reports = child[0]
     for cold, warm in (("1 layer", "AOT artefacts"), ("2 layers, no AOT", "Inductor artefacts")):
