@@ -3,14 +3,18 @@
 
 python benchmarks/bench_silu_mul_quant.py                  # the grid, to results/silu_mul_quant.json
 python benchmarks/bench_silu_mul_quant.py --tune           # tiles by shape, best first
+python benchmarks/bench_silu_mul_quant.py --modes row,ue8m0,experts --widths 512 768 1536 2048 --rows 1 32 128 1024 8192
+                                                           # between the GEMMs of experts; rows are tokens
 
-Words of a mode, besides the quantiser's: `native` (what Inductor makes of vLLM's SiLU·mul; without it vLLM's op) and, where
-there are no groups, `native_quant` (the quantiser in plain torch code, too).
+Words of a mode, besides the quantiser's: `native` (what Inductor makes of vLLM's SiLU·mul; without it vLLM's op), `experts`
+(rows are tokens, each of several experts) and, where there are no groups, `native_quant` (the quantiser in plain torch code,
+too).
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import grid
@@ -28,6 +32,10 @@ def silu_and_mul(y: torch.Tensor, x: torch.Tensor) -> None:
     torch.ops._C.silu_and_mul(y, x)
 
 
+# Width of an expert -> experts a token: Qwen3-Next, Qwen3-30B-A3B, Qwen3-235B-A22B, DeepSeek-V3. Mode `experts` has these.
+EXPERTS = {512: 10, 768: 8, 1536: 8, 2048: 8}
+
+
 def silu_mul(x: torch.Tensor) -> torch.Tensor:
     """As vLLM's native layer computes it."""
     half = x.shape[-1] // 2
@@ -39,15 +47,31 @@ class SiluMulWorkload(grid.Workload):
 
     quantiser: ClassVar[Any]
 
-    def __init__(self, mode: str) -> None:
+    @classmethod
+    def of(cls, mode: str) -> list[grid.Workload]:
+        if "experts" not in mode.split(","):
+            return [cls(mode)]
+        return [cls(mode, experts) for experts in sorted(set(EXPERTS.values()))]
+
+    def __init__(self, mode: str, experts: int = 1) -> None:
         super().__init__(mode)
         self.quant = self.quantiser.of(mode)
+        self.experts = experts
+        """How many rows of the op a row of the grid, which is a token, has."""
+
+    def widths(self, asked: Sequence[int]) -> Sequence[int]:
+        return [w for w in asked if EXPERTS.get(w) == self.experts] if "experts" in self.words else asked
+
+    def fields(self) -> dict[str, Any]:
+        return {"experts": self.experts} if "experts" in self.words else {}
 
     def inputs(self, rows: int, width: int, dtype: torch.dtype) -> grid.Tensors:
+        rows *= self.experts
         x = torch.randn(rows, 2 * width, device="cuda", dtype=dtype)
         return x, x.new_empty((rows, width)), *self.quant.outputs(x, rows, width)
 
     def moved_bytes(self, rows: int, width: int) -> int:
+        rows *= self.experts
         return 4 * rows * width + self.quant.moved_bytes(rows, width)
 
     def others(self) -> dict[str, grid.Launch]:
@@ -66,11 +90,11 @@ class SiluMulWorkload(grid.Workload):
 
 class SiluMulGroup(SiluMulWorkload):
     op = "silu_mul_group_fp8_quant"
-    modes = ("column,native", "row", "column", "tma,ue8m0", "packed,ue8m0", "group64")
+    modes = ("column,native", "row", "column", "tma,ue8m0", "packed,ue8m0", "group64", "row,ue8m0,experts")
     quantiser = Group
 
-    def __init__(self, mode: str) -> None:
-        super().__init__(mode)
+    def __init__(self, mode: str, experts: int = 1) -> None:
+        super().__init__(mode, experts)
         self.how = (self.quant.group_size, self.quant.ue8m0, self.form, self.quant.rounding())
 
     def ours(self, tile, x, y, codes, scales):
@@ -83,10 +107,12 @@ class SiluMulGroup(SiluMulWorkload):
             group = (quant.group_size, None, quant.column_major)
             torch.ops._C.silu_and_mul_per_block_quant(codes, x, scales, *group)
 
-        # stock's op knows no UE8M0: it would write other scales
-        return super().others() | ({} if quant.ue8m0 else {"stock_fused": stock_fused})
+        # Stock's op knows no UE8M0: it writes other scales, which is what vLLM's experts do where UE8M0 is off.
+        other_scales = quant.ue8m0 and "experts" not in self.words
+        return super().others() | ({} if other_scales else {"stock_fused": stock_fused})
 
     def tiles(self, rows, width):
+        rows *= self.experts
         size = self.quant.group_size
         for tile_groups, tile_rows, warps, rows_first in itertools.product(
             (1, 2, 4, 8, 16), (1, 2, 4, 8, 16), (1, 2, 4, 8, 16), (False, True)
@@ -96,7 +122,7 @@ class SiluMulGroup(SiluMulWorkload):
                 yield kernels.Tile(tile_rows, tile_groups, warps, rows_first)
 
     def tile(self, rows, width):
-        return kernels.group_tile(rows, width // self.quant.group_size, self.quant.group_size)
+        return kernels.group_tile(rows * self.experts, width // self.quant.group_size, self.quant.group_size)
 
 
 class SiluMulOneScale(SiluMulWorkload):

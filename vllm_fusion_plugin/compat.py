@@ -37,12 +37,13 @@ OPAQUE_QUANTISERS = {
     ),
 }
 
-# Ops with whole MLPs inside: their own quantisers, too, where the experts are quantised.
-_EXPERTS = "experts run inside vLLM's opaque MoE op, where no graph pass reaches"
+# Ops with whole MLPs inside: their own quantisers, too, where the experts are quantised. What is between the experts' GEMMs
+# layers/experts_silu_mul_quant.py fuses and reports.
+_EXPERTS = "experts' input is quantised inside vLLM's opaque MoE op, where no graph pass reaches"
 OPAQUE_MLPS = {
     "vllm.moe_forward": _EXPERTS,
     "vllm.moe_forward_shared": (
-        "experts and shared experts run inside vLLM's opaque MoE op, where no graph pass reaches"
+        "experts' input is quantised inside vLLM's opaque MoE op, where no graph pass reaches; so are shared experts"
     ),
     "vllm.fused_experts": _EXPERTS,
 }
@@ -406,6 +407,81 @@ def batch_invariant() -> bool:
 
 
 logger = logging.getLogger("vllm.fusion_plugin")
+
+
+# ---- experts ---------------------------------------------------------------------------------------------------------
+
+
+def triton_experts_module() -> Any:
+    """The module with vLLM's `TritonExperts`, if this process has imported it: experts/triton_moe.py since 0.26,
+    fused_moe.py in 0.20."""
+    package = "vllm.model_executor.layers.fused_moe"
+    modules = (sys.modules.get(f"{package}.{name}") for name in ("experts.triton_moe", "fused_moe"))
+    return next((module for module in modules if hasattr(module, "TritonExperts")), None)
+
+
+def group_quantiser_uses_ue8m0() -> bool:
+    """Whether vLLM's function `per_token_group_quant_fp8`, told nothing, makes scales that are powers of two (all versions
+    read). On Hopper it does by default."""
+    from vllm.model_executor.layers.quantization.utils import fp8_utils
+
+    return bool(fp8_utils.is_deep_gemm_e8m0_used())
+
+
+def swiglu_parameters(experts: Any) -> dict[str, float]:
+    """What experts change SwiGLU by: limit, alpha, beta. From their `activation_config` (since 0.32) or else their quant
+    config; the second can go with support for 0.26."""
+    config = getattr(experts, "activation_config", None)
+    if config is not None:
+        given = {"limit": config.clamp_limit, "alpha": config.alpha, "beta": config.beta}
+    else:
+        named = {"limit": "gemm1_clamp_limit", "alpha": "gemm1_alpha", "beta": "gemm1_beta"}
+        given = {word: getattr(experts.quant_config, name, None) for word, name in named.items()}
+    neutral = {"limit": None, "alpha": 1.0, "beta": 0.0}
+    return {word: float(value) for word, value in given.items() if value is not None and value != neutral[word]}
+
+
+def is_running(owner: Any) -> bool:
+    """Whether the forward pass that this thread is in is of the engine of that `engine_owner` (all versions read)."""
+    from vllm import forward_context
+
+    if not forward_context.is_forward_context_available():
+        return False
+    return forward_context.get_forward_context().no_compile_layers is owner.static_forward_context
+
+
+def models(worker: Any) -> list[torch.nn.Module]:
+    """A worker's model, and the one that drafts for it if there is one (`drafter`; `speculator` in the runner that is new
+    in 0.26)."""
+    runner = getattr(worker, "model_runner", None)
+    drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+    found = [getattr(holder, "model", None) for holder in (runner, drafter)]
+    return [model for model in found if isinstance(model, torch.nn.Module)]
+
+
+def experts_by_layer(model: torch.nn.Module) -> list[tuple[str, list[Any]]]:
+    """Each MoE layer's name, from the root of what vLLM compiles, and the objects that its quantised experts run in: one,
+    or the two between which a `FallbackExperts` chooses; their quant method, where that holds none.
+
+    A layer with experts, or since 0.26 its `routed_experts`, holds their quant method, that holds `moe_kernel`, and that
+    holds `fused_experts`."""
+    found: list[tuple[str, list[Any]]] = []
+    roots: list[str] = []
+    for name, module in model.named_modules():
+        if hasattr(module, "do_not_compile"):  # support_torch_compile has wrapped its class
+            roots.append(f"{name}." if name else "")
+        method = getattr(module, "quant_method", None)
+        if "MoE" not in type(method).__name__ or "Unquantized" in type(method).__name__:
+            continue
+        experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+        config = getattr(method, "moe_quant_config", None) if experts is None else experts.quant_config
+        if config is not None and config.quant_dtype is None:
+            continue  # quantised weights alone
+        either = [getattr(experts, part, None) for part in ("experts", "fallback_experts")]
+        held = either if None not in either else [method if experts is None else experts]
+        root = max((r for r in roots if name.startswith(r)), key=len, default="")
+        found.append((name.removeprefix(root).removesuffix(".routed_experts"), held))
+    return found
 
 
 # ---- engines ---------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ FUSIONS = (
     Fusion("MLAAttnQuantFusionPass", "mla_attn_quant", "pass", "fuse_attn_quant"),
     Fusion("GroupQuantPass", "group_quant", "last", "lone_group_quant", ("group_quant",), on_cpu=True),
     Fusion("MLAVUpQuant", "mla_v_up_quant", "layer", "mla_v_up_quant", ("mla_v_up_quant",)),
+    Fusion("ExpertsSiluMulQuant", "experts_silu_mul_quant", "layer", "experts_silu_mul_quant", ("silu_mul_quant",)),
 )
 
 BY_NAME = {fusion.name: fusion for fusion in FUSIONS}

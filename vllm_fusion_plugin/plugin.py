@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from . import flags, fusions, settings
-from .report import RECORDER, EngineRecord
+from .report import RECORDER, EngineRecord, Subgraph
 
 # Below "vllm", so that vLLM's own handlers and levels apply.
 logger = logging.getLogger("vllm.fusion_plugin")
@@ -113,9 +113,9 @@ def _configure_stock(configure: Callable[[Any], None], config: Any) -> None:
 def configure_engine(config: Any) -> None:
     """Prepare this process for the engine of `config`, before vLLM compiles it or loads its compiled code: settle what its
     compile cache is keyed by, give it a cache folder of its own, register our ops, take part in loading, and pass settings
-    on to kernels and MLA layers. PDL, which changes no byte, is the process's: the engine configured last decides. The
-    pass manager stays in place; for an engine that the plugin keeps out of, it is vLLM's own in all but name. vLLM hashes
-    a config several times; each time this is done again. Never raises.
+    on to kernels, MLA layers and experts. PDL, which changes no byte, is the process's: the engine configured last decides.
+    The pass manager stays in place; for an engine that the plugin keeps out of, it is vLLM's own in all but name. vLLM
+    hashes a config several times; each time this is done again. Never raises.
     """
     from . import compat, fingerprint, seams
 
@@ -126,7 +126,7 @@ def configure_engine(config: Any) -> None:
         # A bug of ours: nobody knows what is in place, so what is compiled now must not be found again.
         record.failed, record.key = True, fingerprint.unique_key()
         record.inactive = _inactive(f"{type(e).__name__}: {e}")
-        record.mla_v_up_quant = False
+        record.mla_v_up_quant, record.experts_left = False, record.inactive
         with contextlib.suppress(Exception):
             seams.use_own_cache_folder(config, record.key)
 
@@ -141,7 +141,7 @@ def _configure_engine(config: Any, record: EngineRecord) -> None:
     if not record.inactive and (reason := _why_kernels_cannot_run()):
         record.inactive = _inactive(reason)
     if record.inactive:
-        record.key, record.mla_v_up_quant = None, False
+        record.key, record.mla_v_up_quant, record.experts_left = None, False, record.inactive
         return
     record.key = record.report.fingerprint = fingerprint.fingerprint(chosen, {"roundings": roundings.key()})
     if on := flags.turned_on(config):
@@ -190,7 +190,7 @@ def _register_ops() -> None:
 def _pass_on(chosen: settings.Settings, config: Any, record: EngineRecord) -> None:
     from . import roundings, warmup
     from .kernels import pdl
-    from .layers import mla_v_up_quant
+    from .layers import experts_silu_mul_quant, mla_v_up_quant
 
     os.environ[pdl.ENV] = "1" if chosen.use_pdl else "0"
     wanted = chosen.mla_v_up_quant and config.compilation_config.pass_config.fuse_attn_quant
@@ -200,7 +200,21 @@ def _pass_on(chosen: settings.Settings, config: Any, record: EngineRecord) -> No
     record.mla_v_up_quant = bool(wanted) and exact
     if record.mla_v_up_quant:
         mla_v_up_quant.install()
+    record.experts_left = _why_experts_left(chosen)
+    if not record.experts_left:
+        experts_silu_mul_quant.install()
     warmup.install(config)
+
+
+def _why_experts_left(chosen: settings.Settings) -> str:
+    from . import roundings
+
+    if not chosen.experts_silu_mul_quant:
+        return "off: experts_silu_mul_quant=false"
+    differing = [op for op in (roundings.SILU_MUL, roundings.GROUP_QUANT) if roundings.of(op).differing]
+    if differing and chosen.inexact == "leave":
+        return f"{differing[0]} is {roundings.of(differing[0]).reason}, and inexact=leave"
+    return ""
 
 
 def engine_key(config: Any) -> str | None:
@@ -229,6 +243,10 @@ def _get_fusion_report(worker: Any) -> dict[str, Any]:
     report = record.report
     report.rank = worker.vllm_config.parallel_config.rank
     report.manager = _state(worker.vllm_config, record)
+    try:
+        report.outside = _outside(worker, record)
+    except Exception as e:
+        record.note(f"what experts fuse could not be found out: {type(e).__name__}: {e}")
     report.from_file = bool(report.subgraphs) and all(s.from_cache for s in report.subgraphs)
     try:
         report.linear_kernels = compat.linear_kernels(worker)
@@ -247,6 +265,25 @@ def _note_flags_without_effect(config: Any, record: EngineRecord) -> None:
         on = {f.switch: bool(getattr(passes, f.switch, False)) for f in fusions.entering("pass")}
         for flag in vllm_flags.without_effect(config, on):
             record.note(f"{flag.flag} is on, and does nothing: {flag.why}")
+
+
+def _outside(worker: Any, record: EngineRecord) -> list[Subgraph]:
+    """What layers fuse, and leave, outside of graphs, of each model with such layers."""
+    from . import compat
+    from .layers import experts_silu_mul_quant
+
+    if _off or record.inactive:
+        return []
+    names = [*dict.fromkeys(subgraph.model for subgraph in record.report.subgraphs)]
+    outside = []
+    for number, model in enumerate(compat.models(worker)):
+        found, missed = experts_silu_mul_quant.boundaries(model, record)
+        name = names[number] if number < len(names) else ""
+        if found or missed:
+            outside.append(
+                Subgraph(index=-1, compile_range="", model=name, part=-1 - number, found=found, missed=missed)
+            )
+    return outside
 
 
 def _state(config: Any, record: EngineRecord) -> str:

@@ -34,7 +34,7 @@ class Found(Boundary):
 
     @property
     def by_a_pass(self) -> bool:
-        """Whether a pass of ours has matched it."""
+        """Whether a pass of ours has matched it, or a layer's method of ours fuses it."""
         return self.pass_name not in (MODEL_CODE, VLLMS_PASS)
 
 
@@ -62,6 +62,11 @@ class Subgraph(BaseModel):
     found: list[Found] = Field(default_factory=list)
     missed: list[Missed] = Field(default_factory=list)
 
+    @property
+    def is_new_graph(self) -> bool:
+        """Whether it is a compiled graph, and no other subgraph runs the same."""
+        return self.index >= 0 and self.reused_from is None
+
 
 class RankReport(BaseModel):
     rank: int = 0
@@ -73,18 +78,26 @@ class RankReport(BaseModel):
     linear_kernels: dict[str, int] = Field(default_factory=dict)
     """Kernel class of the quantised linear layers -> number of layers; it decides what there is to fuse."""
     subgraphs: list[Subgraph] = Field(default_factory=list)
+    outside: list[Subgraph] = Field(default_factory=list)
+    """What layers fuse, or leave, inside of vLLM's ops and so outside of compiled graphs: one entry a model, index -1."""
     notes: list[str] = Field(default_factory=list)
     from_file: bool = False
     """All of it was read back from beside the compiled code: no pass ran in this process."""
+
+    @property
+    def everything(self) -> list[Subgraph]:
+        """Compiled graphs, and what lies outside of them."""
+        return [*self.subgraphs, *self.outside]
 
     def match_table(self) -> Counter[str]:
         """Matches by pass in distinct compiled graphs: what vLLM's own match table counts."""
         return Counter(f.pass_name for s in self.subgraphs if s.reused_from is None for f in s.found if f.by_a_pass)
 
     def layer_table(self) -> Counter[str]:
-        """Matches by pass over all layers: reuses counted, and each place once, for however many ranges it is compiled."""
+        """Matches by pass, or by what fuses layers, over all layers: reuses counted, and each place once, for however many
+        ranges it is compiled."""
         places = count_places(
-            ((s.part, f.module, f.pass_name), s.compile_range) for s in self.subgraphs for f in s.found if f.by_a_pass
+            ((s.part, f.module, f.pass_name), s.compile_range) for s in self.everything for f in s.found if f.by_a_pass
         )
         table: Counter[str] = Counter()
         for (_, _, pass_name), count in places.items():

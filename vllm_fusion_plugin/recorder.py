@@ -21,6 +21,7 @@ from .rank_report import Found, Missed, RankReport, Subgraph, module_of, modules
 logger = logging.getLogger("vllm.fusion_plugin.report")
 
 _FILE = "fusion_report.json"
+NOT_COMPILED = "fusions of layers are put in place when vLLM compiles, which it has not done in this engine"
 
 
 class EngineRecord:
@@ -37,6 +38,8 @@ class EngineRecord:
         """Whether preparing this engine has raised, in which case the plugin keeps out of it for good."""
         self.mla_v_up_quant = False
         """Whether its MLA layers write FP8 in groups from the V up-projection."""
+        self.experts_left = NOT_COMPILED
+        """Why its experts' SiLU·mul and quantiser are left to vLLM; "" if they are not."""
         self.unreported = 0
         """How often code came from disk with no report beside it."""
 

@@ -170,7 +170,7 @@ def _count_quantisers(rank: RankReport) -> tuple[int, int]:
     """(fused, left) of a rank's quantisers."""
 
     def count(ask: Callable[[Subgraph], Iterable[tuple[str, str, str]]]) -> int:
-        seen = (((sub.part, *line), sub.compile_range) for sub in rank.subgraphs for line in ask(sub) if is_one(*line))
+        seen = (((sub.part, *line), sub.compile_range) for sub in rank.everything for line in ask(sub) if is_one(*line))
         return sum(count_places(seen).values())
 
     def is_one(pass_name: str, words: str, module: str) -> bool:
@@ -236,20 +236,20 @@ class FusionReport(BaseModel):
 
     def _named(self, subgraph: Subgraph, module: str) -> str:
         """A module with the model that it is of, where engines have several."""
-        several = len({s.model for rank in self.ranks for s in rank.subgraphs}) > 1
+        several = len({s.model for rank in self.ranks for s in rank.everything}) > 1
         return f"{subgraph.model}: {module}" if several else module
 
     def rows(self) -> list[tuple[str, str, str, int, int, str, str]]:
         """(pass, pattern, range, compiled graphs, layers, ranks, modules) by model, pass, pattern and range."""
         groups: dict[tuple[str, str, str, str], dict[str, Any]] = {}
         for rank in self.ranks:
-            for sub in rank.subgraphs:
+            for sub in rank.everything:
                 for f in sub.found:
                     g = groups.setdefault(
                         (sub.model, f.pass_name, f.pattern, sub.compile_range),
                         {"graphs": 0, "layers": 0, "ranks": {}, "modules": {}},
                     )
-                    g["graphs"] += sub.reused_from is None
+                    g["graphs"] += sub.is_new_graph
                     g["layers"] += 1
                     g["ranks"][rank.rank] = None
                     g["modules"][self._named(sub, f.module)] = None
@@ -263,7 +263,7 @@ class FusionReport(BaseModel):
         places = count_places(
             ((m.pass_name, m.reason, self._named(sub, m.module), rank.rank, sub.part), sub.compile_range)
             for rank in self.ranks
-            for sub in rank.subgraphs
+            for sub in rank.everything
             for m in sub.missed
         )
         groups: dict[tuple[str, str], dict[str, int]] = {}
@@ -324,12 +324,12 @@ class FusionReport(BaseModel):
     def _places(self, ask: Callable[[Subgraph], Iterable[tuple[str, str, str]]]) -> list[tuple[str, str, str, str]]:
         """(places, pass, what, where) of what `ask` says of a subgraph: (pass, what, module). Places of one rank; what is
         not so on all ranks, or not for all numbers of tokens, says of which it is."""
-        several = len({s.model for rank in self.ranks for s in rank.subgraphs}) > 1
+        several = len({s.model for rank in self.ranks for s in rank.everything}) > 1
         rows: dict[tuple[tuple[str, str, str, str], tuple[tuple[str, int], ...]], list[int]] = {}
         for rank in self.ranks:
             compiled: dict[tuple[int, int], set[str]] = {}
             seen: dict[tuple[str, str, str], list[tuple[Subgraph, str]]] = {}
-            for sub in rank.subgraphs:
+            for sub in rank.everything:
                 compiled.setdefault((sub.part, sub.index), set()).add(sub.compile_range)
                 for pass_name, what, module in ask(sub):
                     seen.setdefault((sub.model if several else "", pass_name, what), []).append((sub, module))

@@ -64,6 +64,10 @@ class Settings(BaseModel):
     """With fuse_attn_quant, MLA layers with FP8 output in groups write it from the V up-projection, instead of quantising
     after it."""
 
+    experts_silu_mul_quant: bool = True
+    """Triton's experts with FP8 weights in blocks run SiLU·mul and the quantiser between their two GEMMs as one kernel,
+    where vLLM runs two; same bytes."""
+
     inexact: Literal["fuse", "leave"] = "fuse"
     """What to do where none of the roundings that this package knows is that of the installed vLLM's quantiser or SiLU·mul:
     fuse with the nearest, and say so in the report, or leave it to vLLM."""
