@@ -206,6 +206,20 @@ def test_more_tokens_than_a_grid_has_rows() -> None:
         assert keys_at(made, tokens) <= warm
 
 
+@pytest.mark.parametrize(
+    "width", [192, 512, 768, 1536, 2048]
+)  # of experts: Qwen3's, some of them on 8 GPUs; DeepSeek-V3's
+def test_rows_of_experts(width: int) -> None:
+    """Up to ten a token."""
+    group_size = 128 if width % 128 == 0 else 64
+    made = call("silu_mul_group_fp8_quant", meta(64, 2 * width), group_size, "row", True, "custom_op", "reciprocal")
+    counts = warmup.token_counts(made, 10 * 8192)
+    warm = set().union(*(keys_at(made, rows) for rows in counts))
+    assert len(warm) <= MOST_KEYS
+    for rows in {tokens * experts for tokens in _some_numbers() if tokens <= 8192 for experts in (1, 8, 10)}:
+        assert keys_at(made, rows) <= warm, rows
+
+
 def test_keys_tell_launches_apart() -> None:
     """What Triton compiles anew for has another key: constants, types, alignment, ones and multiples of 16, options."""
     kernel = EVERY["group-row"]
