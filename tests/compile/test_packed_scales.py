@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import functools
 
-import fake_gpu
 import pytest
+
+from vllm_fusion_plugin.tracing import fake_gpu
 
 if reason := fake_gpu.unavailable():
     pytest.skip(reason, allow_module_level=True)
 fake_gpu.install()
 
 import torch  # noqa: E402
-from recorder import count_ops  # noqa: E402
 from torch import nn  # noqa: E402
 from trace_module import check_graphs, make_config, our_ops, reasons, trace_branches  # noqa: E402
 from vllm.model_executor.layers.activation import SiluAndMul  # noqa: E402
@@ -23,6 +23,7 @@ from vllm.model_executor.layers.quantization.utils.fp8_utils import (  # noqa: E
 )
 
 from vllm_fusion_plugin import plugin, report  # noqa: E402
+from vllm_fusion_plugin.tracing.subgraphs import count_ops  # noqa: E402
 
 WIDTH = 1536  # twice 6 groups: the second int32 of SiLU·mul's scales is half empty
 VLLM_OP = "_C.per_token_group_fp8_quant_packed.default"
