@@ -244,7 +244,7 @@ def _get_fusion_report(worker: Any) -> dict[str, Any]:
     report.rank = worker.vllm_config.parallel_config.rank
     report.manager = _state(worker.vllm_config, record)
     try:
-        report.outside = _outside(worker, record)
+        report.outside = outside_of_graphs(worker, record)
     except Exception as e:
         record.note(f"what experts fuse could not be found out: {type(e).__name__}: {e}")
     report.from_file = bool(report.subgraphs) and all(s.from_cache for s in report.subgraphs)
@@ -267,7 +267,7 @@ def _note_flags_without_effect(config: Any, record: EngineRecord) -> None:
             record.note(f"{flag.flag} is on, and does nothing: {flag.why}")
 
 
-def _outside(worker: Any, record: EngineRecord) -> list[Subgraph]:
+def outside_of_graphs(worker: Any, record: EngineRecord) -> list[Subgraph]:
     """What layers fuse, and leave, outside of graphs, of each model with such layers."""
     from . import compat
     from .layers import experts_silu_mul_quant

@@ -149,6 +149,11 @@ class Recorder:
         self._record = known[1]
         return known[1]
 
+    @property
+    def record(self) -> EngineRecord:
+        """The record of the engine that was last spoken of."""
+        return self._record
+
     def engine_where(self, true_of: Callable[[Any], bool]) -> EngineRecord | None:
         """The record of the engine whose owner `true_of` is true of."""
         for owner, record in list(self._engines.values()):

@@ -217,6 +217,10 @@ def test_report_says_what_is_left(case, trace_model):
     # One layer is dense; the others have their MLPs inside the MoE op.
     experts = [m for m in lines if "MoE op" in m["reason"]]
     assert len(experts) == 4 and not missed(trace, ACT)
+    (outside,) = trace["plugin"]["outside"]  # traced, but not run
+    assert [(m["module"], m["reason"]) for m in outside["missed"]] == [
+        (f"layers.{i}.mlp.experts", "TritonExperts has not run yet") for i in range(1, 5)
+    ]
     after_attention = [m for m in lines if m["pass_name"] == "none" and m not in experts]
     assert [module(m, 5) for m in after_attention] == [f"layers.{i}.self_attn.mla_attn.o_proj" for i in range(5)]
     for m in after_attention:

@@ -415,7 +415,7 @@ def test_the_workers_report_has_it_and_counts_it(gemm, monkeypatch):
     ((name, reason, places, _),) = shown.missed_rows()
     assert (name, reason, places) == (layer.NAME, "TritonExperts has not run yet", 1)
     record.inactive = "inactive: for a test"
-    assert plugin._outside(SimpleNamespace(model_runner=runner), record) == []
+    assert plugin.outside_of_graphs(SimpleNamespace(model_runner=runner), record) == []
 
 
 # ---- putting it in place ---------------------------------------------------------------------------------------------
