@@ -182,7 +182,7 @@ class TokenQuantAndReader(TokenQuantMLP):
 
 
 WITH_READERS = {
-    "group": (GroupQuantAndReader, functools.partial(GroupQuantAndReader, ue8m0=True, **LAYOUTS["column"])),
+    "group": (GroupQuantAndReader, functools.partial(GroupQuantAndReader, **LAYOUTS["tma"])),
     "token": (
         TokenQuantAndReader,
         functools.partial(TokenQuantAndReader, bounded=True),
