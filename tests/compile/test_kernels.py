@@ -95,6 +95,13 @@ def test_silu_mul_token(width, compiled):
         assert "st.global.b8" not in kernel.asm["ptx"]  # codes leave a thread eight at a time
 
 
+def test_token_of_one_column(compiled):
+    x = rows_of(2, torch.bfloat16)
+    codes, scales = torch.zeros(5, 1, dtype=torch.float8_e4m3fn), torch.zeros(5, 1)
+    silu_mul_quant.silu_mul_token_fp8_quant(x, None, codes, scales, "native", "native", pdl=True)
+    check(compiled, 1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_group(dtype, compiled):
     x = rows_of(2048, dtype)

@@ -249,8 +249,9 @@ def test_keys_are_tritons():
                 strided = torch.empty(tokens, width + 8, dtype=torch.float16, device="meta")[:, 8:]
                 for rows in (x, strided):
                     for layout in LAYOUTS:
-                        for rounding in ("custom_op", *(["custom_op_or_flashinfer"] if rows is x else [])):
-                            registry.CUDA_IMPLEMENTATIONS[GROUP](rows, 128, layout, False, rounding)
+                        by_rows = ["custom_op_or_flashinfer"] if rows is x and layout != "packed" else []
+                        for rounding in ("custom_op", *by_rows):
+                            registry.CUDA_IMPLEMENTATIONS[GROUP](rows, 128, layout, layout == "packed", rounding)
                     for residual in (None, rows):
                         norm = NormInputs(rows, weight, residual=residual)
                         scale = torch.empty(1, device="meta")

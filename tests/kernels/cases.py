@@ -74,7 +74,8 @@ def scales_name(mode: Any) -> str:
 
 def allowed(mode: Any) -> bool:
     """Whether ops take such a mode of a group quantiser."""
-    return mode.scale_layout != "packed" or (mode.use_ue8m0 and mode.quant_rounding in ("custom_op", "reciprocal"))
+    takes_packed = mode.use_ue8m0 and mode.group_size == 128 and mode.quant_rounding in ("custom_op", "reciprocal")
+    return mode.scale_layout != "packed" or takes_packed
 
 
 def told_apart(mode: Any) -> bool:

@@ -104,7 +104,7 @@ def layouts() -> list[Layout]:
 
 BF16 = Norm()
 DEEPSEEK = Layout(128, "tma")
-PACKED = [Layout(size, "packed", True) for size in (64, 128)]
+PACKED = [Layout(128, "packed", True)]
 # All rows of a test at once, for what does not depend on tiles: the interpreter's cost is by program.
 ONE_PROGRAM = Tile(32, 512, 1)
 

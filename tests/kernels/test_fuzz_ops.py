@@ -49,7 +49,7 @@ ACT_ROUNDINGS = st.sampled_from(["custom_op", "eager", "native"])
 SCALE_LAYOUTS = st.sampled_from(LAYOUTS)
 # these go together
 PACKED_OR_NOT = st.sampled_from(
-    [{}, {}, {}, {"scale_layout": "packed", "use_ue8m0": True, "quant_rounding": "custom_op"}]
+    [{}, {}, {}, {"group_size": 128, "scale_layout": "packed", "use_ue8m0": True, "quant_rounding": "custom_op"}]
 )
 SPREADS = st.tuples(st.integers(0, 9), st.integers(0, 17))
 

@@ -221,12 +221,12 @@ def row_tile(rows: int, width: int) -> RowTile:
     """
     columns = 16 if rows * width < MANY_ELEMENTS else 56
     num_warps = min(32, next_power_of_2(cdiv(width, 32 * columns)))
-    return RowTile(min(256 * num_warps, next_power_of_2(width)), num_warps)
+    return RowTile(min(256 * num_warps, next_power_of_2(max(width, 2))), num_warps)
 
 
 def static_block(rows: int, width: int) -> int:
-    """Columns of a program of the static quantiser's kernel."""
-    return 2048 if width % 2048 == 0 and rows > 16 else 512
+    """Columns of a program of the static quantiser's kernel: with two warps 8 a thread, or 32 once there is enough to do."""
+    return 2048 if width % 2048 == 0 and rows * width >= MANY_ELEMENTS else 512
 
 
 def _act_constants(x: torch.Tensor, act_rounding: str, quant_rounding: str) -> ActConstants:
@@ -339,7 +339,7 @@ def silu_mul_static_fp8_quant(
         EVEN=width % block == 0,
         NATIVE=is_native(quant_rounding),
         ACT=_act_constants(x, act_rounding, quant_rounding),
-        num_warps=2 if block == 2048 else 1,
+        num_warps=2,
         **pdl_options(x.device, None),
     )
 

@@ -98,8 +98,8 @@ class GroupScales(NamedTuple):
             and whoever fills the scales writes zeros there (`zero_scale_padding`): TMA loads it, and uninitialised memory
             would make runs differ.
         "packed": int32 [rows, groups / 4 rounded up], strides as of "tma". Group g has byte g % 4, from the lowest on, of
-            number g / 4: the exponent of its scale, as fp32 has it. Bytes of no group are 0. For scales of powers of two;
-            what DeepGEMM takes on GPUs of compute capability 10.0 and later.
+            number g / 4: the exponent of its scale, as fp32 has it. Bytes of no group are 0. For scales of powers of two of
+            groups of 128; what DeepGEMM takes on GPUs of compute capability 10.0 and later.
     """
 
     group_size: int = 128
@@ -117,6 +117,8 @@ class GroupScales(NamedTuple):
         check_choice("scale_layout", self.layout, LAYOUTS)
         if self.layout == "packed" and not self.ue8m0:
             raise ValueError("use_ue8m0=False with scale_layout='packed'; allowed: True")
+        if self.layout == "packed" and self.group_size != 128:
+            raise ValueError(f"group_size={self.group_size} with scale_layout='packed'; allowed: 128")
 
     def empty(self, x: torch.Tensor, rows: int, width: int) -> torch.Tensor:
         """Uninitialised scales for rows of `width` numbers on x's device; zeros where not all bytes are a group's."""

@@ -85,5 +85,6 @@ class MLAAttnQuantFusionPass(AttentionQuantPass):
             report.RECORDER.note(f"{self.name}: this vLLM's MLA op writes no FP8 in groups")
             return
         for group_quant in quantisers.group_quants(GROUP_SIZES):
-            if group_quant.variant == "custom_op":
+            # vLLM's attention op knows no packed scales
+            if group_quant.variant == "custom_op" and group_quant.scales.layout != "packed":
                 self.register(MLAAttentionGroupQuant(attention, group_quant, dtype, layer_name))

@@ -213,7 +213,7 @@ def group_quants(group_sizes: tuple[int, ...]) -> list[GroupQuant]:
         if not (variant == "native" and layout == "tma")
     ] + [
         *(GroupQuant("split", block_gemm.SCALES._replace(ue8m0=ue8m0)) for ue8m0 in (False, True)),
-        *(GroupQuant("custom_op", GroupScales(size, "packed", True)) for size in group_sizes if packed),
+        *(GroupQuant("custom_op", GroupScales(size, "packed", True)) for size in group_sizes if packed and size == 128),
     ]
 
 
