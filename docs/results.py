@@ -35,12 +35,12 @@ COMPILED = ("inductor_norm", "inductor")
 GEMM_TOKENS = (1, 8, 31, 32, 128, 2048)
 # Kinds of kernels of a decode step, by what their names have; the first that fits.
 KINDS = {
-    "GEMM": "deep_gemm::",
+    "GEMM": "deep_gemm::|cutlass_3x_gemm",
     "attention, KV cache": "flash::|flash_kernel",
     "vLLM's quantisers": "scale_1x128|per_token_group_quant",
     "Inductor's rotary embedding": "cat_index_select",
     "Inductor's norms and SiLU·mul": "triton_",
-    "this package's": "^_(group_)?kernel",
+    "this package's": "^_(group_|token_|static_)?kernel",
     "others": "",
 }
 CONFIGURATIONS = {
@@ -77,6 +77,14 @@ def source(name: str, record: Record, more: str = "") -> str:
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
+def by_case(record: Record) -> dict[tuple[str, str], Record]:
+    """(op, mode) -> the record with its rows alone, for results of several."""
+    cases: dict[tuple[str, str], list[Record]] = {}
+    for row in record["rows"]:
+        cases.setdefault((row["op"], row["mode"]), []).append(row)
+    return {case: record | {"rows": rows} for case, rows in cases.items()}
+
+
 def by_shape(record: Record) -> dict[tuple[int, int], dict[str, float]]:
     """(tokens, width) -> implementation, and the floor, -> µs."""
     shapes: dict[tuple[int, int], dict[str, float]] = {}
@@ -103,8 +111,21 @@ def microseconds(value: float | None) -> str:
 
 
 def kernels(name: str) -> str:
+    """A table for each op and mode."""
     record = load(name)
+    copy = max(speed for copied, speed in record["copy_tb_per_s"].items() if not copied.startswith("no copy"))
+    cases = by_case(record)
+    words = "" if len(cases) > 1 else f", mode `{next(iter(cases))[1]}`"
+    tables = [source(name, record, f"{words}, best copy {copy:.2f} TB/s") + " µs a launch."]
+    for (op, mode), rows in cases.items():
+        tables += [*([f"`{op}`, mode `{mode}`:"] if len(cases) > 1 else []), times_of_kernels(name, rows)]
+    return "\n\n".join(tables)
+
+
+def times_of_kernels(name: str, record: Record) -> str:
     shapes, earlier = by_shape(record), earlier_of(name, record)
+    every = {tokens for tokens, _ in shapes}
+    shown = TOKENS if len(every) > 8 else every
     measured = {impl for times in shapes.values() for impl in times}
     columns = {impl: label for impl, label in IMPLEMENTATIONS.items() if impl in measured}
     head = ["tokens", "heads" if "v_up" in name else "width", *columns.values(), "floor"]
@@ -112,31 +133,30 @@ def kernels(name: str) -> str:
         head.append("torch.compile, an earlier run")
     rows = []
     for (tokens, width), times in sorted(shapes.items(), key=lambda item: (item[0][1], item[0][0])):
-        if tokens in TOKENS:
+        if tokens in shown:
             cells = [microseconds(times.get(impl)) for impl in (*columns, "floor")]
             if earlier:
                 cells.append(microseconds(earlier.get((tokens, width), {}).get("inductor")))
             rows.append([tokens, width, *cells])
-    modes = ", ".join(dict.fromkeys(row["mode"] for row in record["rows"]))
-    copy = max(speed for copied, speed in record["copy_tb_per_s"].items() if not copied.startswith("no copy"))
-    text = source(name, record, f", mode `{modes}`, best copy {copy:.2f} TB/s")
-    return f"{text} µs a launch.\n\n{table(head, rows, 0)}"
+    return table(head, rows, 0)
 
 
 def slower(*names: str) -> str:
     """How many shapes there are, and where another implementation is faster."""
     count, than_vllm, than_compiled = 0, [], []
-    for name in names:
-        record = load(name)
-        earlier = earlier_of(name, record)
-        for shape, times in by_shape(record).items():
-            count += 1
-            ours, at = times["ours"], f"`{record['rows'][0]['op']}` of {shape[0]} × {shape[1]}"
-            if min(us for impl, us in times.items() if impl in ("unfused", "stock_fused")) < ours:
-                than_vllm.append(at)
-            compiled = [run[impl] for run in (times, earlier.get(shape, {})) for impl in COMPILED if impl in run]
-            if compiled and min(compiled) < ours:
-                than_compiled.append(f"{at} (by {ours - min(compiled):.1f} µs)")
+    for path, cases in ((name, by_case(load(name))) for name in names):
+        for (op, mode), record in cases.items():
+            earlier = earlier_of(path, record)
+            several = len(cases) > 1
+            for shape, times in by_shape(record).items():
+                count += 1
+                ours, at = times["ours"], f"`{op}`{f' ({mode})' if several else ''} of {shape[0]} × {shape[1]}"
+                if min(us for impl, us in times.items() if impl in ("unfused", "stock_fused")) < ours:
+                    than_vllm.append(at)
+                compiled = [run[impl] for run in (times, earlier.get(shape, {})) for impl in COMPILED if impl in run]
+                if compiled and min(compiled) < ours:
+                    by = ours - min(compiled)
+                    than_compiled.append(f"{at} ({f'by {by:.1f} µs' if by >= 0.05 else 'by less than 0.05 µs'})")
     return (
         f"Over all {count} shapes, this package is slower than vLLM's ops, fused or not, at: "
         f"{', '.join(than_vllm) or 'none'}. It is slower than the faster of torch.compile's runs at: "
