@@ -259,3 +259,18 @@ def test_explain_counts_what_the_report_counts(case, trace_model):
     )
     assert [s.launches for s in e.saves] == [sum(ops.values())] * 2
     assert sum(kind.layers for kind in e.kinds) == int(case.model.rpartition("-")[2].removesuffix("layers"))
+
+
+def test_blackwell():
+    """Where DeepGEMM takes packed scales, and vLLM's GEMM no rows that it would quantise."""
+    from typer.testing import CliRunner
+
+    from vllm_fusion_plugin import cli
+    from vllm_fusion_plugin.explain.explanation import Explanation
+
+    arguments = ["explain", str(MODELS / "qwen3-8b-8layers"), "--gpu", "b200", "--json"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    e = Explanation(**json.loads(result.stdout))
+    assert (e.fused, e.left) == (24, 8)
+    assert set(e.linear_kernels) == {"DeepGemmFp8BlockScaledMMKernel"}
