@@ -20,9 +20,10 @@ HEAD = """\
 # What works with which vLLM
 
 `docs/versions.py` makes this table from [one file a version](versions), which `nox -s versions-0.33.0` writes. vLLM's
-CUDA build compiles the models of [tests/models](../tests/models) for an H200, without a GPU and with nothing set: all take
-vLLM's default block GEMM, which quantises inside and is split. Numbers are fusions over all layers, by pass. Kernels are
-compiled for sm_90, in the variants of `tests/compile/test_kernels.py`. –: none. `nox` itself tests with vLLM's CUDA build
+CUDA build compiles models of [tests/models](../tests/models) for an H200, without a GPU and with nothing set. Those with
+FP8 in blocks take vLLM's default block GEMM, which quantises inside and is split. For Llama vLLM leaves its fusion flags
+off, and this package turns them on. Numbers are fusions over all layers, by pass. Kernels are compiled for sm_90, in the
+variants of `tests/compile/test_kernels.py`. –: none. `nox` itself tests with vLLM's CUDA build
 0.33.0 and its CPU build 0.32.0.
 
 """

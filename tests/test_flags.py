@@ -135,3 +135,21 @@ def test_a_pass_manager_that_cannot_be_made_leaves_vllms_flags(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm_fusion_plugin.passes.pass_manager", None)
     plugin.make_pass_manager().configure(config)
     assert seen == [False]
+
+
+@pytest.mark.parametrize(("ours", "built"), [(True, "nothing"), (False, "stock")])
+def test_a_pass_that_cannot_be_made_is_vllms_only_where_vllm_wanted_one(ours, built, monkeypatch):
+    pass_manager = pytest.importorskip("vllm_fusion_plugin.passes.pass_manager")
+    config = engine()
+    config.compilation_config.pass_config = PassConfig(fuse_norm_quant=True)
+    if ours:
+        flags.mark(config, NORM)
+
+    def broken(name):
+        raise RuntimeError("another vLLM")
+
+    monkeypatch.setattr(pass_manager, "our_pass", broken)
+    monkeypatch.setattr(plugin.RECORDER, "report", RankReport())
+    made = pass_manager._build("RMSNormQuantFusionPass", lambda config: "stock", config)
+    assert ("stock" if made == "stock" else "nothing") == built
+    assert "another vLLM" in plugin.RECORDER.report.passes["RMSNormQuantFusionPass"]

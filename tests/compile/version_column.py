@@ -21,7 +21,7 @@ from tracer import TraceError, Tracer
 
 from vllm_fusion_plugin.tracing import fake_gpu
 
-MODELS = ("qwen3-8b-8layers", "qwen3-next-8layers", "deepseek-v3-5layers")
+MODELS = ("qwen3-8b-8layers", "qwen3-next-8layers", "deepseek-v3-5layers", "llama31-8b-fp8-dynamic")
 
 
 def main(output: Path) -> int:
