@@ -264,6 +264,20 @@ def test_an_op_that_fails_is_vllms_from_then_on(gemm, monkeypatch):
     assert [m.reason for m in boundaries(experts)[1]] == ["RuntimeError: no such instruction"]
 
 
+def test_experts_that_are_not_what_they_were_are_vllms(gemm, monkeypatch):
+    with left_to_vllm():
+        want = run()
+
+    def broken(*args):
+        raise AttributeError("'TritonExperts' object has no attribute 'quant_dtype'")
+
+    monkeypatch.setattr(layer, "why_not", broken)
+    experts = make_experts(SHAPE, experts_layer.make_weights(SHAPE, 128))
+    for _ in range(2):
+        assert torch.equal(run(experts=experts), want)
+    assert "AttributeError" in boundaries(experts)[1][0].reason
+
+
 def test_threads_do_not_see_each_other(gemm, monkeypatch):
     """As with vLLM's dual batch overlap: all are between activation and quantiser at the same time."""
     want, got = run(), {}

@@ -133,7 +133,11 @@ def _install(module: Any) -> str:
     def activation_later(self: Any, *args: Any, **kwargs: Any) -> Any:
         running = getattr(_running, "apply", None)
         if running is not None and running.experts is self and len(args) == 3 and not kwargs:
-            case = _case(self, *args)
+            try:
+                case = _case(self, *args)
+            except Exception as e:  # another vLLM's experts, which must still serve
+                _leave_all(f"{type(e).__name__}: {e}")
+                return activation(self, *args)
             if not case.reason:
                 running.kept = case, args
                 return None
