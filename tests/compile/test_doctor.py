@@ -29,4 +29,5 @@ def test_passes_and_flags():
     assert passes["ActivationQuantFusionPass"].do == "take ActivationQuantFusionPass out of the setting stock_passes"
     assert passes["RMSNormQuantFusionPass"].do == "leave out fuse_norm_quant=false"
     assert passes["AttnQuantFusionPass"].do.startswith("-cc.pass_config.fuse_attn_quant=true ")
+    assert passes["ExpertsSiluMulQuant"].state == "off: it needs a model with experts"
     assert {"FlashInfer", "DeepGEMM"} <= {f["about"] for f in told["findings"]}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import child, compat, fusions, vllm_flags
+from ..recorder import EngineRecord
 from ..tracing import fake_gpu
 from .diagnosis import Engine, Finding, PassState
 
@@ -100,16 +101,21 @@ def _engine(flags: list[str], where: str, out: str) -> Engine:
         _without_other_ranks(config)
         compat.pass_manager(config)
     for fusion in fusions.FUSIONS:
-        if fusion.enters == "layer":
-            state = (
-                "ours" if record.mla_v_up_quant else "off: it needs fuse_attn_quant, and a model with latent attention"
-            )
-        else:
-            state = record.report.passes.get(fusion.name, "off")
+        of_layer = fusion.enters == "layer"
+        state = _layer_state(fusion, config, record) if of_layer else record.report.passes.get(fusion.name, "off")
         do = _what_to_do(fusion, state)
         state = state.removesuffix(f": set {fusion.switch}=true for it")  # `do` has it as a flag of vLLM's
         engine.passes.append(PassState(name=fusion.name, switch=fusion.switch, state=state, do=do))
     return engine
+
+
+def _layer_state(fusion: fusions.Fusion, config: Any, record: EngineRecord) -> str:
+    """As a pass's state in the report."""
+    if fusion.name == "MLAVUpQuant":
+        return "ours" if record.mla_v_up_quant else "off: it needs fuse_attn_quant, and a model with latent attention"
+    if not config.model_config.get_num_experts():
+        return "off: it needs a model with experts"
+    return record.experts_left or "ours"
 
 
 def _without_other_ranks(config: Any) -> None:
