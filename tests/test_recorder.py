@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_fusion_plugin.recorder import Recorder
-from vllm_fusion_plugin.report import FusionReport
+from vllm_fusion_plugin.report import FusionReport, modules_of
 
 PASS, RANGES = "norm", ("(1, 8)", "(9, 64)")
 
@@ -172,3 +172,8 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, caplog):
     compile_part(recorder, owner, 1, folder=tmp_path / "no such folder")
     assert recorder.engine(owner).report.layer_table() == {PASS: 1}
     assert "not kept for warm starts" in caplog.text
+
+
+def test_modules_have_the_names_that_models_give_them():
+    names = ["layers.0.mlp.act_fn", "layers.1.linear_attn._forward_method.__self__.in_proj_qkvz"]
+    assert modules_of(map(node, names)) == ["layers.0.mlp.act_fn", "layers.1.linear_attn.in_proj_qkvz"]

@@ -14,6 +14,8 @@ from pydantic import BaseModel, Field
 MODEL_CODE, VLLMS_PASS = "vLLM's model code", "vLLM's own pass"
 # "L['self'].layers.0.mlp.act_fn" -> "layers.0.mlp.act_fn"
 _ROOT = re.compile(r"^L\['self'\]\.?")
+# Dynamo's way to a module that a layer reaches by one of its bound methods, as Qwen3-Next's linear attention.
+_BOUND_METHOD = re.compile(r"\.\w+\.__self__(?=\.)")
 
 
 class Boundary(BaseModel):
@@ -119,7 +121,7 @@ def module_of(node: Any) -> str:
     """Path of the innermost module that made an fx node, for example "layers.3.mlp.act_fn"; "" if unknown."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [entry[0] if isinstance(entry, tuple) else str(entry) for entry in stack.values()]
-    return _ROOT.sub("", paths[-1]) if paths else ""
+    return _BOUND_METHOD.sub("", _ROOT.sub("", paths[-1])) if paths else ""
 
 
 def modules_of(nodes: Iterable[Any]) -> list[str]:
