@@ -196,8 +196,7 @@ def _pass_on(chosen: settings.Settings, config: Any, record: EngineRecord) -> No
     wanted = chosen.mla_v_up_quant and config.compilation_config.pass_config.fuse_attn_quant
     wanted = wanted and "MLAAttnQuantFusionPass" not in chosen.stock_passes
     # The op has the rounding of the quantiser that vLLM would run after attention, or the nearest that is known.
-    exact = chosen.inexact == "fuse" or not roundings.of(roundings.GROUP_QUANT).differing
-    record.mla_v_up_quant = bool(wanted) and exact
+    record.mla_v_up_quant = bool(wanted) and not _why_inexact(chosen, roundings.GROUP_QUANT)
     if record.mla_v_up_quant:
         mla_v_up_quant.install()
     record.experts_left = _why_experts_left(chosen)
@@ -211,7 +210,14 @@ def _why_experts_left(chosen: settings.Settings) -> str:
 
     if not chosen.experts_silu_mul_quant:
         return "off: experts_silu_mul_quant=false"
-    differing = [op for op in (roundings.SILU_MUL, roundings.GROUP_QUANT) if roundings.of(op).differing]
+    return _why_inexact(chosen, roundings.SILU_MUL, roundings.GROUP_QUANT)
+
+
+def _why_inexact(chosen: settings.Settings, *ops: str) -> str:
+    """Why what stands in for these of vLLM's ops is left to vLLM, for its bytes; "" if it is not."""
+    from . import roundings
+
+    differing = [op for op in ops if roundings.of(op).differing]
     if differing and chosen.inexact == "leave":
         return f"{differing[0]} is {roundings.of(differing[0]).reason}, and inexact=leave"
     return ""

@@ -49,7 +49,8 @@ def of(found: Found, itemsize: int) -> PerToken:
         return PerToken(launches=1)
     if fused_by_inductor(found):
         return PerToken()
-    passes = 1 if "norm" in found.pattern.split("+")[2:] else 2  # where something else reads the normed rows, they stay
+    # Where something else reads the rows, they stay.
+    passes = 1 if {"norm", "act"} & set(found.pattern.split("+")[2:]) else 2
     return PerToken(bytes=passes * found.width * itemsize, launches=1)
 
 

@@ -215,7 +215,7 @@ class Leftovers(InductorPass):
 
 
 # What may have other readers besides a quantiser, and of which kind that is then.
-_KEPT = {"norm": producers.FUSED["norm"][1], "silu_mul": ("group", "token")}
+_KEPT = {"norm": producers.FUSED["norm"][1], "silu_mul": ("group", "packed", "token")}
 
 PASS_NAMES = {
     "ActivationQuantFusionPass": "activation_quant_fusion_pass",
