@@ -42,6 +42,7 @@ from configurations import (
     NEEDS,
     engine_arguments,
     environment,
+    process_environment,
 )
 from engine_process import Settings
 
@@ -56,16 +57,9 @@ class Engine:
         # Triton's own autotuner, of the GDN kernels for example, keeps its choices there.
         shared = {"TRITON_CACHE_DIR": str(pathlib.Path(folder) / "triton")} if args.deterministic else {}
         self.log = pathlib.Path(folder) / f"{name}.log"
-        inherited = {k: v for k, v in os.environ.items() if k not in LINEAR["cutlass"]}
-        env = inherited | environment(name, args.linear) | shared | {
-            "VLLM_FUSION_PLUGIN": "1" if CONFIGS[name]["plugin"] else "0",
-            "VLLM_CACHE_ROOT": str(pathlib.Path(folder) / name),
+        env = process_environment(name, pathlib.Path(folder) / name) | environment(name, args.linear) | shared | {
             # The engine in the process that is asked: nothing between a step and the clock.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_USE_FLASHINFER_SAMPLER": "0",
-            "VLLM_DEEP_GEMM_WARMUP": "skip",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
         }  # fmt: skip
         settings: Settings = {

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import pathlib
 import subprocess
 import sys
@@ -24,7 +23,7 @@ import urllib.request
 
 import timing
 from comparisons import Times, paired, summaries
-from configurations import CONFIGS
+from configurations import process_environment
 
 NAMES = ("untouched", "ours")
 # What a caller waits: for the first token, and for each token after it.
@@ -62,17 +61,11 @@ class Server:
 
     def __init__(self, name: str, model: pathlib.Path, port: int, folder: pathlib.Path, arguments: list[str]) -> None:
         self.name, self.port, self.log = name, port, folder / f"{name}.log"
-        env = os.environ | {
-            "VLLM_FUSION_PLUGIN": "1" if CONFIGS[name]["plugin"] else "0",
-            "VLLM_CACHE_ROOT": str(folder / name),
-            "VLLM_USE_FLASHINFER_SAMPLER": "0",
-            "VLLM_DEEP_GEMM_WARMUP": "skip",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), f"--port={port}"]
         command += ["--load-format=dummy", *arguments]
-        self.process = subprocess.Popen(command, stdout=self.log.open("w"), stderr=subprocess.STDOUT, env=env)
+        self.process = subprocess.Popen(
+            command, stdout=self.log.open("w"), stderr=subprocess.STDOUT, env=process_environment(name, folder / name)
+        )
 
     def wait_until_it_answers(self) -> None:
         """Exits with the end of its log if it has died, or does not answer in time."""
