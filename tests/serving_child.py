@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine that may compile nothing once it serves: prompts of many lengths, one by one. Prints what it did as JSON."""
+"""An engine that may compile nothing once it serves: prompts of many lengths, one by one. Writes what it did as JSON.
+
+python tests/serving_child.py MODEL OUT
+"""
 
 from __future__ import annotations
 
 import json
+import pathlib
 import sys
 
 
-def main(model: str) -> None:
+def main(model: str, out: str) -> None:
     from vllm import LLM, SamplingParams
 
     lengths = [*range(1, 2101), 2303, 3001, 4093]
@@ -31,8 +35,11 @@ def main(model: str) -> None:
     served = [len(output.prompt_token_ids) for output in outputs if output.outputs[0].token_ids]
     (report,) = llm.collective_rpc("get_fusion_report")
     found = [f["pattern"] for subgraph in report["subgraphs"] for f in subgraph["found"]]
-    print(json.dumps({"asked": lengths, "served": served, "notes": report["notes"], "found": found}))
+    # Not to standard output, where vLLM still logs when it ends.
+    pathlib.Path(out).write_text(
+        json.dumps({"asked": lengths, "served": served, "notes": report["notes"], "found": found})
+    )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -29,17 +29,16 @@ MODELS = {"qwen3-8b-8layers": "tma", "llama31-8b-fp8-dynamic": "token[native]"}
 def test_prompts_of_every_length_compile_nothing(model: str, tmp_path: pathlib.Path) -> None:
     pytest.importorskip("vllm.utils.jit_monitor", reason="this vLLM has no monitor of compilations")
     caches = {"VLLM_CACHE_ROOT": str(tmp_path / "vllm"), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
-    log = tmp_path / "log"
-    with log.open("w") as stderr:
+    log, out = tmp_path / "log", tmp_path / "answer"
+    with log.open("w") as output:
         done = subprocess.run(
-            [sys.executable, str(HERE / "serving_child.py"), str(HERE / "models" / model)],
+            [sys.executable, str(HERE / "serving_child.py"), str(HERE / "models" / model), str(out)],
             env=os.environ | QUICK | caches,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
     assert done.returncode == 0, log.read_text()[-4000:]
-    answer = json.loads(done.stdout.strip().splitlines()[-1])
+    answer = json.loads(out.read_text())
     assert answer["served"] == answer["asked"]
     assert any("silu_mul" in pattern for pattern in answer["found"])
     assert any(MODELS[model] in pattern for pattern in answer["found"])
