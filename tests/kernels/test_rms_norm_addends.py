@@ -12,7 +12,14 @@ from vllm_fusion_plugin.ops import rms_norm_quant as ops
 from vllm_fusion_plugin.ops.quant import GroupScales
 from vllm_fusion_plugin.ops.rms_norm_quant import NormInputs
 
-from .checks import assert_inductors_rows, assert_same_bytes
+from .checks import (
+    assert_inductors_rows,
+    assert_inductors_scales,
+    assert_same_bytes,
+    assert_same_outputs,
+    code_steps,
+    native_quantiser,
+)
 
 EPSILON, GROUP = 1e-6, 128
 ROWS = 3
@@ -131,6 +138,29 @@ def test_op_is_its_reference_with_addends(kind: str, device: torch.device) -> No
     for a, b in zip(got, want, strict=True):
         assert_same_bytes(a, b, "output")
     torch.library.opcheck(op, (*norm, *rest, "custom_op"))
+
+
+@pytest.mark.parametrize("width", [256, 4096])
+@pytest.mark.parametrize("kind", ["group", "token", "static"])
+def test_three_addends_are_stored_before_native_quantisers(kind: str, width: int, device: torch.device) -> None:
+    """Inductor rounds what takes more than four tensors and is used twice; but a token's scale is that of y unrounded."""
+    x, residual, more = (integers(seed, width, device) for seed in range(3))
+    norm = NormInputs(x, random(9, width, device)[0], EPSILON, residual, residual_addend=more, keep_sum=False)
+    rest = {"group": (GROUP, "row", False), "token": (None,), "static": (torch.full((1,), 0.01, device=device),)}[kind]
+    op = getattr(torch.ops.vllm_fusion_plugin, f"rms_norm_{kind}_fp8_quant").default
+    reference = getattr(ops, f"rms_norm_{kind}_fp8_quant_reference")
+    given = GroupScales(*rest) if kind == "group" else rest[0]
+    got, want = op(*norm, *rest, "native"), reference(norm, given, quant_rounding="native")
+    if device.type == "cpu":
+        assert_same_outputs(got, want, kind)
+    assert norm.stored and not norm._replace(weight=None).stored and not norm._replace(residual_addend=None).stored
+
+    # the same sum, of two tensors: nothing is rounded
+    exact = norm._replace(residual=(residual + more).float(), residual_addend=None)
+    apart = op(*exact, *rest, "native")
+    assert (kind == "static") == torch.equal(got[0].view(torch.uint8), apart[0].view(torch.uint8))
+    if kind == "token":
+        assert_same_bytes(got[1], apart[1], "scales")
 
 
 @pytest.mark.parametrize(
@@ -270,3 +300,44 @@ def test_sums_of_a_whole_model_are_inductors(width: int, device: torch.device) -
         )
         assert_inductors_rows(got, want, f"norm {i}")
     assert_same_bytes(residual, total, "sum")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [2048, 4096, 5120])
+@pytest.mark.parametrize("kind", ["group", "token"])
+def test_native_quantisers_of_sums_are_inductors(kind: str, width: int, device: torch.device) -> None:
+    """The norm after an MLP, which adds up three tensors, and a quantiser that Inductor compiles with it: dynamic FP8."""
+    from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+
+    shape = GroupShape(1, GROUP) if kind == "group" else GroupShape.PER_TOKEN
+    quantise = native_quantiser(static=False, group_shape=shape)
+
+    def layer(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, x2: torch.Tensor) -> tuple:
+        def quantised(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = total * torch.rsqrt(total.pow(2).mean(dim=-1, keepdim=True) + EPSILON)
+            return quantise((y.to(weight.dtype) * weight).to(x.dtype))
+
+        total = x.float() + residual.float()
+        first, residual = quantised(total), total.to(x.dtype)
+        x2 = feed_forward(first[0], x2)
+        total = x2.float() + residual.float()
+        return *first, *quantised(total), total.to(x.dtype)
+
+    generator = torch.Generator(device=device).manual_seed(width)
+    x, residual, x2 = (
+        torch.randn(2048, width, generator=generator, device=device, dtype=torch.bfloat16) * size for size in (3, 6, 3)
+    )
+    weight = 1 + 0.2 * torch.randn(width, generator=generator, device=device, dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    for t in (x, residual, x2):
+        torch._dynamo.mark_dynamic(t, 0)
+    with torch._inductor.config.patch(deterministic=True, force_disable_caches=True):
+        expected = torch.compile(layer, fullgraph=True)(x, residual, weight, x2)
+    norm = NormInputs(x2, weight, EPSILON, residual=x, residual_addend=residual, sum_columns=2048)
+    op = getattr(ops, f"rms_norm_{kind}_fp8_quant")
+    codes, scales, total = op(norm, quant_rounding="native")
+    assert_inductors_scales(scales, expected[3].contiguous(), "scales")
+    steps = code_steps(codes, expected[2])  # with y unrounded, 1 code in 60 differs
+    assert int(steps.max()) <= 1
+    assert int(steps.count_nonzero()) <= steps.numel() // 100_000
+    assert_same_bytes(total, expected[4], "sum")

@@ -34,6 +34,7 @@ class QuantConstants(NamedTuple):
     packed: bool = False  # scales are bytes: exponents
     aligned: int = 1  # codes that a thread stores at once, hence columns it has side by side
     native: bool = False  # of a token or static quantiser
+    stored: bool = False  # of a token quantiser: codes are of rounded numbers, and the scale is not
 
 
 def group_constants(

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import quant
+from . import numerics, quant
 from .launch import choose, launch, row_stride, rows_with_padding
 from .pdl import wait_for_producer
 from .quant import QuantConstants
@@ -105,6 +105,8 @@ def _quantise_rows(
         if normed_ptr is not None:
             tl.store(normed_ptr + row.to(tl.int64)[:, None] * WIDTH + column, y.to(dtype), mask=mask)
         top = quant.running_max(top, tl.abs(y), QUANT.native)  # beyond WIDTH y is 0, or NaN as in all of the row
+        if QUANT.stored:
+            y = numerics.rounded(y, dtype)
         normed = normed + (y,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no unpacking
     scale = quant.token_scale(top, bound_ptr, QUANT.native)
     tl.store(scales_ptr + row, scale, mask=row < rows)
@@ -208,13 +210,13 @@ def _kernel(
         )  # fmt: skip
 
 
-def _of_one_number(kind: str, width: int, quant_rounding: str) -> QuantConstants:
-    """Of a token or static quantiser in rows of `width`.
+def _of_one_number(kind: str, width: int, quant_rounding: str, stored: bool = False) -> QuantConstants:
+    """Of a token or static quantiser in rows of `width`; stored: see `QuantConstants`.
 
     Inductor makes one kernel of a narrow row and such a quantiser if that is native, with stores of 16 codes."""
     native = is_native(quant_rounding)
     aligned = math.gcd(width, 16 if native and width <= WARP_WIDTH.value else 8)
-    return QuantConstants(kind, quant_rounding, aligned=aligned, native=native)
+    return QuantConstants(kind, quant_rounding, aligned=aligned, native=native, stored=stored)
 
 
 def _launch(
@@ -231,7 +233,8 @@ def _launch(
     rows, width = norm.x.shape
     if rows == 0:
         return
-    native, add = is_native(quantiser.rounding), norm.residual is not None
+    add = norm.residual is not None
+    native = is_native(quantiser.rounding) and not (quantiser.kind == "group" and norm.stored)  # of y unrounded
     addends = norm.x_addend is not None and norm.residual_addend is not None
     if quantiser.kind == "token":
         # at most 2 of Inductor's warps in one: it has a row in registers twice
@@ -316,7 +319,7 @@ def rms_norm_token_fp8_quant(
 ) -> None:
     """Write codes [M, H], scales [M, 1] and, if given, normed and residual_out [M, H] of norm.x [M, H]; arguments as for
     groups."""
-    quantiser = _of_one_number("token", norm.x.shape[1], quant_rounding)
+    quantiser = _of_one_number("token", norm.x.shape[1], quant_rounding, norm.stored and is_native(quant_rounding))
     _launch(norm, quantiser, codes, normed, residual_out, tile, pdl, number_ptr=scale_ub, scales_ptr=scales)
 
 

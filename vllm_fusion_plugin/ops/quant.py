@@ -239,27 +239,29 @@ def empty_token_scales(x: torch.Tensor) -> torch.Tensor:
 
 
 def token_fp8_quant_reference(
-    y: torch.Tensor, scale_ub: torch.Tensor | None, quant_rounding: str
+    y: torch.Tensor, scale_ub: torch.Tensor | None, quant_rounding: str, *, codes_of: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y [M, K] of any float dtype -> codes [M, K] float8_e4m3fn and scales [M, 1] fp32, in plain torch.
+
+    codes_of: [M, K], y as it is stored, if codes are made of that and only the scales of y.
 
     Mirrors vLLM's `dynamic_per_token_scaled_fp8_quant` (custom_op), which divides each number by its row's scale, and
     `QuantFP8.forward_native` (native), which multiplies by the scale's rounded reciprocal. In both, `scale_ub` limits a
     row's maximum and FP8_MIN_SCALE is the scale's floor. NaN is ignored by custom_op's maximum and has +448 as a code.
     """
-    q = y.float()
-    magnitude = q.abs()
+    magnitude = y.float().abs()
+    numbers = (y if codes_of is None else codes_of).float()
     if quant_rounding == "custom_op":
         top = _ignoring_nan_max(magnitude)
         if scale_ub is not None:
             top = torch.fmin(top, scale_ub.reshape(()))
         # a tensor as divisor, as above
         scale = (top / top.new_full((), FP8_MAX)).clamp(min=FP8_MIN_SCALE)
-        codes = (q / scale).nan_to_num(nan=FP8_MAX, posinf=FP8_MAX, neginf=-FP8_MAX)
+        codes = (numbers / scale).nan_to_num(nan=FP8_MAX, posinf=FP8_MAX, neginf=-FP8_MAX)
     else:
         top = magnitude.amax(dim=-1, keepdim=True)
         if scale_ub is not None:
             top = torch.minimum(top, scale_ub.reshape(()))
         scale = (top / FP8_MAX).clamp(min=FP8_MIN_SCALE)
-        codes = q * scale.reciprocal()
+        codes = numbers * scale.reciprocal()
     return codes.clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE), scale

@@ -9,8 +9,10 @@ vLLM has more than one RMSNorm and they round differently; `norm_rounding` says 
 `native`
     The torch code of `vllm_ir.rms_norm` and `vllm_ir.fused_add_rms_norm` as Inductor compiles it (vLLM's default): fp32
     throughout. residual_out is s rounded to x's dtype, but s itself goes on unrounded. y is rounded to x's dtype where
-    Inductor stores it, that is before an opaque quantiser (`quant_rounding="custom_op"`), and not at all before a native
-    quantiser, which Inductor puts into the same loop.
+    Inductor stores it: before an opaque quantiser (`quant_rounding="custom_op"`), and not before a native quantiser, which
+    Inductor puts into the same loop. But what takes more than four tensors to compute and is used twice, as a group or
+    token quantiser uses y, it stores as well: y of three addends and a weight. A token's scale, in the loop that stores y,
+    is still that of y unrounded.
 `eager`
     The same code run eagerly, or by Inductor under `emulate_precision_casts`: s * rsqrt(...) is rounded to weight's dtype,
     its product with weight too, and y to x's dtype. (With `gemma_weight`, w is fp32 and only y is rounded.)
@@ -66,6 +68,8 @@ ROW_ARGUMENTS = ("x", "residual", "x_addend", "residual_addend")
 NORM_ROUNDINGS = ("native", "eager", "custom_op")
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SUM_COLUMNS = (0, 1024, 2048)
+# Inductor's `config.realize_reads_threshold`: what reads more tensors and is used more than once, it stores.
+MOST_READS = 4
 
 # NormInputs in a schema, in front of what the quantiser needs.
 NORM = (
@@ -147,6 +151,13 @@ class NormInputs(NamedTuple):
             raise ValueError("residual_addend is given without a residual to add it to; allowed: with residual")
         if self.x_addend is None and self.x_addend_scale != 1.0:
             raise ValueError(f"x_addend_scale={self.x_addend_scale} without x_addend; allowed: 1.0")
+
+    @property
+    def stored(self) -> bool:
+        """Whether Inductor stores y, rounded, before a native quantiser that uses it twice, a group's or a token's. What it
+        counts are addends, the weight and the sum of squares."""
+        read = (self.x, self.residual, self.x_addend, self.residual_addend, self.weight)
+        return self.norm_rounding == "native" and sum(t is not None for t in read) + 1 > MOST_READS
 
     def empty_codes(self) -> torch.Tensor:
         return self.x.new_empty(self.x.shape, dtype=FP8_DTYPE)
@@ -246,9 +257,9 @@ def scale_rows(norm: NormInputs, s: torch.Tensor, inverse_rms: torch.Tensor) -> 
     return y * norm.weight.float()
 
 
-def _norm(norm: NormInputs, quant_rounding: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """What is quantised, and the outputs after codes and scales."""
-    rounded = norm.norm_rounding != "native" or not is_native(quant_rounding)
+def _norm(norm: NormInputs, quant_rounding: str, stored: bool = False) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What is quantised, and the outputs after codes and scales; stored: y is rounded before a native quantiser too."""
+    rounded = norm.norm_rounding != "native" or not is_native(quant_rounding) or stored
     y, residual_out = rms_norm_reference(norm, rounded=rounded)
     return y, _given(y if norm.keep_norm else None, residual_out if norm.keep_sum else None)
 
@@ -261,7 +272,7 @@ def rms_norm_group_fp8_quant_reference(
 ) -> list[torch.Tensor]:
     """`rms_norm_group_fp8_quant` in plain torch, on any device."""
     _of_group((*norm, *scales, quant_rounding))
-    y, extras = _norm(norm, quant_rounding)
+    y, extras = _norm(norm, quant_rounding, norm.stored)
     return [*group_fp8_quant_reference(y, scales, quant_rounding), *extras]
 
 
@@ -345,7 +356,8 @@ def rms_norm_token_fp8_quant_reference(
     """`rms_norm_token_fp8_quant` in plain torch, on any device."""
     _of_token((*norm, scale_ub, quant_rounding))
     y, extras = _norm(norm, quant_rounding)
-    return [*token_fp8_quant_reference(y, scale_ub, quant_rounding), *extras]
+    codes_of = y.to(norm.x.dtype) if norm.stored else y
+    return [*token_fp8_quant_reference(y, scale_ub, quant_rounding, codes_of=codes_of), *extras]
 
 
 def _token_fake(*arguments: Any) -> list[torch.Tensor]:

@@ -30,7 +30,8 @@ from torch import fx
 from .. import compat
 from ..graph import arguments_of, called_op, is_sum, same_shape, set_arguments
 from ..kernels.rounding import is_native
-from ..ops import rms_norm_quant  # noqa: F401  (registers the ops)
+from ..ops.rms_norm_quant import MOST_READS, NormInputs
+from .quantiser_nodes import VIEWS
 
 aten = torch.ops.aten
 ops = torch.ops.vllm_fusion_plugin
@@ -42,9 +43,9 @@ OURS = (
 )
 IR_ADD = "vllm_ir.fused_add_rms_norm"
 LOOK_UPS = ("aten.embedding", "aten.index")
-# Inductor's: `config.realize_reads_threshold`; up to how many loads and reductions a kernel is tried with whole rows, and
-# from how many on it counts as short of registers (triton_heuristics).
-MOST_READS, FEW_LOADS, MANY_LOADS = 4, 8, 10
+# Inductor's: up to how many loads and reductions a kernel is tried with whole rows, and from how many on it counts as short
+# of registers (triton_heuristics).
+FEW_LOADS, MANY_LOADS = 8, 10
 
 
 def take(graph: fx.Graph, deterministic: bool = False) -> None:
@@ -60,9 +61,7 @@ def take(graph: fx.Graph, deterministic: bool = False) -> None:
             if total.before is not None:
                 _take_residual(graph, norm, total.before)
             _take_x(graph, norm)
-            set_arguments(
-                norm, sum_columns=_sum_columns(total, is_native(arguments_of(norm)["quant_rounding"]), deterministic)
-            )
+            set_arguments(norm, sum_columns=_sum_columns(total, _has_native_quantiser(norm), deterministic))
         elif total.before is not None and total.before.ours:
             norm.update_arg(1, _addition(graph, norm, total.before))
         if (node := _result(norm)) is not None and _is_residual(node):
@@ -119,6 +118,14 @@ class _Sum:
         """As Inductor counts them: a kernel goes through a row twice, and the second time reads the sum if it is stored."""
         once = self.tensors + self.look_ups
         return (once + 1 if self.stored else once + self.tensors) + 2  # a weight, a sum of squares
+
+
+def _has_native_quantiser(norm: fx.Node) -> bool:
+    """Whether Inductor would have the quantiser of a norm of ours in the norm's kernel. What it stores, a group quantiser
+    reads in a kernel of its own."""
+    of_group = norm.target is ops.rms_norm_group_fp8_quant.default
+    stored = of_group and NormInputs(*norm.args[: len(NormInputs._fields)]).stored  # type: ignore[arg-type]
+    return is_native(arguments_of(norm)["quant_rounding"]) and not stored
 
 
 def _sum_columns(total: _Sum, native_quant: bool, deterministic: bool) -> int:
@@ -246,6 +253,33 @@ def _take_x(graph: fx.Graph, norm: fx.Node) -> None:
     if all(value.dtype == values[0].dtype and same_shape(value, values[0]) for value in values):
         set_arguments(norm, x=x, x_addend=addend, x_addend_scale=float(scale))
         graph.erase_node(total)
+
+
+def is_inlined(node: fx.Node) -> bool:
+    """Whether Inductor would compute a norm's input in the norm's kernel, unrounded, and an op of ours could not."""
+    while node.target in VIEWS:
+        node = node.all_input_nodes[0]
+    if _is_stored(node) or called_op(node) in LOOK_UPS:
+        return False
+    if is_sum(node):
+        return not all(_is_addend(addend) for addend in node.args)
+    if node.target is operator.getitem:  # of a norm's results, the sum is this file's affair
+        return bool(node.args[1] == 0) and _is_norm_of_inductors(node.args[0])
+    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return pointwise or called_op(node).startswith("prims.") or _is_norm_of_inductors(node)
+
+
+def _is_addend(node: Any) -> bool:
+    """Whether an op of ours can add `node` up: what is in memory, or that times a number."""
+    return _is_stored(node) or (node.target is aten.mul.Tensor and _is_stored(node.args[0]))
+
+
+def _is_norm_of_inductors(node: Any) -> bool:
+    name = called_op(node)
+    if not name.startswith("vllm_ir."):
+        return False
+    values = fx.map_arg(node.args, lambda n: n.meta["val"])
+    return compat.ir_provider(name.partition(".")[2], list(values)) == "native"
 
 
 def _is_stored(node: Any) -> bool:
