@@ -73,9 +73,11 @@ class Norm(nn.Module):
         self.norm = GemmaRMSNorm(WIDTH, epsilon) if gemma else RMSNorm(WIDTH, epsilon, **norm)
         self.quant = quant()
         self.add, self.returns = add, returns
+        self.matrix = nn.Parameter(torch.empty(WIDTH, WIDTH)) if add else None
 
     def forward(self, x):
-        normed, total = self.norm(x, torch.relu(x)) if self.add else (self.norm(x), None)
+        # a product of matrices is in memory, as what a layer adds up is
+        normed, total = self.norm(x, x @ self.matrix) if self.add else (self.norm(x), None)
         results = {"norm": normed, "sum": total}
         return *self.quant(normed), *(results[name] for name in self.returns)
 

@@ -273,7 +273,19 @@ class ThreeDimensionsStatic(Norm):
         super().__init__(static(native=True))
 
     def forward(self, x):
-        return super().forward(torch.stack([x, x]))
+        return super().forward(x.unsqueeze(1).expand(-1, 2, -1))
+
+
+class OfAnotherNorm(Norm):
+    """As in Gemma's layers: Inductor has both norms and the quantiser in one kernel."""
+
+    def forward(self, x):
+        return super().forward(torch.ops.vllm_ir.rms_norm.default(x, self.norm.weight, EPSILON))
+
+
+class OfPointwiseCode(Norm):
+    def forward(self, x):
+        return super().forward(torch.relu(x) + x)
 
 
 class PerTensor(Norm):
@@ -301,6 +313,8 @@ LEFT_ALONE = {
     functools.partial(Direct, size=32): "'group_size': 32",
     ThreeDimensions: "3 dimensions",
     ThreeDimensionsStatic: "3 dimensions",
+    functools.partial(OfAnotherNorm, token(native=True)): "this norm and its quantiser into one kernel",
+    functools.partial(OfPointwiseCode, group(native=True)): "this norm and its quantiser into one kernel",
     PerTensor: "_C.dynamic_scaled_fp8_quant",
     ScaleFromTheNorm: "made from its output",
     functools.partial(Norm, group(native=True), returns=("norm",)): "has other users",

@@ -2,7 +2,8 @@
 """RMSNormQuantFusionPass: an RMS norm and the quantiser after it become one op. Stands in for vLLM's pass of that name.
 
 What comes out of pointwise code that Inductor compiles, a native norm reads before it is rounded, and the fused op does so
-where that is a sum (residual_sums.py). Other pointwise code it reads rounded, as vLLM's own fused ops do.
+where that is a sum (residual_sums.py). Other pointwise code it reads rounded, as vLLM's own fused ops do; before a native
+quantiser, where Inductor has all of it in one kernel, the norm is left to Inductor.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..graph import OpIndex, called_op
 from ..ops import rms_norm_quant  # noqa: F401  (registers the ops)
 from ..ops.quant import FP8_DTYPE, GROUP_SIZES, INPUT_DTYPES
 from ..ops.rms_norm_quant import NormInputs
-from . import gated_rms_norm_quant, mla_dual_rms_norm_quant, norms, quantisers, residual_sums
+from . import gated_rms_norm_quant, mla_dual_rms_norm_quant, norms, producers, quantisers, residual_sums
 from .base import FusionPass
 from .pattern import PatternReplacement, empty
 
@@ -124,6 +125,13 @@ class RMSNormQuant(PatternReplacement):
                 "the norm's result has other users too, which read it rounded, and a quantiser in plain torch code does "
                 "not; fused with vLLM's quantiser op"
             )
+        if self.quant.variant == "native" and self.norm.variant in ("ir", "sum"):
+            for node in (match.kwargs["arg0"], *([match.kwargs["arg2"]] if self.norm.add else [])):
+                if residual_sums.is_inlined(node):
+                    return (
+                        f"Inductor compiles {producers.of(node).words}, this norm and its quantiser into one kernel; "
+                        "fused where what the norm reads is in memory"
+                    )
         return None
 
     def quant_value(self, match: Match, position: int) -> torch.Tensor:
