@@ -46,6 +46,10 @@ OPAQUE_MLPS = {
         "experts' input is quantised inside vLLM's opaque MoE op, where no graph pass reaches; so are shared experts"
     ),
     "vllm.fused_experts": _EXPERTS,
+    # passes/experts_input_quant.py has put it there
+    "vllm_fusion_plugin.moe_forward_shared": (
+        "shared experts quantise inside vLLM's opaque MoE op, where no graph pass reaches"
+    ),
 }
 
 # vLLM's own fused ops: what they fuse, and the pass of ours that stands where vLLM's pass with them stood. Model code calls
@@ -426,6 +430,46 @@ def group_quantiser_uses_ue8m0() -> bool:
     from vllm.model_executor.layers.quantization.utils import fp8_utils
 
     return bool(fp8_utils.is_deep_gemm_e8m0_used())
+
+
+def has_vllm_op(name: str) -> bool:
+    """Whether this process has imported the module of vLLM that registers `torch.ops.vllm.<name>`."""
+    return hasattr(torch.ops.vllm, name)
+
+
+def moe_forward_shared() -> Any:
+    """The Python function behind vLLM's op of that name, whose signature has the type that a layer's name has (all versions
+    read); None if this process has not imported it."""
+    module = sys.modules.get("vllm.model_executor.layers.fused_moe.runner.moe_runner")
+    return getattr(module, "_moe_forward_shared", None)
+
+
+def moe_layers(config: Any) -> dict[str, Any]:
+    """The engine's MoE layers by the name that MoE ops know them by (all versions read)."""
+    owner = engine_owner(config)
+    return {name: owner.static_forward_context[name] for name in getattr(owner, "static_all_moe_layers", ())}
+
+
+def forget_layers_outside(model: torch.nn.Module, config: Any) -> None:
+    """Take the layers that are no part of `model` out of those that the engine of `config` knows by name."""
+    owner, parts = engine_owner(config), set(model.modules())
+    known = owner.static_forward_context
+    for name in [n for n, one in known.items() if isinstance(one, torch.nn.Module) and one not in parts]:
+        del known[name]
+    owner.static_all_moe_layers[:] = [name for name in owner.static_all_moe_layers if name in known]
+
+
+def moe_kernels(layer: torch.nn.Module) -> list[tuple[Any, Any]]:
+    """Of a MoE layer: what prepares the experts' input, and the object or two that its experts run in. Held as
+    `experts_by_layer` says."""
+    kernels = [getattr(getattr(m, "quant_method", None), "moe_kernel", None) for m in layer.modules()]
+    found = []
+    for kernel in kernels:
+        experts = getattr(kernel, "fused_experts", None)
+        if experts is not None:
+            either = [getattr(experts, part, None) for part in ("experts", "fallback_experts")]
+            found += [(kernel.prepare_finalize, one) for one in (either if None not in either else [experts])]  # type: ignore[union-attr]
+    return found
 
 
 def swiglu_parameters(experts: Any) -> dict[str, float]:

@@ -190,7 +190,7 @@ def _register_ops() -> None:
 def _pass_on(chosen: settings.Settings, config: Any, record: EngineRecord) -> None:
     from . import roundings, warmup
     from .kernels import pdl
-    from .layers import experts_silu_mul_quant, mla_v_up_quant
+    from .layers import experts_input_quant, experts_silu_mul_quant, mla_v_up_quant
 
     os.environ[pdl.ENV] = "1" if chosen.use_pdl else "0"
     wanted = chosen.mla_v_up_quant and config.compilation_config.pass_config.fuse_attn_quant
@@ -202,6 +202,8 @@ def _pass_on(chosen: settings.Settings, config: Any, record: EngineRecord) -> No
     record.experts_left = _why_experts_left(chosen)
     if not record.experts_left:
         experts_silu_mul_quant.install()
+    if chosen.experts_input_quant:
+        experts_input_quant.install()  # compiled code from file calls its op by name
     warmup.install(config)
 
 

@@ -68,6 +68,10 @@ class Settings(BaseModel):
     """Triton's experts with FP8 weights in blocks run SiLU·mul and the quantiser between their two GEMMs as one kernel,
     where vLLM runs two; same bytes."""
 
+    experts_input_quant: bool = True
+    """In models with shared experts, the quantiser of experts' input comes out of vLLM's MoE op and fuses with the norm
+    before it; same bytes."""
+
     inexact: Literal["fuse", "leave"] = "fuse"
     """What to do where none of the roundings that this package knows is that of the installed vLLM's quantiser or SiLU·mul:
     fuse with the nearest, and say so in the report, or leave it to vLLM."""

@@ -390,14 +390,14 @@ def pass_names(settings):
 
 
 def test_splits_first_and_joins_last():
+    splits = ["SplitExpertsPass", "SplitBlockGemmPass"]
     names = pass_names({"lone_group_quant": False})
-    assert names[:2] == ["NoOpEliminationPass", "SplitBlockGemmPass"]
-    assert names[-2:] == ["JoinBlockGemmPass", "Leftovers"]
-    assert "JoinBlockGemmPass" not in pass_names({})
-    assert not {"SplitBlockGemmPass", "JoinBlockGemmPass"} & set(
-        pass_names({"split_block_gemm": False, "lone_group_quant": False})
-    )
-    assert not {"SplitBlockGemmPass", "JoinBlockGemmPass"} & set(pass_names({"enabled": False}))
+    assert names[:3] == ["NoOpEliminationPass", *splits]
+    assert names[-2:] == ["JoinPass", "Leftovers"]
+    assert "JoinPass" not in pass_names({})
+    off = {"split_block_gemm": False, "experts_input_quant": False, "lone_group_quant": False}
+    assert not {*splits, "JoinPass"} & set(pass_names(off))
+    assert not {*splits, "JoinPass"} & set(pass_names({"enabled": False}))
 
 
 def test_words_say_what_is_fused_and_not_how():

@@ -62,13 +62,13 @@ CASES = {
     # 8 equal layers. vLLM compiles two pieces with an MLP: that between two attentions, and the last.
     "qwen3": Case("qwen3-8b-8layers", CUTLASS_KERNEL, 2, 8, 16, 16, lone=8, env=CUTLASS),
     "qwen3-defaults": Case("qwen3-8b-8layers", DEFAULT_KERNEL, 2, 8, 0, 16, lone=8, gemms=32),
-    # 1 dense layer; in the 4 MoE layers experts and shared expert are inside one op. In each layer input norm and q's norm,
-    # whose op also does that of k and v.
-    "deepseek-v3": Case("deepseek-v3-5layers", CUTLASS_KERNEL, 1, 1, 11, 11, dual=5, lone=5, env=CUTLASS),
-    "deepseek-v3-defaults": Case("deepseek-v3-5layers", DEFAULT_KERNEL, 1, 1, 0, 11, dual=5, lone=5, gemms=17),
+    # 1 dense layer; in the 4 MoE layers experts and shared expert are inside one op, which gets the experts' quantised input
+    # from the norm before it. In each layer input norm and q's norm, whose op also does that of k and v.
+    "deepseek-v3": Case("deepseek-v3-5layers", CUTLASS_KERNEL, 1, 1, 11, 15, dual=5, lone=5, env=CUTLASS),
+    "deepseek-v3-defaults": Case("deepseek-v3-5layers", DEFAULT_KERNEL, 1, 1, 0, 15, dual=5, lone=5, gemms=17),
     # All MLPs inside the MoE op. Norms with weight + 1 in float32 and results that another GEMM reads as well, which stock's
     # fusion does not take. 6 of 8 layers have linear attention.
-    "qwen3-next-defaults": Case("qwen3-next-8layers", DEFAULT_KERNEL, 0, 0, 0, 8, gated=6, lone=2, gemms=16),
+    "qwen3-next-defaults": Case("qwen3-next-8layers", DEFAULT_KERNEL, 0, 0, 0, 16, gated=6, lone=2, gemms=16),
 }
 
 
@@ -119,7 +119,7 @@ def test_plugin_fuses_what_stock_fuses(case, trace_model):
     # The other passes, and the order of all, are as they were.
     first, *names = [p.rpartition(".")[2] for p in stock["passes"]]
     ours = [p.rpartition(".")[2] for p in trace["passes"]]
-    assert ours == [first, "SplitBlockGemmPass", *names, "GroupQuantPass", "Leftovers"]
+    assert ours == [first, "SplitExpertsPass", "SplitBlockGemmPass", *names, "GroupQuantPass", "Leftovers"]
     assert trace["linear_kernels"] == stock["linear_kernels"]
 
 
@@ -184,10 +184,11 @@ def test_report_names_gated_norms(case, trace_model):
     trace = trace_model(case.model, plugin=True, env=dict(case.env))
     gated = [f for f in found(trace, NORM) if f["pattern"].startswith("gated_rms_norm[silu,norm first]")]
     assert [module(f, 2) for f in gated] == [f"layers.{i}" for i in (0, 1, 2, 4, 5, 6)]
-    # Input norms: a GEMM in the model's dtype reads those of linear attention too.
+    # A GEMM in the model's dtype reads input norms of linear attention too, and norms before experts: the router.
     patterns = [f["pattern"].partition("+")[::2] for f in found(trace, NORM) if f not in gated]
     assert {norm for norm, _ in patterns} == {"rms_norm[gemma]", "fused_add_rms_norm[gemma]"}
-    assert sum("+norm" in rest for _, rest in patterns) == 6
+    assert sum("+norm" in rest for _, rest in patterns) == 6 + 8
+    assert sum("[experts,row,ue8m0]" in rest for _, rest in patterns) == 8
 
 
 @pytest.mark.parametrize("case", ["deepseek-v3", "deepseek-v3-defaults"], indirect=True)
@@ -214,8 +215,8 @@ def test_transformers_backend(case, trace_model):
 def test_report_says_what_is_left(case, trace_model):
     trace = trace_model(case.model, plugin=True, env=dict(case.env))
     lines = [m for sub in trace["plugin"]["subgraphs"] for m in sub["missed"]]
-    # One layer is dense; the others have their MLPs inside the MoE op.
-    experts = [m for m in lines if "MoE op" in m["reason"]]
+    # One layer is dense; the others have their shared experts inside the MoE op.
+    experts = [m for m in lines if "shared experts quantise inside" in m["reason"] and "MoE op" in m["reason"]]
     assert len(experts) == 4 and not missed(trace, ACT)
     (outside,) = trace["plugin"]["outside"]  # traced, but not run
     assert [(m["module"], m["reason"]) for m in outside["missed"]] == [

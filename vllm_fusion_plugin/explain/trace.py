@@ -101,6 +101,7 @@ def _may_trace(config: Any, traced: Traced) -> bool:
 
 
 def _build_and_compile(config: Any, traced: Traced, tell: Callable[[Any], None]) -> None:
+    from .. import compat
     from . import layers
 
     try:
@@ -108,6 +109,7 @@ def _build_and_compile(config: Any, traced: Traced, tell: Callable[[Any], None])
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, AssertionError) as e:
         raise child.UserError(f"vLLM cannot build this model from its config.json: {child.one_line(e)}") from e
     traced.layers = layers.cut(model)
+    compat.forget_layers_outside(model, config)  # passes ask all layers that the engine knows
     pieces = len(traced.layers) + 1
     tell((0.5, "bringing weights into shape"))
     tracing.finish_weights(model, config)

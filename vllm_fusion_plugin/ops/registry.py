@@ -25,7 +25,7 @@ SIGNATURES: dict[str, calls.Signature] = {}
 """Likewise."""
 
 # Held for the life of the process: the registrations go away with the object.
-_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def register(
@@ -50,11 +50,11 @@ def register(
     CPU_IMPLEMENTATIONS[name] = cpu
     CUDA_IMPLEMENTATIONS[name] = cuda
     if not hasattr(getattr(torch.ops, NAMESPACE), name):
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
         SIGNATURES[name] = _signature(name, per_row, rows_by)
-        _LIBRARY.impl(name, calls.remembering(SIGNATURES[name], cuda), "CUDA")
-        _LIBRARY.impl(name, cpu, "CPU")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+        LIBRARY.impl(name, calls.remembering(SIGNATURES[name], cuda), "CUDA")
+        LIBRARY.impl(name, cpu, "CPU")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 

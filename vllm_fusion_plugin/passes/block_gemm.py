@@ -19,7 +19,6 @@ from .. import compat, report, roundings
 from ..graph import arguments_of, called_op, quantised
 from ..kernels.rounding import FLASHINFER_ROWS
 from ..ops import block_gemm, group_quant  # noqa: F401  (registers the ops)
-from ..ops.quant import GroupScales
 from . import quantisers
 from .base import FusionPass
 
@@ -95,7 +94,7 @@ def split(graph: fx.Graph, gemm: fx.Node, quantised: dict[Any, tuple[fx.Node, fx
     with graph.inserting_before(gemm):
         if key not in quantised:
             both = graph.call_function(ops.group_fp8_quant.default, (given["input"], *_quantiser(given)))
-            both.meta = gemm.meta | {"val": (codes, scales), quantisers.SPLIT: True}
+            both.meta = gemm.meta | {"val": (codes, scales), quantisers.SPLIT: quantisers.SPLIT_GEMM}
             results = [graph.call_function(operator.getitem, (both, i)) for i in (0, 1)]
             for result, value in zip(results, (codes, scales), strict=True):
                 result.meta = gemm.meta | {"val": value}
@@ -108,16 +107,10 @@ def split(graph: fx.Graph, gemm: fx.Node, quantised: dict[Any, tuple[fx.Node, fx
     graph.erase_node(gemm)
 
 
-def split_quantisers(graph: fx.Graph) -> dict[fx.Node, GroupScales]:
-    """Quantisers that this pass has put into a graph, and that nothing has fused, with their scales."""
-    nodes = graph.find_nodes(op="call_function", target=ops.group_fp8_quant.default)
-    return {node: scales for node in nodes if (scales := quantisers.split_scales(node)) is not None}
-
-
 def join(graph: fx.Graph) -> None:
     """Put vLLM's op back where nothing has fused the quantiser that was split off."""
     whole_gemm: Any = compat.dynamic_block_gemm()
-    for quantiser in split_quantisers(graph):
+    for quantiser in quantisers.split_quantisers(graph, quantisers.SPLIT_GEMM):
         # each once: a GEMM reads both codes and scales
         for gemm in dict.fromkeys(user for result in quantiser.users for user in result.users):
             given = arguments_of(gemm)
@@ -132,19 +125,12 @@ def join(graph: fx.Graph) -> None:
         graph.erase_node(quantiser)
 
 
-class JoinBlockGemmPass(FusionPass):
-    """Puts vLLM's dynamic block GEMM back together where no pass has fused its quantiser. Takes a VllmConfig."""
-
-    name: ClassVar[str] = "join_block_gemm_pass"
-
-    def _run(self, graph: fx.Graph) -> None:
-        join(graph)
-
-
 def report_alone(graph: fx.Graph, pass_name: str) -> int:
     """Report the quantisers that were split off and run by themselves; how many there are."""
-    found = split_quantisers(graph)
-    for node, scales in found.items():
-        key = str(quantisers.GroupQuant("split", scales))
-        report.RECORDER.found(pass_name, key, report.module_of(node), *quantised(node.users))
-    return len(found)
+    alone = 0
+    for variant in (quantisers.SPLIT_GEMM, quantisers.EXPERTS):
+        for node, scales in quantisers.split_quantisers(graph, variant).items():
+            key = str(quantisers.GroupQuant(variant, scales))
+            report.RECORDER.found(pass_name, key, report.module_of(node), *quantised(node.users))
+            alone += 1
+    return alone

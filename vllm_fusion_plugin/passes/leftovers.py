@@ -120,7 +120,8 @@ class Leftovers(InductorPass):
         owner, _ = producers.FUSED.get(made.kind, (NO_PASS, ()))
         pass_name = PASS_NAMES.get(owner, NO_PASS)
         if name := next((n for n in (called_op(q.node),) if n in compat.OPAQUE_MLPS), None):
-            return NO_PASS, compat.OPAQUE_MLPS[name]
+            refused = self._refused(q, made, reported)
+            return NO_PASS, compat.OPAQUE_MLPS[name] + (f": {refused[1]}" if refused else "")
         if q.variant == "inside":
             return pass_name, f"{self._inside(q, made, reported)}; before it: {made.words}"
         alone = _ALONE.get(q.variant, "")

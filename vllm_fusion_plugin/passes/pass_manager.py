@@ -26,7 +26,7 @@ logger = logging.getLogger("vllm.fusion_plugin")
 
 STAND_INS = tuple(fusion.name for fusion in fusions.entering("pass"))
 # No fusion, but what undoes a split that nothing came of.
-JOIN = fusions.Fusion("JoinBlockGemmPass", "block_gemm", "last", "split_block_gemm")
+JOIN = fusions.Fusion("JoinPass", "join", "last", "enabled")
 
 
 def our_pass(name: str) -> type:
@@ -89,7 +89,7 @@ class FusionPassManager(PostGradPassManager):
             self._add_first(self._build_ours(fusion, chosen, config))
         for fusion in fusions.entering("last"):
             self._add_last(self._build_ours(fusion, chosen, config))
-        if chosen.split_block_gemm and not chosen.lone_group_quant:
+        if not chosen.lone_group_quant and any(getattr(chosen, f.switch) for f in fusions.entering("first")):
             self._add_last(self._build_ours(JOIN, chosen, config))
         self._add_leftovers(config)
 

@@ -107,7 +107,8 @@ class Fp8Quant:
 class GroupQuant(Fp8Quant):
     """Dynamic FP8 quantiser with one scale a group along the row, in one of its layouts and variants.
 
-    variant "split": this package's op, which block_gemm.py puts in front of a GEMM that quantised inside.
+    variant "split": this package's op, which block_gemm.py puts in front of a GEMM that quantised inside; "experts":
+    likewise, which experts_input_quant.py puts in front of experts.
     """
 
     variant: str
@@ -120,8 +121,8 @@ class GroupQuant(Fp8Quant):
             maxima = (node.all_input_nodes[0].meta["val"].shape[-1] for node in ops.get("aten.max", []))
             rounds_up = "aten.log2" in ops or not self.scales.ue8m0
             return _converts_to_fp8(ops) and self.scales.group_size in maxima and rounds_up
-        if self.variant == "split":
-            return any(split_scales(node) == self.scales for node in ops.get(OURS, []))
+        if self.variant in (SPLIT_GEMM, EXPERTS):
+            return any(split_scales(node, self.variant) == self.scales for node in ops.get(OURS, []))
         wanted = {k: v for k, v in self._arguments().items() if k not in ("eps", "fp8_min", "fp8_max")}
         nodes = ops.get(f"_C.{self._op_name}", [])
         return any(all(node.kwargs.get(k) == v for k, v in wanted.items()) for node in nodes)
@@ -159,7 +160,7 @@ class GroupQuant(Fp8Quant):
 
     @property
     def rounding(self) -> str:
-        if self.variant == "split":
+        if self.variant == SPLIT_GEMM:
             return split_rounding()
         floored = self.variant == "native" and _native_scale_is_floored_first()
         return "native_floored" if floored else super().rounding
@@ -184,7 +185,7 @@ class GroupQuant(Fp8Quant):
                 use_ue8m0=self.scales.ue8m0,
             )
             return layer.forward_native(y)
-        if self.variant == "split":
+        if self.variant in (SPLIT_GEMM, EXPERTS):
             return torch.ops.vllm_fusion_plugin.group_fp8_quant.default(y, *self.scales, self.rounding)
         output = "output_s_packed" if self.scales.layout == "packed" else "output_s"
         _, codes, scales = functionalized(
@@ -212,7 +213,8 @@ def group_quants(group_sizes: tuple[int, ...]) -> list[GroupQuant]:
         # forward_native knows no TMA alignment: it returns plain column-major scales
         if not (variant == "native" and layout == "tma")
     ] + [
-        *(GroupQuant("split", block_gemm.SCALES._replace(ue8m0=ue8m0)) for ue8m0 in (False, True)),
+        *(GroupQuant(SPLIT_GEMM, block_gemm.SCALES._replace(ue8m0=ue8m0)) for ue8m0 in (False, True)),
+        *(GroupQuant(EXPERTS, GroupScales(size, "row", ue8m0)) for size in group_sizes for ue8m0 in (False, True)),
         *(GroupQuant("custom_op", GroupScales(size, "packed", True)) for size in group_sizes if packed and size == 128),
     ]
 
@@ -224,17 +226,24 @@ def split_rounding() -> str:
     return rounding if compat.batch_invariant() else f"{rounding}_or_{FLASHINFER}"
 
 
-def split_scales(node: fx.Node) -> GroupScales | None:
-    """Of a quantiser that was split off a GEMM; None of any other node."""
-    if called_op(node) != OURS or not node.meta.get(SPLIT):
+def split_scales(node: fx.Node, variant: str) -> GroupScales | None:
+    """Of a quantiser that was split off a GEMM, or off experts; None of any other node."""
+    if called_op(node) != OURS or node.meta.get(SPLIT) != variant:
         return None
     arguments = arguments_of(node)
     return GroupScales(*(arguments[name] for name in ("group_size", "scale_layout", "use_ue8m0")))
 
 
+def split_quantisers(graph: fx.Graph, variant: str) -> dict[fx.Node, GroupScales]:
+    """Quantisers that were split off so, and that nothing has fused, with their scales."""
+    nodes = graph.find_nodes(op="call_function", target=torch.ops.vllm_fusion_plugin.group_fp8_quant.default)
+    return {node: scales for node in nodes if (scales := split_scales(node, variant)) is not None}
+
+
 OURS = "vllm_fusion_plugin.group_fp8_quant"
 SPLIT = "vllm_fusion_plugin_split"
-"""In the `meta` of such a quantiser, and of a GEMM that was split in vain and is vLLM's again."""
+"""In the `meta` of such a quantiser, its variant; also of a GEMM that was split in vain and is vLLM's again."""
+SPLIT_GEMM, EXPERTS = "split", "experts"
 
 
 def _quant_fp8(**arguments: Any) -> QuantFP8:
