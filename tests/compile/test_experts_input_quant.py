@@ -89,7 +89,7 @@ def trace(module=Block, experts=(Experts,), **settings):
 
 
 def test_experts_input_fuses_with_the_norm():
-    ops, ours, recording = trace()
+    ops, _, recording = trace()
     assert (ops[OURS], ops[VLLMS]) == (1, 0)
     ((name, arguments),) = [(n, a) for n, a in our_ops(recording) if n.startswith("rms_norm")]
     assert name == "rms_norm_group_fp8_quant"
