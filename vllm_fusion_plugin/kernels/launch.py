@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import triton.language as tl
 
-from .numerics import INTERPRETED
+from .backend import INTERPRETED
 
 
 def rows_with_padding(scales: torch.Tensor, rows: int) -> int:
