@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from . import fusions
+from .kernels.fp8 import FORMATS, OCP
 
 logger = logging.getLogger("vllm.fusion_plugin")
 
@@ -155,6 +156,14 @@ def cache_root() -> pathlib.Path:
     from vllm import envs
 
     return pathlib.Path(envs.VLLM_CACHE_ROOT)
+
+
+def fp8_format() -> str:
+    """The format, by its name in kernels/fp8.py, in which vLLM's own quantisers write codes on this platform: fnuz on AMD's
+    gfx942, where they stop at 224 (`get_fp8_min_max`)."""
+    from vllm.platforms import current_platform
+
+    return next((name for name, fp8 in FORMATS.items() if fp8.dtype == current_platform.fp8_dtype()), OCP)
 
 
 def ir_provider(op: str, arguments: Sequence[Any]) -> str:

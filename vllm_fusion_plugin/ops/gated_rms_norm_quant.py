@@ -163,9 +163,11 @@ def _cuda(x, z, weight, epsilon, num_heads, norm_before_gate, activation, *more)
     from ..kernels.gated_rms_norm_quant import gated_rms_norm_group_fp8_quant as launch
 
     codes, scales = _fake(x, z, weight, epsilon, num_heads, norm_before_gate, activation, *more)
-    how, *roundings, fp8 = _more(*more)
-    gate = (norm_before_gate, activation)
-    launch(x, z, weight, codes, scales, epsilon, num_heads, *gate, how.group_size, how.ue8m0, *roundings, fp8=fp8)
+    how, norm_rounding, quant_rounding, fp8 = _more(*more)
+    launch(
+        x, z, weight, codes, scales, epsilon, num_heads, norm_before_gate, activation, how.group_size, how.ue8m0,
+        norm_rounding, quant_rounding, fp8=fp8,
+    )  # fmt: skip
     return codes, scales
 
 

@@ -102,11 +102,13 @@ def _fake(q, kv, q_weight, kv_weight, q_epsilon, kv_epsilon, *more):
 def _cuda(q, kv, q_weight, kv_weight, q_epsilon, kv_epsilon, *more):
     from ..kernels.mla_dual_rms_norm_quant import mla_dual_rms_norm_group_fp8_quant as launch
 
-    outputs = _fake(q, kv, q_weight, kv_weight, q_epsilon, kv_epsilon, *more)
-    how, *roundings, fp8 = _more(*more)
-    norms = (q, kv, q_weight, kv_weight, *outputs, q_epsilon, kv_epsilon)
-    launch(*norms, how.group_size, how.ue8m0, *roundings, fp8=fp8)  # type: ignore[call-arg]
-    return outputs
+    codes, scales, kv_normed = _fake(q, kv, q_weight, kv_weight, q_epsilon, kv_epsilon, *more)
+    how, norm_rounding, quant_rounding, fp8 = _more(*more)
+    launch(
+        q, kv, q_weight, kv_weight, codes, scales, kv_normed, q_epsilon, kv_epsilon, how.group_size, how.ue8m0,
+        norm_rounding, quant_rounding, fp8=fp8,
+    )  # fmt: skip
+    return codes, scales, kv_normed
 
 
 def _cpu(q, kv, q_weight, kv_weight, q_epsilon, kv_epsilon, *more):

@@ -123,6 +123,7 @@ class GatedRMSNormGroupQuant(PatternReplacement):
             *q.scales,
             self.norm_rounding,
             q.rounding,
+            quantisers.FP8_NAME,
         )
 
     def refuse(self, match: Match) -> str | None:

@@ -20,10 +20,15 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 
 from .. import compat, roundings
 from ..graph import OpIndex, arguments_of, called_op, same_strides
+from ..kernels.fp8 import FORMATS
 from ..kernels.rounding import FLASHINFER
 from ..ops import block_gemm, group_quant  # noqa: F401  (registers the ops)
-from ..ops.quant import EPS, FP8_DTYPE, FP8_MAX, GroupScales
+from ..ops.quant import EPS, GroupScales
 from .pattern import empty, functionalized, has_op, make_layer
+
+# In which vLLM's quantisers write codes on this platform: its name, which ops take, and what is behind it.
+FP8_NAME = compat.fp8_format()
+FP8 = FORMATS[FP8_NAME]
 
 # ---- quantisers ------------------------------------------------------------------------------------------------------
 
@@ -39,7 +44,7 @@ OPAQUE_QUANT_OPS = (
 
 
 def refuse_codes(codes: torch.Tensor) -> str | None:
-    return None if codes.dtype == FP8_DTYPE else f"the quantiser writes {codes.dtype}; fused for {FP8_DTYPE}"
+    return None if codes.dtype == FP8.dtype else f"the quantiser writes {codes.dtype}; fused for {FP8.dtype}"
 
 
 def share_equal_quantisers(graph: fx.Graph) -> list[fx.Node]:
@@ -82,7 +87,7 @@ def _what_is_quantised(node: fx.Node) -> Any:
 
 
 def _converts_to_fp8(ops: OpIndex) -> bool:
-    return any(node.args[1] == FP8_DTYPE for node in ops.get("prims.convert_element_type", []))
+    return any(node.args[1] == FP8.dtype for node in ops.get("prims.convert_element_type", []))
 
 
 class Fp8Quant:
@@ -134,7 +139,7 @@ class GroupQuant(Fp8Quant):
     def _arguments(self) -> dict[str, Any]:
         """What vLLM's op is called with for such scales, in the order of its schema: the matcher compares that, too."""
         size, layout, ue8m0 = self.scales
-        numbers = {"group_size": size, "eps": EPS, "fp8_min": -FP8_MAX, "fp8_max": FP8_MAX}
+        numbers = {"group_size": size, "eps": EPS, "fp8_min": -FP8.max, "fp8_max": FP8.max}
         if layout == "packed":
             return numbers
         return numbers | {
@@ -155,7 +160,7 @@ class GroupQuant(Fp8Quant):
     def inputs(self, rows: int, width: int) -> list[torch.Tensor]:
         if not self.has_buffers:
             return []
-        return [empty(rows, width, dtype=FP8_DTYPE), self.scales.empty(empty(0, dtype=torch.float32), rows, width)]
+        return [empty(rows, width, dtype=FP8.dtype), self.scales.empty(empty(0, dtype=torch.float32), rows, width)]
 
     @property
     def rounding(self) -> str:
@@ -278,7 +283,7 @@ class TokenQuant(Fp8Quant):
         bound = [empty(1, dtype=torch.float32)] if self.bounded else []
         if self.variant == "native":
             return bound
-        return [*bound, empty(rows, width, dtype=FP8_DTYPE), empty(rows, 1, dtype=torch.float32)]
+        return [*bound, empty(rows, width, dtype=FP8.dtype), empty(rows, 1, dtype=torch.float32)]
 
     @property
     def input_count(self) -> int:
@@ -329,7 +334,7 @@ class StaticQuant(Fp8Quant):
         return f"static[{self.variant}]"
 
     def inputs(self, rows: int, width: int) -> list[torch.Tensor]:
-        return [] if self.variant == "native" else [empty(rows, width, dtype=FP8_DTYPE)]
+        return [] if self.variant == "native" else [empty(rows, width, dtype=FP8.dtype)]
 
     def __call__(self, y: torch.Tensor, scale: torch.Tensor, *buffers: torch.Tensor) -> torch.Tensor:
         if self.variant == "native":
