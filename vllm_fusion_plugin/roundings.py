@@ -25,6 +25,7 @@ import torch
 
 from . import compat
 from .kernels.fp8 import FORMATS
+from .kernels.rounding import AITER
 from .ops import quant
 from .ops.silu_mul_quant import silu_mul_reference
 
@@ -32,6 +33,7 @@ logger = logging.getLogger("vllm.fusion_plugin")
 
 GROUP_QUANT, TOKEN_QUANT, STATIC_QUANT = "group quantiser", "token quantiser", "static quantiser"
 SILU_MUL = "SiLU·mul"
+AITER_GROUP_QUANT = "AITER's group quantiser"
 
 
 class Rounding(NamedTuple):
@@ -89,6 +91,7 @@ def _by_version() -> dict[str, Rounding]:
         TOKEN_QUANT: Rounding("custom_op"),
         STATIC_QUANT: Rounding("custom_op"),
         SILU_MUL: Rounding("custom_op" if compat.silu_and_mul_adds_zero() else "eager"),
+        **({AITER_GROUP_QUANT: Rounding(AITER)} if compat.aiter_is_on() else {}),
     }
 
 
@@ -137,6 +140,9 @@ def ask(device: torch.device) -> dict[str, Rounding]:
                 break
         nearest = min(per_million, key=lambda rounding: per_million[rounding])
         answers[name] = Rounding(nearest, per_million[nearest], asked=True)
+    if AITER_GROUP_QUANT in answers:
+        differing, total = _aiter_group_quant_differs(device)
+        answers[AITER_GROUP_QUANT] = Rounding(AITER, -(-differing * 1_000_000 // total), asked=True)
     return answers
 
 
@@ -168,6 +174,13 @@ def _group_quant_differs(rounding: str, device: torch.device) -> tuple[int, int]
                 found = _differing((codes, expected[0]), (scales, expected[1]))
                 counts = [a + b for a, b in zip(counts, found, strict=True)]
     return counts[0], counts[1]
+
+
+def _aiter_group_quant_differs(device: torch.device) -> tuple[int, int]:
+    x = _numbers(torch.bfloat16, 128).to(device)
+    found = torch.ops.vllm.rocm_aiter_group_fp8_quant(x, 128)
+    expected = quant.group_fp8_quant_reference(x, quant.GroupScales(128), AITER, compat.fp8_format_of_aiter())
+    return _differing((found[0], expected[0]), (found[1], expected[1]))
 
 
 def _token_quant_differs(rounding: str, device: torch.device) -> tuple[int, int]:

@@ -50,7 +50,7 @@ def calls(quantiser: str):
     scale, bound = torch.tensor([0.37]), torch.tensor([2.5])
     group = (128, "column", False, quantiser)
     yield "group_fp8_quant", (x, *group)
-    yield "group_fp8_quant", (x, 64, "row", True, quantiser)
+    yield "group_fp8_quant", (x, 64, "row", quantiser != "aiter", quantiser)
     both = torch.cat([x, z], dim=1)
     yield "silu_mul_group_fp8_quant", (both, *group[:3], "custom_op", quantiser, False)
     norm = NormInputs(x, weight, residual=z)
@@ -66,7 +66,7 @@ def calls(quantiser: str):
         yield "rms_norm_static_fp8_quant", (*norm, scale, quantiser)
 
 
-@pytest.mark.parametrize("quantiser", ["custom_op", "reciprocal", "native", "native_floored"])
+@pytest.mark.parametrize("quantiser", ["custom_op", "reciprocal", "native", "native_floored", "aiter"])
 @pytest.mark.parametrize("fp8", AMDS)
 def test_kernels_are_the_references(fp8: str, quantiser: str) -> None:
     assert OPS
@@ -125,6 +125,25 @@ def test_a_codes_number_times_its_scale_is_the_number() -> None:
         codes, scale = group_fp8_quant_reference(x, GroupScales(128), "custom_op", fp8)
         back = (codes.float().view(2, 128) * scale.view(2, 1)).view(1, WIDTH)
         torch.testing.assert_close(back, x, rtol=2**-4, atol=float(scale.max()) * 2**-7)
+
+
+@pytest.mark.parametrize("fp8", [OCP, "e4m3fnuz_240"])
+def test_aiters_quantiser(fp8: str) -> None:
+    """Its scales for every mantissa of a bf16 maximum, and codes next to where two of them meet."""
+    tops = torch.arange(0x3E80, 0x3F80, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)  # 0.25 to below 1
+    tops[:4] = torch.tensor([0.0, 1e-38, 3e-9, 3e38])
+    x = torch.zeros(2, 128 * 128, dtype=torch.bfloat16)
+    x.view(-1, 128)[:, 0] = tops
+    x.view(-1, 128)[:, 1:] = tops[:, None].float() * torch.linspace(-1.0, 1.0, 127)[None, :]
+    arguments = (x, 128, "row", False, "aiter", fp8)
+    kernel, reference = (
+        implementations["group_fp8_quant"](*arguments)
+        for implementations in (registry.CUDA_IMPLEMENTATIONS, registry.CPU_IMPLEMENTATIONS)
+    )
+    assert_same_outputs(kernel, reference)
+    # as it is written there: fp32 throughout, and no number's reciprocal is approximate
+    scale = tops.float().clamp(min=1e-10) * torch.tensor(1.0 / FORMATS[fp8].max)
+    assert torch.equal(kernel[1].view(-1), scale)
 
 
 def test_wrong_formats() -> None:

@@ -95,6 +95,8 @@ def group_scale(y, eps, ROUNDING: tl.constexpr, UE8M0: tl.constexpr, MAX: tl.con
             scale = tl.maximum(scale, 1.0 / (MAX * 512.0))
         has_nan = tl.max((y != y).to(tl.int32), axis=2) > 0
         return tl.where(has_nan, float("nan"), scale)
+    if ROUNDING == "aiter":
+        return tl.maximum(top, eps) * (1.0 / MAX)
     return scale_of_maximum(top, eps, UE8M0, MAX)
 
 
@@ -112,6 +114,8 @@ def _quotients(y, scale, ROUNDING: tl.constexpr, UE8M0: tl.constexpr, MAX: tl.co
     """What becomes FP8 codes of y [rows, groups, numbers of a group]."""
     if ROUNDING == "native" or ROUNDING == "native_floored":
         return y / scale[:, :, None]  # div.full.f32, as in Inductor's kernel
+    if ROUNDING == "aiter":
+        return y * numerics.rounded_reciprocal(scale)[:, :, None]
     if UE8M0:
         quotients = y * numerics.reciprocal(scale)[:, :, None]  # a power of two: exact
     elif ROUNDING == "reciprocal":

@@ -20,6 +20,10 @@ for the format's own maximum. vLLM has several variants of each quantiser, which
     The quantiser inside of FlashInfer's block GEMM: factor 448 / maximum and scale 1 / factor in fast math, off IEEE by one
     unit in the last place for 37 and 9 of a maximum's 128 mantissas; never powers of two; factor 1 for a group of zeros. NaN
     is ignored by the maximum and stays NaN in the codes. Group quantisers and bf16 only.
+`aiter`
+    AITER's group quantiser (`rocm_aiter_group_fp8_quant`): the scale is a product with the maximum code's reciprocal, codes
+    are products with the scale's, both correctly rounded; never powers of two. NaN is ignored by the maximum and stays NaN
+    in the codes. Read from AITER's source, and not compared with AITER on a GPU yet. Group quantisers only.
 `custom_op_or_flashinfer`, `reciprocal_or_flashinfer`
     flashinfer below 32 rows, the other from there on, as vLLM chooses its block GEMM. Group quantisers and bf16 only.
 """
@@ -32,6 +36,7 @@ import torch
 
 from ..kernels.fp8 import FORMATS, OCP
 from ..kernels.rounding import (
+    AITER,
     BY_ROWS,
     FAST_448_OVER,
     FAST_RECIPROCAL,
@@ -51,7 +56,7 @@ UE8M0_MIN_SCALE = 1e-10
 TMA_ALIGNMENT = 4
 
 ROUNDINGS = ("custom_op", "native")
-GROUP_ROUNDINGS = (*OPAQUE, FLASHINFER, *BY_ROWS, *NATIVE)
+GROUP_ROUNDINGS = (*OPAQUE, FLASHINFER, *BY_ROWS, *NATIVE, AITER)
 GROUP_SIZES = (64, 128)
 INPUT_DTYPES = (torch.bfloat16, torch.float16)
 LAYOUTS = ("row", "column", "tma", "packed")
@@ -94,6 +99,8 @@ def check_group_rounding(quant_rounding: str, dtype: torch.dtype, how: GroupScal
         raise ValueError(f"{fp8=} with {quant_rounding=}, which NVIDIA's GPUs alone have; allowed: {OCP}")
     if how.layout == "packed" and quant_rounding not in OPAQUE:
         raise ValueError(f"{quant_rounding=} with scale_layout='packed'; allowed: {', '.join(OPAQUE)}")
+    if quant_rounding == AITER and how.ue8m0:
+        raise ValueError(f"use_ue8m0=True with {quant_rounding=}; allowed: False")
     if dtype != torch.bfloat16 and (quant_rounding == FLASHINFER or quant_rounding in BY_ROWS):
         raise ValueError(f"{quant_rounding=} with {dtype}; allowed: torch.bfloat16")
 
@@ -209,6 +216,9 @@ def group_fp8_quant_reference(
     if rounding == FLASHINFER:
         factor, scale = _flashinfers_scale(groups)
         codes = torch.where(groups.abs() < FP32_TINY, groups * 0.0, groups) * factor  # -0 stays -0
+    elif rounding == AITER:
+        scale = _ignoring_nan_max(groups.abs()).clamp(min=EPS) * groups.new_full((), 1.0 / maximum)
+        codes = groups * scale.reciprocal()
     elif is_native(rounding):
         scale = groups.abs().amax(dim=-1, keepdim=True) / maximum  # on CUDA, as in Inductor, times the reciprocal
         if rounding == "native_floored":

@@ -207,6 +207,8 @@ class Leftovers(InductorPass):
             if made.compiled:
                 return "; Inductor compiles this quantiser together with what stands before it"
             return "; Inductor compiles this quantiser by itself"
+        if called_op(q.node) == compat.AITER_GROUP_QUANT:
+            return "; AITER's kernel runs by itself"
         if q.variant == "op" and q.kind in ("group", "packed"):
             lone = report.RECORDER.report.passes.get(LONE, "off")
             if lone != "ours":
@@ -245,7 +247,7 @@ def _unlike(q: Quantiser) -> str | None:
     """What a group quantiser has that none of the fused ones has."""
     if q.group_size not in GROUP_SIZES:
         return f"called with {_numbers(q.node) or {'group_size': q.group_size}}; fused for group sizes {GROUP_SIZES}"
-    if q.variant != "op":
+    if q.variant != "op" or called_op(q.node) == compat.AITER_GROUP_QUANT:
         return None
     codes = q.node.kwargs.get("output_q")
     if isinstance(codes, fx.Node) and (reason := quantisers.refuse_codes(codes.meta["val"])):

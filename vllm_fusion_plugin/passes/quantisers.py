@@ -29,6 +29,7 @@ from .pattern import empty, functionalized, has_op, make_layer
 # In which vLLM's quantisers write codes on this platform: its name, which ops take, and what is behind it.
 FP8_NAME = compat.fp8_format()
 FP8 = FORMATS[FP8_NAME]
+AITERS_FP8_NAME = compat.fp8_format_of_aiter()
 
 # ---- quantisers ------------------------------------------------------------------------------------------------------
 
@@ -102,6 +103,9 @@ class Fp8Quant:
         """`quant_rounding` to hand to an op."""
         return self.variant if self.variant == "native" else roundings.of(self.op).name
 
+    fp8 = FP8_NAME
+    """The format of its codes to hand to an op."""
+
     @property
     def inexactness(self) -> str:
         """Why an op's bytes are not this quantiser's, or nothing if they are."""
@@ -112,7 +116,8 @@ class Fp8Quant:
 class GroupQuant(Fp8Quant):
     """Dynamic FP8 quantiser with one scale a group along the row, in one of its layouts and variants.
 
-    variant "split": this package's op, which block_gemm.py puts in front of a GEMM that quantised inside.
+    variant "split": this package's op, which block_gemm.py puts in front of a GEMM that quantised inside. "aiter": AITER's
+    op, on ROCm.
     """
 
     variant: str
@@ -127,6 +132,8 @@ class GroupQuant(Fp8Quant):
             return _converts_to_fp8(ops) and self.scales.group_size in maxima and rounds_up
         if self.variant == "split":
             return any(split_scales(node) == self.scales for node in ops.get(OURS, []))
+        if self.variant == "aiter":
+            return any(node.args[1] == self.scales.group_size for node in ops.get(compat.AITER_GROUP_QUANT, []))
         wanted = {k: v for k, v in self._arguments().items() if k not in ("eps", "fp8_min", "fp8_max")}
         nodes = ops.get(f"_C.{self._op_name}", [])
         return any(all(node.kwargs.get(k) == v for k, v in wanted.items()) for node in nodes)
@@ -163,9 +170,19 @@ class GroupQuant(Fp8Quant):
         return [empty(rows, width, dtype=FP8.dtype), self.scales.empty(empty(0, dtype=torch.float32), rows, width)]
 
     @property
+    def fp8(self) -> str:  # type: ignore[override]
+        return AITERS_FP8_NAME if self.variant == "aiter" else FP8_NAME
+
+    @property
+    def inexactness(self) -> str:
+        return roundings.of(roundings.AITER_GROUP_QUANT).reason if self.variant == "aiter" else super().inexactness
+
+    @property
     def rounding(self) -> str:
         if self.variant == "split":
             return split_rounding()
+        if self.variant == "aiter":
+            return roundings.of(roundings.AITER_GROUP_QUANT).name
         floored = self.variant == "native" and _native_scale_is_floored_first()
         return "native_floored" if floored else super().rounding
 
@@ -191,6 +208,8 @@ class GroupQuant(Fp8Quant):
             return layer.forward_native(y)
         if self.variant == "split":
             return torch.ops.vllm_fusion_plugin.group_fp8_quant.default(y, *self.scales, self.rounding)
+        if self.variant == "aiter":
+            return torch.ops.vllm.rocm_aiter_group_fp8_quant.default(y, self.scales.group_size)
         output = "output_s_packed" if self.scales.layout == "packed" else "output_s"
         _, codes, scales = functionalized(
             getattr(torch.ops._C, self._op_name).default,
@@ -220,6 +239,12 @@ def group_quants(group_sizes: tuple[int, ...]) -> list[GroupQuant]:
         *(GroupQuant("split", block_gemm.SCALES._replace(ue8m0=ue8m0)) for ue8m0 in (False, True)),
         *(GroupQuant("custom_op", GroupScales(size, "packed", True)) for size in group_sizes if packed and size == 128),
     ]
+
+
+def aiter_group_quants() -> list[GroupQuant]:
+    """AITER's group quantiser, if it is on: in rows, not transposed."""
+    has = compat.has_aiter_op(compat.AITER_GROUP_QUANT.rpartition(".")[2])
+    return [GroupQuant("aiter", GroupScales(128))] if has else []
 
 
 def split_rounding() -> str:

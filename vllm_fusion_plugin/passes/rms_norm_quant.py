@@ -25,7 +25,6 @@ from ..ops.rms_norm_quant import NormInputs
 from . import gated_rms_norm_quant, mla_dual_rms_norm_quant, norms, producers, quantisers, residual_sums
 from .base import FusionPass
 from .pattern import PatternReplacement, empty
-from .quantisers import FP8_NAME
 
 ROWS, GROUPS = 5, 4  # example sizes: unlike each other and unlike 1, so that no two dimensions are mistaken
 
@@ -147,7 +146,7 @@ class RMSNormGroupQuant(RMSNormQuant):
         return GROUPS * self.quant.scales.group_size
 
     def fused(self, norm, quant_inputs):
-        return ops.rms_norm_group_fp8_quant.default(*norm, *self.quant.scales, self.quant.rounding, FP8_NAME)
+        return ops.rms_norm_group_fp8_quant.default(*norm, *self.quant.scales, self.quant.rounding, self.quant.fp8)
 
     def refuse(self, match: Match) -> str | None:
         if reason := super().refuse(match):
@@ -162,7 +161,7 @@ class RMSNormTokenQuant(RMSNormQuant):
 
     def fused(self, norm, quant_inputs):
         bound = self.quant.bound_of(quant_inputs)
-        return ops.rms_norm_token_fp8_quant.default(*norm, bound, self.quant.rounding, FP8_NAME)
+        return ops.rms_norm_token_fp8_quant.default(*norm, bound, self.quant.rounding, self.quant.fp8)
 
     def refuse(self, match: Match) -> str | None:
         values = [self.quant_value(match, position) for position in range(self.quant.input_count)]
@@ -179,7 +178,7 @@ class RMSNormStaticQuant(RMSNormQuant):
         return (self.quant(normed, *inputs),)
 
     def fused(self, norm, quant_inputs):
-        return ops.rms_norm_static_fp8_quant.default(*norm, quant_inputs[0], self.quant.rounding, FP8_NAME)
+        return ops.rms_norm_static_fp8_quant.default(*norm, quant_inputs[0], self.quant.rounding, self.quant.fp8)
 
     def refuse(self, match: Match) -> str | None:
         if reason := super().refuse(match):
