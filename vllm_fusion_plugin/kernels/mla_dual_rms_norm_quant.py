@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from . import numerics, quant
+from .backend import HIDDEN_ALIGNMENT
 from .fp8 import OCP
 from .launch import choose, launch, row_stride, rows_with_padding
 from .pdl import wait_for_producer
@@ -47,7 +48,7 @@ def kv_sums(squares, FOLD: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["rows", "padded_rows", "scale_group_stride"], do_not_specialize_on_alignment=["codes_ptr"]
+    do_not_specialize=["rows", "padded_rows", "scale_group_stride"], do_not_specialize_on_alignment=HIDDEN_ALIGNMENT
 )
 def _dual_kernel(
     q_ptr,

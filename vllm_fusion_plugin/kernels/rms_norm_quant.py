@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from . import numerics, quant
+from .backend import HIDDEN_ALIGNMENT
 from .fp8 import FORMATS, OCP
 from .launch import choose, launch, row_stride, rows_with_padding
 from .pdl import wait_for_producer
@@ -149,11 +150,8 @@ def _quantise_statically(
 
 # What changes with the number of tokens is not specialised on: a server would meet a new specialisation, and half a second
 # of compilation, in the middle of a request.
-#
-# Triton is not to see that codes_ptr is aligned, but that its uses are, to 8: it would store 16 codes a thread, and for that
-# load x in twos of 16 bytes with a gap between the threads.
 @triton.jit(
-    do_not_specialize=["rows", "padded_rows", "scale_group_stride"], do_not_specialize_on_alignment=["codes_ptr"]
+    do_not_specialize=["rows", "padded_rows", "scale_group_stride"], do_not_specialize_on_alignment=HIDDEN_ALIGNMENT
 )
 def _kernel(
     x_ptr,

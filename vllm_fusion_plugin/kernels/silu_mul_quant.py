@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from . import numerics, nvfp4, quant
+from .backend import HIDDEN_ALIGNMENT
 from .fp8 import FORMATS, OCP
 from .launch import choose, launch, row_stride, rows_with_padding
 from .pdl import pdl_options, wait_for_producer
@@ -122,9 +123,7 @@ def _static_kernel(
         tl.store(codes_ptr + row * width + column, code, mask=column < width)
 
 
-# Triton is not to see that codes_ptr is aligned, but that its uses are, to 8: it would store 16 codes a thread, and for that
-# load x in twos of 16 bytes with a gap between the threads.
-@triton.jit(do_not_specialize_on_alignment=["codes_ptr"])
+@triton.jit(do_not_specialize_on_alignment=HIDDEN_ALIGNMENT)
 def _token_kernel(
     x_ptr,
     bound_ptr,

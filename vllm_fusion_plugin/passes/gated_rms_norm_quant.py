@@ -123,7 +123,7 @@ class GatedRMSNormGroupQuant(PatternReplacement):
             *q.scales,
             self.norm_rounding,
             q.rounding,
-            q.fp8,
+            *q.fp8,
         )
 
     def refuse(self, match: Match) -> str | None:

@@ -17,7 +17,7 @@ from vllm.compilation.passes.vllm_inductor_pass import VllmPatternMatcherPass
 from vllm.config import VllmConfig
 
 from .. import compat, report
-from ..graph import arguments_of, innermost_common
+from ..graph import arguments_of, in_schemas_order, innermost_common
 from ..kernels.rounding import AITER, BY_ROWS, is_native
 from ..ops import mla_dual_rms_norm_quant, rms_norm_quant  # noqa: F401  (registers the ops)
 from ..ops.quant import GroupScales
@@ -122,7 +122,7 @@ def _arguments(q: fx.Node, kv: fx.Node) -> tuple[Any, ...]:
     norm, of_kv = arguments_of(q), arguments_of(kv)
     both = {"q": norm["x"], "kv": of_kv["x"], "q_weight": norm["weight"], "kv_weight": of_kv["weight"]}
     both |= {"q_epsilon": norm["epsilon"], "kv_epsilon": of_kv["epsilon"]}
-    return tuple((norm | both)[a.name] for a in ops.mla_dual_rms_norm_group_fp8_quant.default._schema.arguments)
+    return in_schemas_order(ops.mla_dual_rms_norm_group_fp8_quant.default, norm | both)
 
 
 def _call(q: fx.Node, kv: fx.Node) -> tuple[torch.Tensor, ...]:

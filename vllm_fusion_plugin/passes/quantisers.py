@@ -20,7 +20,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 
 from .. import compat, roundings
 from ..graph import OpIndex, arguments_of, called_op, same_strides
-from ..kernels.fp8 import FORMATS
+from ..kernels.fp8 import FORMATS, OCP
 from ..kernels.rounding import FLASHINFER
 from ..ops import block_gemm, group_quant  # noqa: F401  (registers the ops)
 from ..ops.quant import EPS, GroupScales
@@ -91,6 +91,10 @@ def _converts_to_fp8(ops: OpIndex) -> bool:
     return any(node.args[1] == FP8.dtype for node in ops.get("prims.convert_element_type", []))
 
 
+def _fp8_argument(name: str) -> tuple[str, ...]:
+    return () if name == OCP else (name,)
+
+
 class Fp8Quant:
     """What FP8 quantisers have in common: the rounding of a custom op is the installed vLLM's, of native code its own."""
 
@@ -103,8 +107,10 @@ class Fp8Quant:
         """`quant_rounding` to hand to an op."""
         return self.variant if self.variant == "native" else roundings.of(self.op).name
 
-    fp8 = FP8_NAME
-    """The format of its codes to hand to an op."""
+    @property
+    def fp8(self) -> tuple[str, ...]:
+        """The format of its codes, to hand to an op as its last argument; none if it is the ops' default."""
+        return _fp8_argument(FP8_NAME)
 
     @property
     def inexactness(self) -> str:
@@ -170,8 +176,8 @@ class GroupQuant(Fp8Quant):
         return [empty(rows, width, dtype=FP8.dtype), self.scales.empty(empty(0, dtype=torch.float32), rows, width)]
 
     @property
-    def fp8(self) -> str:  # type: ignore[override]
-        return AITERS_FP8_NAME if self.variant == "aiter" else FP8_NAME
+    def fp8(self) -> tuple[str, ...]:
+        return _fp8_argument(AITERS_FP8_NAME) if self.variant == "aiter" else super().fp8
 
     @property
     def inexactness(self) -> str:

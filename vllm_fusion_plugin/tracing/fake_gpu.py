@@ -98,7 +98,7 @@ def install(gpu: Gpu = H200) -> None:
     os.environ["HUMMING_DISABLE_PARALLEL_BUILD"] = "1"  # or importing vLLM 0.33 starts two processes that build kernels
     if gpu.arch:
         fake_rocm.hide_others()
-        fake_rocm.stand_in_for_aiter()
+        fake_rocm.stand_in_for_packages()
     _load_driver()
     _answer_for_torch_cuda(gpu)
     _answer_for_triton(gpu)

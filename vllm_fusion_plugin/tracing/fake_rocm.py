@@ -2,9 +2,9 @@
 """The same for one AMD Instinct GPU: what differs from an NVIDIA GPU (fake_gpu.py), for vLLM as a ROCm platform.
 
 vLLM's Python code for ROCm is in its CUDA build too, and decides by the platform. What a ROCm build has of its own has a
-stand-in here: `aiter` can be imported, and whatever is called of it raises. AITER is on where vLLM would have it on, by
-VLLM_ROCM_USE_AITER. The ops of `_C` are those of the CUDA build, some of which a ROCm build lacks; nothing of vLLM's puts
-these into a graph on ROCm.
+stand-in here: `aiter` and `flash_attn` can be imported, and whatever is called of them raises. AITER is on where vLLM would
+have it on, by VLLM_ROCM_USE_AITER. The ops of `_C` are those of the CUDA build, some of which a ROCm build lacks; nothing of
+vLLM's puts these into a graph on ROCm.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def hide_others() -> None:
     os.environ["HIP_VISIBLE_DEVICES"] = ""  # as CUDA_VISIBLE_DEVICES: vLLM keeps a Triton without a driver
 
 
-# ---- AITER: imported by vLLM's ops when they run, and asked a few questions while a model is built ----------------------
+# ---- AITER and flash-attention: imported by vLLM's ops when they run, and asked a few questions while a model is built ---
 
 
 def _no_tuned_gemm(*args: Any, **kwargs: Any) -> tuple[dict[str, Any], bool]:
@@ -63,21 +63,21 @@ def _attribute(module: str, name: str) -> Any:
     path = f"{module}.{name}"
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(f"{path} was called, and there is no AITER here: this process only pretends")
+        raise RuntimeError(f"{path} was called, and is not here: this process only pretends")
 
     return ANSWERS.get(path, refuse)
 
 
-class _Aiter(importlib.abc.MetaPathFinder):
+class _StandIns(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name != "aiter" and not name.startswith("aiter."):
+        if name.partition(".")[0] not in ("aiter", "flash_attn"):
             return None
         return importlib.machinery.ModuleSpec(name, _AnyModule(), is_package=True)
 
 
-def stand_in_for_aiter() -> None:
-    if not any(isinstance(finder, _Aiter) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Aiter())
+def stand_in_for_packages() -> None:
+    if not any(isinstance(finder, _StandIns) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _StandIns())
 
 
 # ---- Triton -----------------------------------------------------------------------------------------------------------

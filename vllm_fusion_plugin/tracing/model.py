@@ -68,7 +68,7 @@ def building(config: Any) -> Iterator[None]:
 
 def _norms_as_in_a_worker(config: Any) -> contextlib.AbstractContextManager[Any]:
     """A worker sets whose kernels vLLM's IR ops are lowered to before it builds a model: AITER's norms, with AITER."""
-    priority = getattr(getattr(config, "kernel_config", None), "ir_op_priority", None)
+    priority: Any = getattr(getattr(config, "kernel_config", None), "ir_op_priority", None)
     return priority.set_priority() if hasattr(priority, "set_priority") else contextlib.nullcontext()
 
 
