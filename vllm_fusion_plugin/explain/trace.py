@@ -41,7 +41,9 @@ def _trace(request: Request, cache: str, tell: Callable[[Any], None]) -> Traced:
     )
     if gpu.arch:
         on = os.environ.get("VLLM_ROCM_USE_AITER") == "1"
-        traced.notes.append(f"AITER is {'on' if on else 'off'}: VLLM_ROCM_USE_AITER=1 switches it on, here as when serving")
+        traced.notes.append(
+            f"AITER is {'on' if on else 'off'}: VLLM_ROCM_USE_AITER=1 switches it on, here as when serving"
+        )
     if with_flashinfer and not traced.flashinfer:
         traced.notes.append("FlashInfer is not installed here: this is what vLLM does without it")
 
