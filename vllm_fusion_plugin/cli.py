@@ -106,6 +106,8 @@ class Gpu(enum.StrEnum):
     h100 = "h100"
     h200 = "h200"
     b200 = "b200"
+    mi300x = "mi300x"
+    mi355x = "mi355x"
 
 
 @app.command("doctor")

@@ -55,6 +55,8 @@ OPAQUE_MLPS = {
 # vLLM's own fused ops: what they fuse, and the pass of ours that stands where vLLM's pass with them stood. Model code calls
 # them too (LlamaMLP, since 0.33).
 _ACT, _NORM = "ActivationQuantFusionPass", "RMSNormQuantFusionPass"
+_AITER_ACT, _AITER_NORM = "RocmAiterSiluMulFp8GroupQuantFusionPass", "RocmAiterRMSNormQuantFusionPass"
+_DUAL = "MLADualRMSNormFusionPass"
 FUSED_BY_VLLM = {
     "_C.silu_and_mul_quant": ("silu_mul+static", _ACT),
     "_C.silu_and_mul_per_block_quant": ("silu_mul+group", _ACT),
@@ -64,6 +66,16 @@ FUSED_BY_VLLM = {
     "_C.fused_add_rms_norm_static_fp8_quant": ("fused_add_rms_norm+static", _NORM),
     "_C.rms_norm_dynamic_per_token_quant": ("rms_norm+token", _NORM),
     "_C.rms_norm_per_block_quant": ("rms_norm+group", _NORM),
+    "vllm.rocm_aiter_rmsnorm_fp8_group_quant": ("rms_norm+group", _AITER_NORM),
+    "vllm.rocm_aiter_rmsnorm_with_add_fp8_group_quant": ("fused_add_rms_norm+group", _AITER_NORM),
+    "vllm.rocm_aiter_rmsnorm_fused_dynamic_quant": ("rms_norm+token", _AITER_NORM),
+    "vllm.rocm_aiter_rmsnorm_fused_add_dynamic_quant": ("fused_add_rms_norm+token", _AITER_NORM),
+    "vllm.rocm_aiter_fused_rms_fp8_per_tensor_static_quant": ("rms_norm+static", _AITER_NORM),
+    "vllm.rocm_aiter_fused_add_rms_fp8_per_tensor_static_quant": ("fused_add_rms_norm+static", _AITER_NORM),
+    "vllm.rocm_aiter_fused_rms_gated_fp8_group_quant": ("gated_rms_norm+group", _AITER_NORM),
+    "vllm.rocm_aiter_act_mul_and_fp8_group_quant": ("silu_mul+group", _AITER_ACT),
+    "vllm.fused_mla_dual_rms_norm_group_quant": ("mla_dual_rms_norm+group", _DUAL),
+    "vllm.fused_mla_dual_rms_norm_per_token_quant": ("mla_dual_rms_norm+token", _DUAL),
 }
 
 # What a Triton kernel that quantises fuses with its quantiser, by a part of its name (utils/fp8_utils.py, layers/fusion).
@@ -74,7 +86,7 @@ FUSED_IN_TRITON = {
 }
 
 # Passes that can be left out by one of vLLM's flags.
-PASS_FLAGS = {fusion.name: fusion.switch for fusion in fusions.entering("pass")}
+PASS_FLAGS = {fusion.name: fusion.switch for fusion in fusions.entering("pass", rocm=True)}
 
 # Activations of vLLM by what their op is called, in words. Names of layers (`GeluAndMul`) are reported as they are.
 ACTIVATION_OPS = {
@@ -161,6 +173,63 @@ def cache_root() -> pathlib.Path:
     return pathlib.Path(envs.VLLM_CACHE_ROOT)
 
 
+def fp8_format() -> str:
+    """The format, by its name in kernels/fp8.py, in which vLLM's own quantisers write codes on this platform: fnuz on AMD's
+    gfx942, where they stop at 224 (`get_fp8_min_max`)."""
+    from vllm.platforms import current_platform
+
+    from .kernels.fp8 import FORMATS, OCP
+
+    return next((name for name, fp8 in FORMATS.items() if fp8.dtype == current_platform.fp8_dtype()), OCP)
+
+
+AITER_GROUP_QUANT = "vllm.rocm_aiter_group_fp8_quant"
+
+
+def aiter_is_on() -> bool:
+    """Whether vLLM runs AITER's kernels: on ROCm, with AITER installed and VLLM_ROCM_USE_AITER=1. RDNA is not asked about:
+    there vLLM's graphs have no quantiser of AITER's."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_rocm():
+        return False
+    from vllm._aiter_ops import rocm_aiter_ops
+
+    return bool(rocm_aiter_ops.is_enabled())
+
+
+def aiter_op(name: str) -> torch._ops.OpOverload:
+    """vLLM's op for a kernel of AITER's. Registered by vLLM where AITER is on."""
+    return getattr(torch.ops.vllm, name).default
+
+
+def has_aiter_op(name: str) -> bool:
+    return aiter_is_on() and hasattr(torch.ops.vllm, name)
+
+
+def why_no_aiter_gated_norm() -> str:
+    """Why AITER's kernel for gated norms cannot be had; "" if it can (vLLM since 0.26, with an AITER that has it)."""
+    from vllm._aiter_ops import rocm_aiter_ops
+
+    if not has_aiter_op("rocm_aiter_fused_rms_gated_fp8_group_quant"):
+        return "this vLLM has no op for AITER's kernel"
+    available = getattr(rocm_aiter_ops, "are_gdn_triton_kernels_available", None)
+    return "" if available is not None and available() else "this AITER has no such kernel"
+
+
+def vllms_passes_follow() -> bool:
+    """Whether vLLM's own passes run after ours of the same name: on ROCm, where some of what they fuse has no exact kernel
+    here."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_rocm()
+
+
+def fp8_format_of_aiter() -> str:
+    """As fp8_format, of AITER's quantisers, which go to the end of the format."""
+    return "e4m3fnuz_240" if fp8_format() == "e4m3fnuz" else fp8_format()
+
+
 def ir_provider(op: str, arguments: Sequence[Any]) -> str:
     """Whose implementation vLLM will put in the place of `vllm_ir.<op>` on these arguments: "native", "vllm_c", ... It
     decides where the op rounds. Asked as vLLM's own lowering pass asks, which runs after ours (IrOp since 0.20)."""
@@ -214,7 +283,9 @@ def why_off(config: Any, name: str) -> str:
 def _why_default(config: Any, flag: str) -> str:
     """What the defaults of these two flags ask for (`enable_norm_fusion`, `enable_act_fusion` in config/vllm.py), where none
     of it is there."""
-    wanted = {"fuse_norm_quant": "rms_norm", "fuse_act_quant": "silu_and_mul"}[flag]
+    wanted = {"fuse_norm_quant": "rms_norm", "fuse_act_quant": "silu_and_mul"}.get(flag)
+    if wanted is None:
+        return "vLLM decides by the model and the platform"
     enabled = [op for op in (wanted, "quant_fp8") if config.compilation_config.is_custom_op_enabled(op)]
     if enabled:  # asked for more than was known here
         return f"it is off in spite of the custom op {enabled[0]}"

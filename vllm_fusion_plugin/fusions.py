@@ -20,6 +20,8 @@ class Fusion(NamedTuple):
     """Files in ops/ with the ops that it puts into graphs or calls; none if it places vLLM's own op."""
     on_cpu: bool = False
     """Whether the CPU opt-in (demo/cpu.py) has it."""
+    on_rocm_only: bool = False
+    """Whether vLLM has such a pass on ROCm alone."""
 
 
 FUSIONS = (
@@ -34,6 +36,30 @@ FUSIONS = (
         ("rms_norm_quant", "gated_rms_norm_quant", "mla_dual_rms_norm_quant"),
         on_cpu=True,
     ),
+    Fusion(
+        "RocmAiterRMSNormQuantFusionPass",
+        "rocm_aiter_rms_norm_quant",
+        "pass",
+        "fuse_norm_quant",
+        ("rms_norm_quant", "gated_rms_norm_quant", "mla_dual_rms_norm_quant"),
+        on_rocm_only=True,
+    ),
+    Fusion(
+        "RocmAiterSiluMulFp8GroupQuantFusionPass",
+        "rocm_aiter_silu_mul_quant",
+        "pass",
+        "fuse_act_quant",
+        ("silu_mul_quant",),
+        on_rocm_only=True,
+    ),
+    Fusion(
+        "MLADualRMSNormFusionPass",
+        "mla_dual_rms_norm_quant",
+        "pass",
+        "fuse_mla_dual_rms_norm",
+        ("mla_dual_rms_norm_quant",),
+        on_rocm_only=True,
+    ),
     Fusion("AttnQuantFusionPass", "attn_quant", "pass", "fuse_attn_quant"),
     Fusion("MLAAttnQuantFusionPass", "mla_attn_quant", "pass", "fuse_attn_quant"),
     Fusion("GroupQuantPass", "group_quant", "last", "lone_group_quant", ("group_quant",), on_cpu=True),
@@ -44,6 +70,7 @@ FUSIONS = (
 BY_NAME = {fusion.name: fusion for fusion in FUSIONS}
 
 
-def entering(where: str) -> tuple[Fusion, ...]:
-    """The fusions that enter so ("first", "pass", "last", "layer"), in the order of the table."""
-    return tuple(fusion for fusion in FUSIONS if fusion.enters == where)
+def entering(where: str, rocm: bool = False) -> tuple[Fusion, ...]:
+    """The fusions that enter so ("first", "pass", "last", "layer"), in the order of the table; rocm: also those that there
+    are on ROCm alone."""
+    return tuple(fusion for fusion in FUSIONS if fusion.enters == where and (rocm or not fusion.on_rocm_only))

@@ -60,7 +60,15 @@ def arguments_of(node: fx.Node) -> dict[str, Any]:
 
 def set_arguments(node: fx.Node, **values: Any) -> None:
     """Give an op's node these arguments, by their names in its schema, instead of those it has."""
-    node.args, node.kwargs = tuple((arguments_of(node) | values).values()), {}
+    node.args, node.kwargs = in_schemas_order(node.target, arguments_of(node) | values), {}
+
+
+def in_schemas_order(op: Any, values: dict[str, Any]) -> tuple[Any, ...]:
+    """An op's arguments as a graph has them: those at the end that are the schema's defaults are left out."""
+    schema = list(op._schema.arguments)
+    while schema and schema[-1].has_default_value() and values[schema[-1].name] == schema[-1].default_value:
+        schema.pop()
+    return tuple(values[argument.name] for argument in schema)
 
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)

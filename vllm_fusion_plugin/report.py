@@ -127,7 +127,7 @@ def pattern_words(key: str) -> str:
         if group:
             word = f"{_QUANTISERS['group']} of {group[1]}"
         words.append(word + (", UE8M0 scales" if "ue8m0" in traits else ""))
-    return " + ".join(words)
+    return " + ".join(words) + (", in AITER's op" if key.endswith("][aiter]") or "+sum[aiter]" in key else "")
 
 
 def alone(subgraph: Subgraph) -> list[Found]:

@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 
 from . import compat
+from .kernels.fp8 import FORMATS
+from .kernels.rounding import AITER
 from .ops import quant
 from .ops.silu_mul_quant import silu_mul_reference
 
@@ -31,6 +33,7 @@ logger = logging.getLogger("vllm.fusion_plugin")
 
 GROUP_QUANT, TOKEN_QUANT, STATIC_QUANT = "group quantiser", "token quantiser", "static quantiser"
 SILU_MUL = "SiLU·mul"
+AITER_GROUP_QUANT = "AITER's group quantiser"
 
 
 class Rounding(NamedTuple):
@@ -59,7 +62,8 @@ def of(op: str) -> Rounding:
 
 def key() -> str:
     """What of this a compile cache's key has to cover."""
-    return "; ".join(f"{op}: {rounding.name} {rounding.differing}" for op, rounding in sorted(known().items()))
+    answers = [f"{op}: {rounding.name} {rounding.differing}" for op, rounding in sorted(known().items())]
+    return "; ".join([*answers, f"codes: {compat.fp8_format()}"])
 
 
 def known() -> dict[str, Rounding]:
@@ -87,6 +91,7 @@ def _by_version() -> dict[str, Rounding]:
         TOKEN_QUANT: Rounding("custom_op"),
         STATIC_QUANT: Rounding("custom_op"),
         SILU_MUL: Rounding("custom_op" if compat.silu_and_mul_adds_zero() else "eager"),
+        **({AITER_GROUP_QUANT: Rounding(AITER)} if compat.aiter_is_on() else {}),
     }
 
 
@@ -94,7 +99,8 @@ def _by_version() -> dict[str, Rounding]:
 
 
 def _may_ask() -> bool:
-    ready = torch.version.cuda is not None and torch.cuda.is_initialized()
+    has_gpus = torch.version.cuda is not None or torch.version.hip is not None
+    ready = has_gpus and torch.cuda.is_initialized()
     return ready and not torch.cuda.is_current_stream_capturing()
 
 
@@ -134,6 +140,9 @@ def ask(device: torch.device) -> dict[str, Rounding]:
                 break
         nearest = min(per_million, key=lambda rounding: per_million[rounding])
         answers[name] = Rounding(nearest, per_million[nearest], asked=True)
+    if AITER_GROUP_QUANT in answers:
+        differing, total = _aiter_group_quant_differs(device)
+        answers[AITER_GROUP_QUANT] = Rounding(AITER, -(-differing * 1_000_000 // total), asked=True)
     return answers
 
 
@@ -141,7 +150,7 @@ def _differing(*pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, int]:
     """Elements whose bytes differ, NaN being equal to NaN, and all elements."""
     differing = total = 0
     for found, expected in pairs:
-        found, expected = (t.float() if t.dtype == quant.FP8_DTYPE else t for t in (found, expected))
+        found, expected = (t.float() if t.dtype.itemsize == 1 else t for t in (found, expected))
         bits = torch.int32 if found.dtype == torch.float32 else torch.int16
         same = (found.view(bits) == expected.view(bits)) | (found.isnan() & expected.isnan())
         differing += int((~same).sum())
@@ -150,36 +159,44 @@ def _differing(*pairs: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, int]:
 
 
 def _group_quant_differs(rounding: str, device: torch.device) -> tuple[int, int]:
-    counts = [0, 0]
+    counts, fp8 = [0, 0], FORMATS[compat.fp8_format()]
     for dtype in quant.INPUT_DTYPES:
         for group_size in quant.GROUP_SIZES:
             x = _numbers(dtype, group_size).to(device)
             for use_ue8m0 in (False, True):
-                codes = torch.empty_like(x, dtype=quant.FP8_DTYPE)
+                codes = torch.empty_like(x, dtype=fp8.dtype)
                 scales = x.new_empty((len(x), x.shape[1] // group_size), dtype=torch.float32)
                 torch.ops._C.per_token_group_fp8_quant(
-                    x, codes, scales, group_size, quant.EPS, -quant.FP8_MAX, quant.FP8_MAX, use_ue8m0, False, False
+                    x, codes, scales, group_size, quant.EPS, -fp8.max, fp8.max, use_ue8m0, False, False
                 )
-                expected = quant.group_fp8_quant_reference(x, quant.GroupScales(group_size, ue8m0=use_ue8m0), rounding)
+                how = quant.GroupScales(group_size, ue8m0=use_ue8m0)
+                expected = quant.group_fp8_quant_reference(x, how, rounding, compat.fp8_format())
                 found = _differing((codes, expected[0]), (scales, expected[1]))
                 counts = [a + b for a, b in zip(counts, found, strict=True)]
     return counts[0], counts[1]
 
 
+def _aiter_group_quant_differs(device: torch.device) -> tuple[int, int]:
+    x = _numbers(torch.bfloat16, 128).to(device)
+    found = torch.ops.vllm.rocm_aiter_group_fp8_quant(x, 128)
+    expected = quant.group_fp8_quant_reference(x, quant.GroupScales(128), AITER, compat.fp8_format_of_aiter())
+    return _differing((found[0], expected[0]), (found[1], expected[1]))
+
+
 def _token_quant_differs(rounding: str, device: torch.device) -> tuple[int, int]:
-    x = _numbers(torch.bfloat16, 128).view(-1, 128).to(device)
-    codes, scales = torch.empty_like(x, dtype=quant.FP8_DTYPE), x.new_empty((len(x), 1), dtype=torch.float32)
+    x, fp8 = _numbers(torch.bfloat16, 128).view(-1, 128).to(device), compat.fp8_format()
+    codes, scales = torch.empty_like(x, dtype=FORMATS[fp8].dtype), x.new_empty((len(x), 1), dtype=torch.float32)
     torch.ops._C.dynamic_per_token_scaled_fp8_quant(codes, x, scales, None)
-    expected = quant.token_fp8_quant_reference(x, None, rounding)
+    expected = quant.token_fp8_quant_reference(x, None, rounding, fp8)
     return _differing((codes, expected[0]), (scales, expected[1]))
 
 
 def _static_quant_differs(rounding: str, device: torch.device) -> tuple[int, int]:
-    x = _numbers(torch.bfloat16, 128).to(device)
+    x, fp8 = _numbers(torch.bfloat16, 128).to(device), compat.fp8_format()
     scale = torch.tensor([0.0123], device=device)
-    codes = torch.empty_like(x, dtype=quant.FP8_DTYPE)
+    codes = torch.empty_like(x, dtype=FORMATS[fp8].dtype)
     torch.ops._C.static_scaled_fp8_quant(codes, x, scale, **compat.static_quant_extra_arguments())
-    return _differing((codes, quant.static_fp8_quant_reference(x, scale, rounding)))
+    return _differing((codes, quant.static_fp8_quant_reference(x, scale, rounding, fp8)))
 
 
 def _silu_mul_differs(rounding: str, device: torch.device) -> tuple[int, int]:

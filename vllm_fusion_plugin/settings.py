@@ -27,7 +27,7 @@ ENV_CPU = "VLLM_FUSION_PLUGIN_CPU"  # see demo/cpu.py
 ADDITIONAL_CONFIG_KEY = "fusion_plugin"
 
 # vLLM's pass classes that we can stand in for, by the names that vLLM's users know.
-PASSES = tuple(fusion.name for fusion in fusions.entering("pass"))
+PASSES = tuple(fusion.name for fusion in fusions.entering("pass", rocm=True))
 
 
 class SettingsError(ValueError):
@@ -76,8 +76,12 @@ class Settings(BaseModel):
     """What to do where none of the roundings that this package knows is that of the installed vLLM's quantiser or SiLU·mul:
     fuse with the nearest, and say so in the report, or leave it to vLLM."""
 
+    rocm_kernels: Literal["exact", "aiter"] = "exact"
+    """On ROCm with AITER, what stands for a norm or SiLU·mul and AITER's group quantiser: this package's kernel, with the
+    bytes of the two ops, or AITER's own for both, as vLLM places it: known on AMD's GPUs, with other bytes."""
+
     use_pdl: bool = True
-    """Launch kernels with programmatic dependent launch where the GPU has it (compute capability 9.0 and later)."""
+    """Launch kernels with programmatic dependent launch where the GPU has it (NVIDIA's from compute capability 9.0 on)."""
 
     @field_validator("stock_passes")
     @classmethod

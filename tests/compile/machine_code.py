@@ -31,6 +31,7 @@ import triton
 from vllm_fusion_plugin.kernels import mla_v_up_quant, pdl
 from vllm_fusion_plugin.kernels.compile_keys import compile_key
 from vllm_fusion_plugin.kernels.launch import planning
+from vllm_fusion_plugin.kernels.rounding import OPAQUE
 from vllm_fusion_plugin.ops import registry
 from vllm_fusion_plugin.ops.quant import FP8_DTYPE, LAYOUTS, GroupScales
 from vllm_fusion_plugin.ops.rms_norm_quant import NormInputs
@@ -63,24 +64,42 @@ def norms(rows: int, width: int) -> Iterator[tuple[NormInputs, str]]:
 def launches() -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Ops and their arguments."""
     for rows, layout in itertools.product(ROWS, LAYOUTS):
+        packed = layout == "packed"  # takes scales of powers of two, and none of native quantisers
         for act, quantiser, ue8m0 in (
             ("native", "reciprocal", False),
             ("custom_op", "custom_op", True),
             ("eager", "native", False),
             ("native", "native_floored", True),
         ):
+            if packed and (quantiser not in OPAQUE or not ue8m0):
+                continue
             for dtype in (torch.bfloat16, torch.float16):
                 x = meta(rows, 8192, dtype=dtype)
                 yield "silu_mul_group_fp8_quant", (x, 128, layout, ue8m0, act, quantiser)
-        for quantiser in ("custom_op", "native", "reciprocal"):
-            yield "group_fp8_quant", (meta(rows, 7168), 128, layout, False, quantiser)
+        for quantiser in OPAQUE if packed else ("custom_op", "native", "reciprocal"):
+            yield "group_fp8_quant", (meta(rows, 7168), 128, layout, packed, quantiser)
         for quantiser, activation, norm_first in (("custom_op", "silu", True), ("native", "sigmoid", False)):
+            if packed and quantiser not in OPAQUE:
+                continue
             heads = meta(rows, 32, 128)
-            gated = (heads, heads, meta(128), 1e-6, 32, norm_first, activation, 128, layout, False, "native", quantiser)
+            gated = (
+                heads,
+                heads,
+                meta(128),
+                1e-6,
+                32,
+                norm_first,
+                activation,
+                128,
+                layout,
+                packed,
+                "native",
+                quantiser,
+            )
             yield "gated_rms_norm_group_fp8_quant", gated
         row = meta(rows + 1, 2112)[:rows]
         q, kv = row[:, :1536], row[:, 1536:2048]
-        both = (q, kv, meta(1536), meta(512), 1e-6, 1e-6, 128, layout, False, "native", "custom_op")
+        both = (q, kv, meta(1536), meta(512), 1e-6, 1e-6, 128, layout, packed, "native", "custom_op")
         yield "mla_dual_rms_norm_group_fp8_quant", both
     for rows, act, quantiser in itertools.product(ROWS, ("native", "custom_op"), ("native", "custom_op")):
         yield "silu_mul_static_fp8_quant", (meta(rows, 8192), number(), act, quantiser)

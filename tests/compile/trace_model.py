@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
         tracing.prepare_environment(cache)
         set_environment(options.env)
         os.environ["VLLM_FUSION_PLUGIN"] = str(int(options.plugin))
-        fake_gpu.install()
+        fake_gpu.install(fake_gpu.GPUS[options.gpu])
         result = trace(options)
     text = json.dumps(result, indent=1)
     if options.output:
@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder with the model's config.json")
+    parser.add_argument("--gpu", choices=fake_gpu.GPUS, default="h200", help="the GPU to pretend to have")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size; rank 0 is traced")
     parser.add_argument(
         "--plugin", action=argparse.BooleanOptionalAction, default=False, help="with or without vllm_fusion_plugin"
@@ -139,7 +140,7 @@ def describe(options: argparse.Namespace, model: Any, recording: Any) -> dict[st
     manager = recording.pass_manager
     return {
         "model": options.model.name,
-        "gpu": fake_gpu.H200.name,
+        "gpu": fake_gpu.GPUS[options.gpu].name,
         "tp": options.tp,
         "versions": {"vllm": metadata.version("vllm"), "torch": torch.__version__},
         "linear_kernels": tracing.linear_kernels(model),

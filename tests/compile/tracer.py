@@ -4,8 +4,8 @@
     with Tracer() as tracer:
         trace = tracer.trace("qwen3-8b-8layers", plugin=True, env={"VLLM_USE_DEEP_GEMM": "0"})
 
-`python tracer.py` is the process that has vLLM imported and forks. It reads the arguments of trace_model.py as JSON, a line
-a trace, and answers with a line, the trace's exit status. It is no fork of the caller, which may have threads.
+`python tracer.py h200` is the process that has vLLM imported and forks. It reads the arguments of trace_model.py as JSON, a
+line a trace, and answers with a line, the trace's exit status. It is no fork of the caller, which may have threads.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ class TraceError(RuntimeError):
 
 
 class Tracer:
-    """Makes each trace once. The process starts with the first."""
+    """Makes each trace once. The process starts with the first, as if on `gpu`, a key of fake_gpu.GPUS, and with the
+    variables of `env`, which vLLM reads when it is imported."""
 
-    def __init__(self) -> None:
+    def __init__(self, gpu: str = "h200", env: Mapping[str, str] | None = None) -> None:
+        self._gpu, self._env = gpu, os.environ | dict(env or {})
         self._done: dict[str, dict[str, Any]] = {}
         self._process: subprocess.Popen[str] | None = None
         self._folder = tempfile.TemporaryDirectory()
@@ -68,7 +70,7 @@ class Tracer:
         Raises:
             TraceError: the trace failed or took longer than TIMEOUT_S.
         """
-        arguments = [str(MODELS / model), f"--tp={tp}", "--plugin" if plugin else "--no-plugin"]
+        arguments = [str(MODELS / model), f"--gpu={self._gpu}", f"--tp={tp}", "--plugin" if plugin else "--no-plugin"]
         arguments += [f"--env={name}={value}" for name, value in sorted((env or {}).items())]
         for option, value in (
             ("--pass-config", pass_config),
@@ -94,7 +96,11 @@ class Tracer:
     def _ask(self, request: dict[str, Any]) -> str:
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
-                [sys.executable, str(HERE / "tracer.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                [sys.executable, str(HERE / "tracer.py"), self._gpu],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=self._env,
             )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -106,14 +112,14 @@ class Tracer:
         return self._process.stdout.readline().strip() or "the process that forks ended"
 
 
-def serve() -> None:
+def serve(gpu: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever prints, prints no answer
     import trace_model
 
     with tempfile.TemporaryDirectory() as cache:
         tracing.prepare_environment(cache)
-        fake_gpu.install()
+        fake_gpu.install(fake_gpu.GPUS[gpu])
         trace_model.import_vllm()
         for line in sys.stdin:
             request = json.loads(line)
@@ -142,4 +148,4 @@ def _trace(request: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1])

@@ -20,7 +20,7 @@ GROUP_ROUNDINGS = ("custom_op", "reciprocal", "flashinfer", "native", "native_fl
 # What an error says of `quant_rounding`, of a group quantiser.
 ALLOWED_OF_GROUPS = (
     "allowed: custom_op, reciprocal, flashinfer, custom_op_or_flashinfer, reciprocal_or_flashinfer, "
-    "native, native_floored"
+    "native, native_floored, aiter"
 )
 LAYOUTS = ("row", "column", "tma")
 PACKED = GroupScales(128, "packed", ue8m0=True)  # what DeepGEMM takes from compute capability 10.0 on

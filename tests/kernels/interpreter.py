@@ -35,8 +35,12 @@ def use_interpreter() -> None:
     builder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
 
 
+_FP8_MAX = {"fp8e4nv": 448.0, "fp8e4b8": 240.0}
+
+
 def _torch_dtype(dtype) -> torch.dtype:
     names = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8e4nv": "float8_e4m3fn"}
+    names["fp8e4b8"] = "float8_e4m3fnuz"
     return getattr(torch, names[dtype.name])
 
 
@@ -44,8 +48,8 @@ def _convert_float(data: np.ndarray, source, target, rounding_mode) -> np.ndarra
     """The bits of `data` (numbers of type `source`) as numbers of type `target`, rounded to nearest even."""
     values = torch.from_numpy(np.ascontiguousarray(data).view(f"i{source.primitive_bitwidth // 8}"))
     values = values.view(_torch_dtype(source)).float()
-    if target.name == "fp8e4nv":
-        values = values.clamp(-448.0, 448.0)  # keeps NaN
+    if target.name in _FP8_MAX:
+        values = values.clamp(-_FP8_MAX[target.name], _FP8_MAX[target.name])  # keeps NaN
     # the hardware writes one NaN per format, torch keeps the sign
     values = torch.where(values.isnan(), float("nan"), values)
     bits = values.to(_torch_dtype(target)).view(getattr(torch, f"int{target.primitive_bitwidth}"))

@@ -42,9 +42,9 @@ def _silu_inductor_kernel(gate_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _divide_by_448_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+def _divide_by_maximum_kernel(x_ptr, out_ptr, MAX: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + at, numerics.divide_by_448(tl.load(x_ptr + at)))
+    tl.store(out_ptr + at, numerics.divide_by_maximum(tl.load(x_ptr + at), MAX))
 
 
 @triton.jit
@@ -127,12 +127,13 @@ def test_silu_has_inductors_bits(dtype: torch.dtype, device: torch.device) -> No
     assert_same_bytes(one_nan(actual), one_nan(expected), "silu(gate) in fp32")
 
 
+@pytest.mark.parametrize("maximum", [448.0, 240.0, 224.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_divide_by_448(dtype: torch.dtype, device: torch.device) -> None:
+def test_divide_by_maximum(dtype: torch.dtype, maximum: float, device: torch.device) -> None:
     tops = not_negative(dtype, device)
     # a divisor of its own, because torch multiplies by the reciprocal of a Python number on CUDA
-    expected = tops / torch.full_like(tops, 448.0)
-    assert_same_bytes(run(_divide_by_448_kernel, tops), expected, "maximum / 448")
+    expected = tops / torch.full_like(tops, maximum)
+    assert_same_bytes(run(_divide_by_maximum_kernel, tops, MAX=maximum), expected, f"a group's maximum / {maximum}")
 
 
 def scales_of_maxima(dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -101,6 +101,8 @@ def _engine(flags: list[str], where: str, out: str) -> Engine:
         _without_other_ranks(config)
         compat.pass_manager(config)
     for fusion in fusions.FUSIONS:
+        if fusion.on_rocm_only and fusion.name not in record.report.passes:
+            continue
         of_layer = fusion.enters == "layer"
         state = _layer_state(fusion, config, record) if of_layer else record.report.passes.get(fusion.name, "off")
         do = _what_to_do(fusion, state)

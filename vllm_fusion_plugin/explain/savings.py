@@ -18,8 +18,8 @@ from ..report import DUAL, LONE
 LAUNCH_US = 1.0
 """What the smallest launches of this package take in a replayed CUDA graph on an H200: docs/results.md, 1 token of 512."""
 
-BANDWIDTH = {"h100": 3.35e12, "h200": 4.8e12, "b200": 8.0e12}
-"""Bytes a second, by NVIDIA's data sheets."""
+BANDWIDTH = {"h100": 3.35e12, "h200": 4.8e12, "b200": 8.0e12, "mi300x": 5.3e12, "mi355x": 8.0e12}
+"""Bytes a second, by NVIDIA's and AMD's data sheets."""
 
 _NATIVE = re.compile(r"\+(?:group\d+|token|static)\[native\b")
 

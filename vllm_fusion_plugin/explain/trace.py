@@ -30,15 +30,21 @@ def _trace(request: Request, cache: str, tell: Callable[[Any], None]) -> Traced:
     if reason := fake_gpu.unavailable():
         raise child.UserError(f"explain needs vLLM's CUDA build, no GPU: {reason}")
     tracing.prepare_environment(cache)
-    _take_flashinfer_to_be(request.flashinfer)
     gpu = fake_gpu.GPUS[request.gpu]
+    with_flashinfer = request.flashinfer and not gpu.arch  # which is NVIDIA's
+    _take_flashinfer_to_be(with_flashinfer)
     fake_gpu.install(gpu)
     traced = Traced(
         vllm=importlib.metadata.version("vllm"),
         gpu=gpu.name,
-        flashinfer=importlib.util.find_spec("flashinfer") is not None,
+        flashinfer=not gpu.arch and importlib.util.find_spec("flashinfer") is not None,
     )
-    if request.flashinfer and not traced.flashinfer:
+    if gpu.arch:
+        on = os.environ.get("VLLM_ROCM_USE_AITER") == "1"
+        traced.notes.append(
+            f"AITER is {'on' if on else 'off'}: VLLM_ROCM_USE_AITER=1 switches it on, here as when serving"
+        )
+    if with_flashinfer and not traced.flashinfer:
         traced.notes.append("FlashInfer is not installed here: this is what vLLM does without it")
 
     flags = vllm_flags.parse([request.model, *request.flags], **tracing.alone(request.tensor_parallel_size))

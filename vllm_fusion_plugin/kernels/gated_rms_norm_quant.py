@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from . import numerics, quant
+from .fp8 import OCP
 from .launch import choose, launch, row_stride, rows_with_padding
 from .pdl import pdl_options, wait_for_producer
 from .rounding import is_native
@@ -227,6 +228,7 @@ def gated_rms_norm_group_fp8_quant(
     quant_rounding: str,
     tile: Tile | None = None,
     pdl: bool | None = None,
+    fp8: str = OCP,
 ) -> None:
     """Write codes [N, num_heads * D] and scales [N, num_heads * D / group_size]; arguments as the op checked them."""
     rows, head_dim = codes.shape[0], x.shape[-1]
@@ -264,7 +266,7 @@ def gated_rms_norm_group_fp8_quant(
         TILE=HeadTileConstants(
             tile.rows, tile.heads, block, parts, rows_first, num_heads % tile.heads == 0, tile.scales_from_all
         ),
-        QUANT=quant.group_constants(scales, group_size, use_ue8m0, quant_rounding),
+        QUANT=quant.group_constants(scales, group_size, use_ue8m0, quant_rounding, fp8=fp8),
         num_warps=max(min(tile.heads * block // (WARP * parts), MAX_WARPS), 1),
         enable_fp_fusion=True,  # squares are added by fma, as in Inductor's kernels; Triton's default will not last
         **pdl_options(x.device, pdl),

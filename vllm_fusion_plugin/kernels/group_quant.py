@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from . import quant
+from .fp8 import OCP
 from .launch import choose, launch, row_stride, rows_with_padding
 from .pdl import pdl_options, wait_for_producer
 from .tiles import GroupTile as Tile
@@ -84,6 +85,7 @@ def group_fp8_quant(
     quant_rounding: str,
     tile: Tile | None = None,
     pdl: bool | None = None,
+    fp8: str = OCP,
 ) -> None:
     """Write codes [M, K] and scales [M, K / group_size] of x [M, K]; arguments as the op checked them."""
     rows, width = codes.shape
@@ -107,7 +109,7 @@ def group_fp8_quant(
         scales.stride(1),
         quant.EPS,
         TILE=constants,
-        QUANT=quant.group_constants(scales, group_size, use_ue8m0, quant_rounding),
+        QUANT=quant.group_constants(scales, group_size, use_ue8m0, quant_rounding, fp8=fp8),
         num_warps=tile.num_warps,
         **pdl_options(x.device, pdl),
     )

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import triton.language as tl
 
-from .numerics import INTERPRETED
+from .backend import INTERPRETED, warp_size
 
 
 def rows_with_padding(scales: torch.Tensor, rows: int) -> int:
@@ -98,7 +98,9 @@ def choose(table: Callable[..., Choice], rows: int, *shape: Any) -> Choice:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, /, *args: Any, **kwargs: Any) -> None:
-    """Run `kernel` on `device`; on "meta", only write it down."""
+    """Run `kernel` on `device`; on "meta", only write it down. num_warps: of 32 threads each."""
+    if "num_warps" in kwargs:
+        kwargs["num_warps"] = max(1, kwargs["num_warps"] * 32 // warp_size())
     if device.type != "meta":
         if not INTERPRETED:
             kwargs = {name: _constants(v) if isinstance(v, tuple) else v for name, v in kwargs.items()}

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 
 from . import numerics, quant
+from .backend import HIDDEN_ALIGNMENT
+from .fp8 import OCP
 from .launch import choose, launch, row_stride, rows_with_padding
 from .pdl import wait_for_producer
 from .rms_norm_quant import quantise_groups
@@ -46,7 +48,7 @@ def kv_sums(squares, FOLD: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["rows", "padded_rows", "scale_group_stride"], do_not_specialize_on_alignment=["codes_ptr"]
+    do_not_specialize=["rows", "padded_rows", "scale_group_stride"], do_not_specialize_on_alignment=HIDDEN_ALIGNMENT
 )
 def _dual_kernel(
     q_ptr,
@@ -126,6 +128,7 @@ def mla_dual_rms_norm_group_fp8_quant(
     quant_rounding: str,
     tile: Tile | None = None,
     pdl: bool | None = None,
+    fp8: str = OCP,
 ) -> None:
     """Write q_codes [M, Hq], q_scales [M, Hq / group_size] and kv_normed [M, Hkv]; arguments as the op checked them.
 
@@ -161,7 +164,7 @@ def mla_dual_rms_norm_group_fp8_quant(
         KV_NORM=norm_constants(kv.shape[1], kv_weight, norm_rounding, keep_fp32=False),
         KV_BLOCK=max(next_power_of_2(kv.shape[1]), 64 * tile.num_warps),  # two numbers a thread: see numerics.widen
         TILE=tile.constants(),
-        QUANT=quant.group_constants(q_scales, group_size, use_ue8m0, quant_rounding, aligned=math.gcd(width, 8)),
+        QUANT=quant.group_constants(q_scales, group_size, use_ue8m0, quant_rounding, math.gcd(width, 8), fp8),
         WARPS=tile.num_warps,
         **begin(q, [q_weight, kv_weight], tile.num_warps, pdl),
     )

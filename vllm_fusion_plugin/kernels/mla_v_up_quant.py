@@ -25,6 +25,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import quant
+from .backend import BACKEND
+from .fp8 import FORMATS, OCP
 from .launch import choose, launch
 from .numerics import rounded
 from .pdl import pdl_options, wait_for_producer
@@ -227,7 +229,9 @@ class _Device(NamedTuple):
 def _gpu(device: torch.device) -> _Device:
     if device.type != "cuda":
         return _Device(2, 2**20, True)  # Triton's interpreter: a persistent program still has more than one tile
-    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks the second of these
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks what follows
+    if BACKEND == "hip":  # where a block may have all of a compute unit's LDS
+        return _Device(properties.multi_processor_count, properties.shared_memory_per_block, False)
     return _Device(properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.major >= 9)
 
 
@@ -248,6 +252,7 @@ def mla_v_up_group_fp8_quant(
     quant_rounding: str,
     tile: Tile | None = None,
     pdl: bool | None = None,
+    fp8: str = OCP,
 ) -> None:
     """Write codes [M, N * V] and scales [M, N * V / group_size] of attn_out [M, N, L] times w_uv [N, L, V]; arguments as the
     op checked them. padding: up to which row, and in how many columns, scales end in zeros.
@@ -300,7 +305,7 @@ def mla_v_up_group_fp8_quant(
         L=depth,
         V=width,
         TILE=TileConstants(tile.tokens, columns, tile_depth, stages, tile.swap, tma, tile.persistent, w_rows),
-        QUANT=quant.QuantConstants("group", quant_rounding, group_size, use_ue8m0),
+        QUANT=quant.QuantConstants("group", quant_rounding, group_size, use_ue8m0, fp8_max=FORMATS[fp8].max),
         num_warps=tile.num_warps,
         **pdl_options(attn_out.device, pdl),
     )

@@ -8,16 +8,16 @@ here was compared with what it replaces over all its inputs; tests/kernels repea
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
 from . import rounding
+from .backend import BACKEND, INTERPRETED
 
 # Triton's interpreter runs neither inline PTX nor libdevice; there the plain operations stand in.
-INTERPRETED = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
-HAS_PTX = tl.constexpr(torch.version.cuda is not None and not INTERPRETED)
+HAS_PTX = tl.constexpr(BACKEND == "cuda")
+IS_HIP = tl.constexpr(BACKEND == "hip")
 HAS_LIBDEVICE = tl.constexpr(not INTERPRETED)
 
 
@@ -115,18 +115,20 @@ def one_plus_exp_of_negative(x):
 
 @triton.jit
 def reciprocal(x):
-    """1 / x within 1 ulp, one instruction; flushes to zero above 2**126."""
+    """1 / x within 1 ulp, one instruction; on NVIDIA GPUs it flushes to zero above 2**126."""
     if HAS_PTX:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
         )
+    if IS_HIP:
+        return libdevice.fast_dividef(1.0, x)  # v_rcp_f32
     return 1.0 / x
 
 
 @triton.jit
 def rounded_reciprocal(x):
     """IEEE 1 / x for positive x, normal and up to 2**126, or infinite: one Newton step, as CUDA's own rcp.rn takes it."""
-    if HAS_PTX:
+    if HAS_PTX or IS_HIP:
         near = reciprocal(x)
         finite = tl.where(x == float("inf"), 0.0, x)
         return tl.fma(tl.fma(finite * -1.0, near, 1.0), near, near)
@@ -216,21 +218,21 @@ def silu(gate, EXACT: tl.constexpr):
 
 
 @triton.jit
-def divide_by_448(x):
-    """IEEE x / 448 for x >= 0."""
-    inverse: tl.constexpr = 1.0 / 448.0
+def divide_by_maximum(x, MAX: tl.constexpr):
+    """IEEE x / MAX for x >= 0, MAX being 448, 240 or 224."""
+    inverse: tl.constexpr = 1.0 / MAX
     quotient = x * inverse
-    residual = tl.fma(-quotient, 448.0, x)
+    residual = tl.fma(-quotient, MAX, x)
     # inf - inf is NaN in the residual
     return tl.where(x == float("inf"), x, tl.fma(residual, inverse, quotient))
 
 
 @triton.jit
-def times_reciprocal_of_448(x):
+def times_reciprocal_of_maximum(x, MAX: tl.constexpr):
     """What Inductor makes of x / 448.0: on a GPU it multiplies by the rounded reciprocal of a constant divisor."""
-    if HAS_PTX:
-        return x * (1.0 / 448.0)
-    return divide_by_448(x)
+    if HAS_PTX or IS_HIP:
+        return x * (1.0 / MAX)
+    return divide_by_maximum(x, MAX)
 
 
 @triton.jit

@@ -16,16 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .numerics import HAS_PTX, INTERPRETED
+from .backend import BACKEND
+from .numerics import HAS_PTX
 
 ENV = "FUSION_PLUGIN_PDL"  # set by the plugin from its setting `use_pdl`; kernels know no settings
 
-_HAS_GDC = (
-    not INTERPRETED
-    and torch.version.cuda is not None
-    and hasattr(tl.extra, "cuda")
-    and hasattr(tl.extra.cuda, "gdc_wait")
-)
+_HAS_GDC = BACKEND == "cuda" and hasattr(tl.extra, "cuda") and hasattr(tl.extra.cuda, "gdc_wait")
 
 if _HAS_GDC:
     from triton.language.extra.cuda import gdc_wait
@@ -68,7 +64,7 @@ def _supported(index: int, switch: str) -> bool:
 
 
 def pdl_supported(device: torch.device) -> bool:
-    """Whether kernels on `device` are launched with PDL: compute capability 9.0 or later, and a Triton that can."""
+    """Whether kernels on `device` are launched with PDL: NVIDIA's, compute capability 9.0 or later, a Triton that can."""
     if device.type != "cuda":
         return False
     return _supported(device.index or 0, os.environ.get(ENV, "1"))

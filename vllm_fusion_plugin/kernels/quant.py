@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """FP8 quantisers for the end of a kernel: scales and codes of values that are in registers.
 
+MAX is the largest code, which also tells the format (fp8.py): 448 is e4m3fn's, 224 and 240 are e4m3fnuz's.
+
 ROUNDING is a group quantiser's `quant_rounding`; NATIVE says that a token or static quantiser's is `native`. What they are
 is in ops/quant.py. Values y are fp32, already rounded as by whatever computed them.
 """
@@ -14,12 +16,12 @@ import triton
 import triton.language as tl
 
 from . import numerics
+from .fp8 import FORMATS, OCP
 from .launch import choose
 from .rounding import of_rows
 
 # Floor of a group's maximum in vLLM's op: the `eps` that its layers call it with.
 EPS = 1e-10
-FP8_MIN_SCALE = tl.constexpr(1.0 / (448.0 * 512.0))
 UE8M0_MIN_SCALE = tl.constexpr(1e-10)
 
 
@@ -35,24 +37,39 @@ class QuantConstants(NamedTuple):
     aligned: int = 1  # codes that a thread stores at once, hence columns it has side by side
     native: bool = False  # of a token or static quantiser
     stored: bool = False  # of a token quantiser: codes are of rounded numbers, and the scale is not
+    fp8_max: float = FORMATS[OCP].max  # the largest code; tells the format
 
 
 def group_constants(
-    scales: torch.Tensor, group_size: int, use_ue8m0: bool, quant_rounding: str, aligned: int = 1
+    scales: torch.Tensor, group_size: int, use_ue8m0: bool, quant_rounding: str, aligned: int = 1, fp8: str = OCP
 ) -> QuantConstants:
     rounding, ue8m0 = choose(of_rows, scales.shape[0], quant_rounding, use_ue8m0)
     packed = scales.dtype == torch.int32
-    return QuantConstants("group", rounding, group_size, ue8m0, scales.stride(0) == 1, packed, aligned)
+    padded, maximum = scales.stride(0) == 1, FORMATS[fp8].max
+    return QuantConstants("group", rounding, group_size, ue8m0, padded, packed, aligned, fp8_max=maximum)
+
+
+@triton.jit
+def codes_of(y, MAX: tl.constexpr):
+    """FP8 codes of fp32 y. The conversion saturates at its format's own maximum, which 224 is not, and keeps NaN."""
+    if MAX == 448.0:
+        codes = y.to(tl.float8e4nv)
+    elif MAX == 240.0:
+        codes = y.to(tl.float8e4b8)
+    else:
+        y = tl.maximum(y, -MAX, propagate_nan=tl.PropagateNan.ALL)
+        codes = tl.minimum(y, MAX, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4b8)
+    return codes
 
 
 @triton.jit
 def group(y, eps, QUANT: tl.constexpr):
-    """Scale [rows, groups] and e4m3 codes of each group of y [rows, groups, group_size]."""
+    """Scale [rows, groups] and FP8 codes of each group of y [rows, groups, group_size]."""
     if QUANT.rounding == "flashinfer":
         scale, codes = _group_of_flashinfer(y)
     else:
-        scale = group_scale(y, eps, QUANT.rounding, QUANT.ue8m0)
-        codes = _quotients(y, scale, QUANT.rounding, QUANT.ue8m0).to(tl.float8e4nv)
+        scale = group_scale(y, eps, QUANT.rounding, QUANT.ue8m0, QUANT.fp8_max)
+        codes = codes_of(_quotients(y, scale, QUANT.rounding, QUANT.ue8m0, QUANT.fp8_max), QUANT.fp8_max)
     return scale, codes
 
 
@@ -65,43 +82,47 @@ def _group_of_flashinfer(y):
 
 
 @triton.jit
-def group_scale(y, eps, ROUNDING: tl.constexpr, UE8M0: tl.constexpr):
+def group_scale(y, eps, ROUNDING: tl.constexpr, UE8M0: tl.constexpr, MAX: tl.constexpr):
     """Scale [rows, groups] of each group of y [rows, groups, group_size]."""
     top = tl.max(tl.abs(y), axis=2)  # ignores NaN, as fmaxf does
     if ROUNDING == "native" or ROUNDING == "native_floored":
-        scale = numerics.times_reciprocal_of_448(top)
+        scale = numerics.times_reciprocal_of_maximum(top, MAX)
         if ROUNDING == "native_floored":
-            scale = tl.maximum(scale, FP8_MIN_SCALE)
+            scale = tl.maximum(scale, 1.0 / (MAX * 512.0))
         if UE8M0:
             scale = numerics.exp2_ceil_log2(scale)
         if ROUNDING == "native":
-            scale = tl.maximum(scale, FP8_MIN_SCALE)
+            scale = tl.maximum(scale, 1.0 / (MAX * 512.0))
         has_nan = tl.max((y != y).to(tl.int32), axis=2) > 0
         return tl.where(has_nan, float("nan"), scale)
-    return scale_of_maximum(top, eps, UE8M0)
+    if ROUNDING == "aiter":
+        return tl.maximum(top, eps) * (1.0 / MAX)
+    return scale_of_maximum(top, eps, UE8M0, MAX)
 
 
 @triton.jit
-def scale_of_maximum(top, eps, UE8M0: tl.constexpr):
+def scale_of_maximum(top, eps, UE8M0: tl.constexpr, MAX: tl.constexpr):
     """Scale of a group with the largest magnitude `top`, not native."""
-    scale = numerics.divide_by_448(tl.maximum(top, eps))
+    scale = numerics.divide_by_maximum(tl.maximum(top, eps), MAX)
     if UE8M0:
         scale = numerics.round_up_to_power_of_two(tl.maximum(scale, UE8M0_MIN_SCALE))
     return scale
 
 
 @triton.jit
-def _quotients(y, scale, ROUNDING: tl.constexpr, UE8M0: tl.constexpr):
-    """What becomes e4m3 codes of y [rows, groups, numbers of a group]."""
+def _quotients(y, scale, ROUNDING: tl.constexpr, UE8M0: tl.constexpr, MAX: tl.constexpr):
+    """What becomes FP8 codes of y [rows, groups, numbers of a group]."""
     if ROUNDING == "native" or ROUNDING == "native_floored":
         return y / scale[:, :, None]  # div.full.f32, as in Inductor's kernel
+    if ROUNDING == "aiter":
+        return y * numerics.rounded_reciprocal(scale)[:, :, None]
     if UE8M0:
         quotients = y * numerics.reciprocal(scale)[:, :, None]  # a power of two: exact
     elif ROUNDING == "reciprocal":
         quotients = y * numerics.rounded_reciprocal(scale)[:, :, None]
     else:
         quotients = numerics.divide(y, scale[:, :, None])
-    return tl.maximum(quotients, -448.0)  # NaN becomes -448, as fmaxf does; the conversion saturates the rest
+    return tl.maximum(quotients, -MAX)  # NaN becomes -MAX, as fmaxf does
 
 
 @triton.jit
@@ -114,14 +135,15 @@ def _larger_pair(a, b):
 
 @triton.jit
 def group_of_bf16(y, eps, ROUNDING: tl.constexpr, UE8M0: tl.constexpr):
-    """Scale and codes, not native, of fp32 y [rows, groups, group_size] rounded to bf16, two at a time. Needs PTX."""
+    """Scale and e4m3fn codes, not native, of fp32 y [rows, groups, group_size] rounded to bf16, two at a time. Needs PTX."""
     even, odd = tl.split(tl.reshape(y, (y.shape[0], y.shape[1], y.shape[2] // 2, 2)))
     pairs, even, odd = numerics.rounded_pairs(even, odd)
     top = tl.reduce(pairs, 2, _larger_pair)
     low, high = (top << 16).to(tl.float32, bitcast=True), (top & -65536).to(tl.float32, bitcast=True)
-    scale = scale_of_maximum(tl.maximum(tl.abs(low), tl.abs(high)), eps, UE8M0)
+    scale = scale_of_maximum(tl.maximum(tl.abs(low), tl.abs(high)), eps, UE8M0, 448.0)
     # Joined only now: Triton would move the numbers, and not the scale, to where the other one is.
-    codes = tl.join(_quotients(even, scale, ROUNDING, UE8M0), _quotients(odd, scale, ROUNDING, UE8M0))
+    even, odd = _quotients(even, scale, ROUNDING, UE8M0, 448.0), _quotients(odd, scale, ROUNDING, UE8M0, 448.0)
+    codes = tl.join(even, odd)
     return scale, tl.reshape(codes, y.shape).to(tl.float8e4nv)
 
 
@@ -194,12 +216,12 @@ def static_inverse(scale, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def static_codes(y, inverse, NATIVE: tl.constexpr):
-    """e4m3 codes of y under one scale."""
+def static_codes(y, inverse, NATIVE: tl.constexpr, MAX: tl.constexpr):
+    """FP8 codes of y under one scale."""
     code = y * inverse
     if not NATIVE:
-        code = tl.minimum(code, 448.0)  # NaN becomes 448, as fminf does first in vLLM's op
-    return code.to(tl.float8e4nv)
+        code = tl.minimum(code, MAX)  # NaN becomes MAX, as fminf does first in vLLM's op
+    return codes_of(code, MAX)
 
 
 @triton.jit
@@ -211,7 +233,7 @@ def running_max(top, magnitude, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def token_scale(top, bound_ptr, NATIVE: tl.constexpr):
+def token_scale(top, bound_ptr, NATIVE: tl.constexpr, MAX: tl.constexpr):
     """Scale [rows] of rows that have their largest magnitudes in `top` [rows, columns], NaN as running_max leaves it;
     bound_ptr is vLLM's `scale_ub` or None."""
     # Bits of magnitudes have the order of the magnitudes, NaN last; a warp finds the largest integer in one instruction.
@@ -223,13 +245,14 @@ def token_scale(top, bound_ptr, NATIVE: tl.constexpr):
         else:
             top = tl.minimum(top, bound)
     if NATIVE:
-        return tl.maximum(numerics.times_reciprocal_of_448(top), FP8_MIN_SCALE, propagate_nan=tl.PropagateNan.ALL)
-    return tl.maximum(numerics.divide_by_448(top), FP8_MIN_SCALE)
+        scale = numerics.times_reciprocal_of_maximum(top, MAX)
+        return tl.maximum(scale, 1.0 / (MAX * 512.0), propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(numerics.divide_by_maximum(top, MAX), 1.0 / (MAX * 512.0))
 
 
 @triton.jit
-def token_codes(y, scale, BOUNDED: tl.constexpr, NATIVE: tl.constexpr):
-    """e4m3 codes of y with its row's scale. BOUNDED: the scale may be far too small for y."""
+def token_codes(y, scale, BOUNDED: tl.constexpr, NATIVE: tl.constexpr, MAX: tl.constexpr):
+    """FP8 codes of y with its row's scale. BOUNDED: the scale may be far too small for y."""
     if NATIVE:
         code = y * (1.0 / scale)  # div.full.f32, as in Inductor's kernel
     elif BOUNDED:
@@ -237,5 +260,5 @@ def token_codes(y, scale, BOUNDED: tl.constexpr, NATIVE: tl.constexpr):
     else:
         code = numerics.divide(y, scale)
     if not NATIVE:
-        code = tl.minimum(code, 448.0)  # NaN becomes 448, as fminf does first in vLLM's op
-    return code.to(tl.float8e4nv)
+        code = tl.minimum(code, MAX)  # NaN becomes MAX, as fminf does first in vLLM's op
+    return codes_of(code, MAX)

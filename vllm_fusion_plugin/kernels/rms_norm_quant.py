@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 
 from . import numerics, quant
+from .backend import HIDDEN_ALIGNMENT
+from .fp8 import FORMATS, OCP
 from .launch import choose, launch, row_stride, rows_with_padding
 from .pdl import wait_for_producer
 from .quant import QuantConstants
@@ -108,11 +110,12 @@ def _quantise_rows(
         if QUANT.stored:
             y = numerics.rounded(y, dtype)
         normed = normed + (y,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no unpacking
-    scale = quant.token_scale(top, bound_ptr, QUANT.native)
+    scale = quant.token_scale(top, bound_ptr, QUANT.native, QUANT.fp8_max)
     tl.store(scales_ptr + row, scale, mask=row < rows)
     for first in tl.static_range(0, WIDTH, CHUNK):
         column, mask = chunk_columns(row, rows, first, CHUNK, WIDTH)
-        codes = quant.token_codes(normed[first // CHUNK], scale[:, None], bound_ptr is not None, QUANT.native)
+        y = normed[first // CHUNK]
+        codes = quant.token_codes(y, scale[:, None], bound_ptr is not None, QUANT.native, QUANT.fp8_max)
         offset = row.to(tl.int64)[:, None] * WIDTH + column
         tl.store(tl.multiple_of(codes_ptr + offset, (1, QUANT.aligned)), codes, mask=mask)
 
@@ -141,17 +144,14 @@ def _quantise_statically(
         y = normed_chunk(chunks, weights, inverse, weight_ptr, column, dtype, first, NORM, TILE)
         if normed_ptr is not None:
             tl.store(normed_ptr + offset, y.to(dtype), mask=mask)
-        codes = quant.static_codes(y, scale_inverse, QUANT.native)
+        codes = quant.static_codes(y, scale_inverse, QUANT.native, QUANT.fp8_max)
         tl.store(tl.multiple_of(codes_ptr + offset, (1, QUANT.aligned)), codes, mask=mask)
 
 
 # What changes with the number of tokens is not specialised on: a server would meet a new specialisation, and half a second
 # of compilation, in the middle of a request.
-#
-# Triton is not to see that codes_ptr is aligned, but that its uses are, to 8: it would store 16 codes a thread, and for that
-# load x in twos of 16 bytes with a gap between the threads.
 @triton.jit(
-    do_not_specialize=["rows", "padded_rows", "scale_group_stride"], do_not_specialize_on_alignment=["codes_ptr"]
+    do_not_specialize=["rows", "padded_rows", "scale_group_stride"], do_not_specialize_on_alignment=HIDDEN_ALIGNMENT
 )
 def _kernel(
     x_ptr,
@@ -210,13 +210,14 @@ def _kernel(
         )  # fmt: skip
 
 
-def _of_one_number(kind: str, width: int, quant_rounding: str, stored: bool = False) -> QuantConstants:
+def _of_one_number(kind: str, width: int, quant_rounding: str, fp8: str, stored: bool = False) -> QuantConstants:
     """Of a token or static quantiser in rows of `width`; stored: see `QuantConstants`.
 
     Inductor makes one kernel of a narrow row and such a quantiser if that is native, with stores of 16 codes."""
     native = is_native(quant_rounding)
     aligned = math.gcd(width, 16 if native and width <= WARP_WIDTH.value else 8)
-    return QuantConstants(kind, quant_rounding, aligned=aligned, native=native, stored=stored)
+    maximum = FORMATS[fp8].max
+    return QuantConstants(kind, quant_rounding, aligned=aligned, native=native, stored=stored, fp8_max=maximum)
 
 
 def _launch(
@@ -291,11 +292,13 @@ def rms_norm_group_fp8_quant(
     quant_rounding: str,
     tile: Tile | None = None,
     pdl: bool | None = None,
+    fp8: str = OCP,
 ) -> None:
     """Write codes [M, H], scales [M, H / group_size] and, if given, normed and residual_out [M, H] of norm.x [M, H];
     arguments as the op checked them, norm being its `NormInputs`."""
     rows, width = norm.x.shape
-    quantiser = quant.group_constants(scales, group_size, use_ue8m0, quant_rounding, aligned=math.gcd(width, 8))
+    aligned = math.gcd(width, 8)
+    quantiser = quant.group_constants(scales, group_size, use_ue8m0, quant_rounding, aligned, fp8)
     _launch(
         norm, quantiser, codes, normed, residual_out, tile, pdl,
         scales_ptr=scales,
@@ -316,10 +319,12 @@ def rms_norm_token_fp8_quant(
     quant_rounding: str,
     tile: Tile | None = None,
     pdl: bool | None = None,
+    fp8: str = OCP,
 ) -> None:
     """Write codes [M, H], scales [M, 1] and, if given, normed and residual_out [M, H] of norm.x [M, H]; arguments as for
     groups."""
-    quantiser = _of_one_number("token", norm.x.shape[1], quant_rounding, norm.stored and is_native(quant_rounding))
+    stored = norm.stored and is_native(quant_rounding)
+    quantiser = _of_one_number("token", norm.x.shape[1], quant_rounding, fp8, stored)
     _launch(norm, quantiser, codes, normed, residual_out, tile, pdl, number_ptr=scale_ub, scales_ptr=scales)
 
 
@@ -332,7 +337,8 @@ def rms_norm_static_fp8_quant(
     quant_rounding: str,
     tile: Tile | None = None,
     pdl: bool | None = None,
+    fp8: str = OCP,
 ) -> None:
     """Write codes [M, H] and, if given, normed and residual_out [M, H] of norm.x [M, H]; arguments as for groups."""
-    quantiser = _of_one_number("static", norm.x.shape[1], quant_rounding)
+    quantiser = _of_one_number("static", norm.x.shape[1], quant_rounding, fp8)
     _launch(norm, quantiser, codes, normed, residual_out, tile, pdl, number_ptr=scale)

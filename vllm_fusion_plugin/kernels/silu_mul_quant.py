@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 from . import numerics, nvfp4, quant
+from .backend import HIDDEN_ALIGNMENT
+from .fp8 import FORMATS, OCP
 from .launch import choose, launch, row_stride, rows_with_padding
 from .pdl import pdl_options, wait_for_producer
 from .rounding import is_native
@@ -100,6 +102,7 @@ def _static_kernel(
     EVEN: tl.constexpr,
     ACT: tl.constexpr,
     NATIVE: tl.constexpr,
+    MAX: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -113,16 +116,14 @@ def _static_kernel(
     else:
         gate = tl.load(x_ptrs, mask=column < width, other=0.0)
         up = tl.load(x_ptrs + width, mask=column < width, other=0.0)
-    code = quant.static_codes(_silu_mul(gate, up, ACT), inverse, NATIVE)
+    code = quant.static_codes(_silu_mul(gate, up, ACT), inverse, NATIVE, MAX)
     if EVEN:
         tl.store(codes_ptr + row * width + column, code)
     else:
         tl.store(codes_ptr + row * width + column, code, mask=column < width)
 
 
-# Triton is not to see that codes_ptr is aligned, but that its uses are, to 8: it would store 16 codes a thread, and for that
-# load x in twos of 16 bytes with a gap between the threads.
-@triton.jit(do_not_specialize_on_alignment=["codes_ptr"])
+@triton.jit(do_not_specialize_on_alignment=HIDDEN_ALIGNMENT)
 def _token_kernel(
     x_ptr,
     bound_ptr,
@@ -134,6 +135,7 @@ def _token_kernel(
     CHUNK: tl.constexpr,
     ALIGNED: tl.constexpr,
     NATIVE: tl.constexpr,
+    MAX: tl.constexpr,
     ACT: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -161,11 +163,11 @@ def _token_kernel(
             tl.store(act_ptr + (row * WIDTH + column), y.to(act_ptr.dtype.element_ty), mask=column < WIDTH)
         top = quant.running_max(top, tl.abs(y), NATIVE)
         products = products + (y,)  # type: ignore[assignment]  # noqa: RUF005
-    scale = quant.token_scale(top, bound_ptr, NATIVE)
+    scale = quant.token_scale(top, bound_ptr, NATIVE, MAX)
     tl.store(scales_ptr + row + tl.arange(0, 1), scale)
     for first in tl.static_range(0, WIDTH, CHUNK):
         column = first + tl.arange(0, CHUNK)[None, :]
-        code = quant.token_codes(products[first // CHUNK], scale[:, None], bound_ptr is not None, NATIVE)
+        code = quant.token_codes(products[first // CHUNK], scale[:, None], bound_ptr is not None, NATIVE, MAX)
         codes_ptrs = tl.multiple_of(codes_ptr + (row * WIDTH + column), (1, ALIGNED))
         if first + CHUNK <= WIDTH:
             tl.store(codes_ptrs, code)
@@ -250,6 +252,7 @@ def silu_mul_group_fp8_quant(
     tile: Tile | None = None,
     pdl: bool | None = None,
     act: torch.Tensor | None = None,
+    fp8: str = OCP,
 ) -> None:
     """Write codes [M, K], scales [M, K / group_size] and, if given, act [M, K] of x [M, 2 * K]; arguments as the op checked
     them."""
@@ -276,7 +279,7 @@ def silu_mul_group_fp8_quant(
         quant.EPS,
         ACT=_act_constants(x, act_rounding, quant_rounding),
         TILE=constants,
-        QUANT=quant.group_constants(scales, group_size, use_ue8m0, quant_rounding),
+        QUANT=quant.group_constants(scales, group_size, use_ue8m0, quant_rounding, fp8=fp8),
         num_warps=tile.num_warps,
         **pdl_options(x.device, pdl),
     )
@@ -292,6 +295,7 @@ def silu_mul_token_fp8_quant(
     tile: RowTile | None = None,
     pdl: bool | None = None,
     act: torch.Tensor | None = None,
+    fp8: str = OCP,
 ) -> None:
     """Write codes [M, K], scales [M, 1] and, if given, act [M, K] of x [M, 2 * K]; arguments as the op checked them."""
     rows, width = codes.shape
@@ -312,6 +316,7 @@ def silu_mul_token_fp8_quant(
         CHUNK=tile.chunk,
         ALIGNED=math.gcd(width, 8),
         NATIVE=is_native(quant_rounding),
+        MAX=FORMATS[fp8].max,
         ACT=_act_constants(x, act_rounding, quant_rounding),
         num_warps=tile.num_warps,
         **pdl_options(x.device, pdl),
@@ -319,7 +324,7 @@ def silu_mul_token_fp8_quant(
 
 
 def silu_mul_static_fp8_quant(
-    x: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, act_rounding: str, quant_rounding: str
+    x: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, act_rounding: str, quant_rounding: str, fp8: str = OCP
 ) -> None:
     """Write codes [M, K] of x [M, 2 * K]; arguments as the op checked them."""
     rows, width = codes.shape
@@ -338,6 +343,7 @@ def silu_mul_static_fp8_quant(
         BLOCK=block,
         EVEN=width % block == 0,
         NATIVE=is_native(quant_rounding),
+        MAX=FORMATS[fp8].max,
         ACT=_act_constants(x, act_rounding, quant_rounding),
         num_warps=2,
         **pdl_options(x.device, None),

@@ -28,8 +28,9 @@ from __future__ import annotations
 
 import torch
 
+from ..kernels.fp8 import FORMATS, OCP
 from .quant import (
-    FP8_DTYPE,
+    FP8,
     INPUT_DTYPES,
     SCALES,
     GroupScales,
@@ -78,6 +79,7 @@ def _check(
     how: GroupScales,
     norm_rounding: str,
     quant_rounding: str,
+    fp8: str,
 ) -> tuple[int, int]:
     """Tokens and output width; ValueError on what no kernel takes."""
     if x.dtype not in INPUT_DTYPES:
@@ -119,7 +121,7 @@ def _check(
             f"x has heads of {head_dim}; allowed: multiples of group_size={group_size} from {group_size} to {MAX_HEAD_DIM}"
         )
     check_choice("norm_rounding", norm_rounding, NORM_ROUNDINGS)
-    check_group_rounding(quant_rounding, x.dtype, how)
+    check_group_rounding(quant_rounding, x.dtype, how, fp8)
     return x.shape[0] if x.dim() == 3 else x.shape[0] // num_heads, num_heads * head_dim
 
 
@@ -135,42 +137,51 @@ def gated_rms_norm_group_fp8_quant_reference(
     activation: str = "silu",
     norm_rounding: str = "native",
     quant_rounding: str = "custom_op",
+    fp8: str = OCP,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`gated_rms_norm_group_fp8_quant` in plain torch, on any device."""
-    shape = _check(x, z, weight, num_heads, activation, scales, norm_rounding, quant_rounding)
+    shape = _check(x, z, weight, num_heads, activation, scales, norm_rounding, quant_rounding, fp8)
     rounded = norm_rounding != "native" or not is_native(quant_rounding)
     y = gated_rms_norm_reference(x, z, weight, epsilon, norm_before_gate, activation, rounded=rounded)
-    return group_fp8_quant_reference(y.reshape(shape), scales, quant_rounding)
+    return group_fp8_quant_reference(y.reshape(shape), scales, quant_rounding, fp8)
+
+
+def _more(
+    group_size: int, layout: str, ue8m0: bool, norm_rounding: str, quant_rounding: str, fp8: str = OCP
+) -> tuple[GroupScales, str, str, str]:
+    """The op's last arguments."""
+    return GroupScales(group_size, layout, ue8m0), norm_rounding, quant_rounding, fp8
 
 
 def _fake(x, z, weight, epsilon, num_heads, norm_before_gate, activation, *more):
-    *scales, norm_rounding, quant_rounding = more
-    how = GroupScales(*scales)
-    rows, width = _check(x, z, weight, num_heads, activation, how, norm_rounding, quant_rounding)
-    return x.new_empty((rows, width), dtype=FP8_DTYPE), how.empty(x, rows, width)
+    how, norm_rounding, quant_rounding, fp8 = _more(*more)
+    rows, width = _check(x, z, weight, num_heads, activation, how, norm_rounding, quant_rounding, fp8)
+    return x.new_empty((rows, width), dtype=FORMATS[fp8].dtype), how.empty(x, rows, width)
 
 
 def _cuda(x, z, weight, epsilon, num_heads, norm_before_gate, activation, *more):
     from ..kernels.gated_rms_norm_quant import gated_rms_norm_group_fp8_quant as launch
 
     codes, scales = _fake(x, z, weight, epsilon, num_heads, norm_before_gate, activation, *more)
-    group_size, _, use_ue8m0, *roundings = more
-    gate = (norm_before_gate, activation)
-    launch(x, z, weight, codes, scales, epsilon, num_heads, *gate, group_size, use_ue8m0, *roundings)
+    how, norm_rounding, quant_rounding, fp8 = _more(*more)
+    launch(
+        x, z, weight, codes, scales, epsilon, num_heads, norm_before_gate, activation, how.group_size, how.ue8m0,
+        norm_rounding, quant_rounding, fp8=fp8,
+    )  # fmt: skip
     return codes, scales
 
 
 def _cpu(x, z, weight, epsilon, num_heads, norm_before_gate, activation, *more):
-    *scales, norm_rounding, quant_rounding = more
+    how, norm_rounding, quant_rounding, fp8 = _more(*more)
     return gated_rms_norm_group_fp8_quant_reference(
-        x, z, weight, epsilon, num_heads, GroupScales(*scales), norm_before_gate=norm_before_gate,
-        activation=activation, norm_rounding=norm_rounding, quant_rounding=quant_rounding,
+        x, z, weight, epsilon, num_heads, how, norm_before_gate=norm_before_gate,
+        activation=activation, norm_rounding=norm_rounding, quant_rounding=quant_rounding, fp8=fp8,
     )  # fmt: skip
 
 
 _OP = register(
     "gated_rms_norm_group_fp8_quant(Tensor x, Tensor z, Tensor weight, float epsilon, int num_heads, "
-    f"bool norm_before_gate, str activation, {SCALES}, str norm_rounding, str quant_rounding) -> (Tensor, Tensor)",
+    f"bool norm_before_gate, str activation, {SCALES}, str norm_rounding, str quant_rounding, {FP8}) -> (Tensor, Tensor)",
     fake=_fake,
     cuda=_cuda,
     cpu=_cpu,
@@ -191,6 +202,7 @@ def gated_rms_norm_group_fp8_quant(
     activation: str = "silu",
     norm_rounding: str = "native",
     quant_rounding: str = "custom_op",
+    fp8: str = OCP,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RMSNorm of each head of x, gated by z, quantised to FP8 in groups, in one kernel.
 
@@ -206,9 +218,10 @@ def gated_rms_norm_group_fp8_quant(
         norm_before_gate: norm(x) * gate(z) instead of norm(x * gate(z)).
         activation: gate is "silu" or "sigmoid".
         norm_rounding, quant_rounding: which of vLLM's roundings to reproduce; see the module's docstring and ops/quant.py.
+        fp8: format of the codes; see kernels/fp8.py.
 
     Returns:
-        codes [N, num_heads * D] float8_e4m3fn, contiguous, the heads of a token side by side, and
+        codes [N, num_heads * D] in that format, contiguous, the heads of a token side by side, and
         scales [N, num_heads * D / group_size] fp32 in the layout asked for.
 
     Raises:
@@ -218,4 +231,4 @@ def gated_rms_norm_group_fp8_quant(
     of Qwen3-Next's gated delta net.
     """
     gate = (norm_before_gate, activation)
-    return _OP(x, z, weight, epsilon, num_heads, *gate, *scales, norm_rounding, quant_rounding)
+    return _OP(x, z, weight, epsilon, num_heads, *gate, *scales, norm_rounding, quant_rounding, fp8)

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import torch
 
+from ..kernels.fp8 import FORMATS, OCP
 from .quant import (
-    FP8_DTYPE,
+    FP8,
     SCALES,
     GroupScales,
     check_choice,
@@ -46,13 +47,14 @@ def mla_dual_rms_norm_group_fp8_quant_reference(
     *,
     norm_rounding: str = "native",
     quant_rounding: str = "custom_op",
+    fp8: str = OCP,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`mla_dual_rms_norm_group_fp8_quant` in plain torch, on any device."""
-    _check(q, kv, q_weight, kv_weight, scales, norm_rounding, quant_rounding)
+    _check(q, kv, q_weight, kv_weight, scales, norm_rounding, quant_rounding, fp8)
     rounded = norm_rounding != "native" or not is_native(quant_rounding)
     y, _ = rms_norm_reference(NormInputs(q, q_weight, q_epsilon, norm_rounding=norm_rounding), rounded=rounded)
     kv_normed, _ = rms_norm_reference(NormInputs(kv, kv_weight, kv_epsilon, norm_rounding=norm_rounding))
-    return *group_fp8_quant_reference(y, scales, quant_rounding), kv_normed
+    return *group_fp8_quant_reference(y, scales, quant_rounding, fp8), kv_normed
 
 
 def _check(
@@ -63,6 +65,7 @@ def _check(
     how: GroupScales,
     norm_rounding: str,
     quant_rounding: str,
+    fp8: str,
 ) -> tuple[int, int]:
     rows, width = check_rows("q", q)
     kv_rows, kv_width = check_rows("kv", kv)
@@ -75,41 +78,50 @@ def _check(
     if kv.device != q.device:
         raise ValueError(f"kv is on {kv.device}; allowed: q's device, {q.device}")
     check_choice("norm_rounding", norm_rounding, NORM_ROUNDINGS)
-    check_group_rounding(quant_rounding, q.dtype, how)
+    check_group_rounding(quant_rounding, q.dtype, how, fp8)
     check_weight("q_weight", q_weight, q, norm_rounding)
     check_weight("kv_weight", kv_weight, kv, norm_rounding)
     how.check(width)
     return rows, width
 
 
+def _more(
+    group_size: int, layout: str, ue8m0: bool, norm_rounding: str, quant_rounding: str, fp8: str = OCP
+) -> tuple[GroupScales, str, str, str]:
+    """The op's last arguments."""
+    return GroupScales(group_size, layout, ue8m0), norm_rounding, quant_rounding, fp8
+
+
 def _fake(q, kv, q_weight, kv_weight, q_epsilon, kv_epsilon, *more):
-    *scales, norm_rounding, quant_rounding = more
-    how = GroupScales(*scales)
-    rows, width = _check(q, kv, q_weight, kv_weight, how, norm_rounding, quant_rounding)
-    return q.new_empty((rows, width), dtype=FP8_DTYPE), how.empty(q, rows, width), kv.new_empty(kv.shape)
+    how, norm_rounding, quant_rounding, fp8 = _more(*more)
+    rows, width = _check(q, kv, q_weight, kv_weight, how, norm_rounding, quant_rounding, fp8)
+    codes = q.new_empty((rows, width), dtype=FORMATS[fp8].dtype)
+    return codes, how.empty(q, rows, width), kv.new_empty(kv.shape)
 
 
 def _cuda(q, kv, q_weight, kv_weight, q_epsilon, kv_epsilon, *more):
     from ..kernels.mla_dual_rms_norm_quant import mla_dual_rms_norm_group_fp8_quant as launch
 
-    outputs = _fake(q, kv, q_weight, kv_weight, q_epsilon, kv_epsilon, *more)
-    group_size, _, use_ue8m0, *roundings = more
-    norms = (q, kv, q_weight, kv_weight, *outputs, q_epsilon, kv_epsilon)
-    launch(*norms, group_size, use_ue8m0, *roundings)  # type: ignore[call-arg]
-    return outputs
+    codes, scales, kv_normed = _fake(q, kv, q_weight, kv_weight, q_epsilon, kv_epsilon, *more)
+    how, norm_rounding, quant_rounding, fp8 = _more(*more)
+    launch(
+        q, kv, q_weight, kv_weight, codes, scales, kv_normed, q_epsilon, kv_epsilon, how.group_size, how.ue8m0,
+        norm_rounding, quant_rounding, fp8=fp8,
+    )  # fmt: skip
+    return codes, scales, kv_normed
 
 
 def _cpu(q, kv, q_weight, kv_weight, q_epsilon, kv_epsilon, *more):
-    *scales, norm_rounding, quant_rounding = more
+    how, norm_rounding, quant_rounding, fp8 = _more(*more)
     roundings = {"norm_rounding": norm_rounding, "quant_rounding": quant_rounding}
     return mla_dual_rms_norm_group_fp8_quant_reference(
-        q, kv, q_weight, kv_weight, q_epsilon, kv_epsilon, GroupScales(*scales), **roundings
+        q, kv, q_weight, kv_weight, q_epsilon, kv_epsilon, how, **roundings, fp8=fp8
     )
 
 
 _DUAL = register(
     "mla_dual_rms_norm_group_fp8_quant(Tensor q, Tensor kv, Tensor q_weight, Tensor kv_weight, float q_epsilon, "
-    f"float kv_epsilon, {SCALES}, str norm_rounding, str quant_rounding) -> (Tensor, Tensor, Tensor)",
+    f"float kv_epsilon, {SCALES}, str norm_rounding, str quant_rounding, {FP8}) -> (Tensor, Tensor, Tensor)",
     fake=_fake,
     cuda=_cuda,
     cpu=_cpu,
@@ -128,6 +140,7 @@ def mla_dual_rms_norm_group_fp8_quant(
     *,
     norm_rounding: str = "native",
     quant_rounding: str = "custom_op",
+    fp8: str = OCP,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """RMSNorm of q, quantised to FP8 in groups along each row, and RMSNorm of kv, in one kernel.
 
@@ -138,9 +151,10 @@ def mla_dual_rms_norm_group_fp8_quant(
         q_epsilon, kv_epsilon: added to the mean of squares.
         scales: size of the groups, 64 or 128, which divides Hq; layout of the scales; whether they are powers of two.
         norm_rounding, quant_rounding: which of vLLM's roundings to reproduce; see `ops/rms_norm_quant.py`.
+        fp8: format of the codes; see kernels/fp8.py.
 
     Returns:
-        q_codes [M, Hq] float8_e4m3fn, q_scales [M, Hq / group_size] fp32 in the layout asked for, and kv_normed [M, Hkv] in
+        q_codes [M, Hq] in that format, q_scales [M, Hq / group_size] fp32 in the layout asked for, and kv_normed [M, Hkv] in
         kv's dtype. All are new tensors; all but the scales are contiguous.
 
     Raises:
@@ -149,5 +163,5 @@ def mla_dual_rms_norm_group_fp8_quant(
     Mirrors vLLM's `rms_norm` followed by `per_token_group_fp8_quant` for q, and its `rms_norm` for kv.
     """
     return _DUAL(
-        q, kv, q_weight, kv_weight, q_epsilon, kv_epsilon, *scales, norm_rounding, quant_rounding
+        q, kv, q_weight, kv_weight, q_epsilon, kv_epsilon, *scales, norm_rounding, quant_rounding, fp8
     )  # fmt: skip

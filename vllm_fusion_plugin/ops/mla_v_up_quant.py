@@ -18,13 +18,15 @@ from __future__ import annotations
 
 import torch
 
+from ..kernels.fp8 import FORMATS, OCP
 from ..kernels.rounding import OPAQUE
 from .quant import (
-    FP8_DTYPE,
+    FP8,
     GROUP_SIZES,
     INPUT_DTYPES,
     GroupScales,
     check_choice,
+    check_fp8,
     group_fp8_quant_reference,
     padded_rows,
 )
@@ -41,9 +43,11 @@ def _check(
     scales: torch.Tensor,
     group_size: int,
     quant_rounding: str,
+    fp8: str,
 ) -> None:
     """ValueError on what no kernel takes."""
     check_choice("quant_rounding", quant_rounding, OPAQUE)
+    check_fp8(fp8)
     if attn_out.dtype not in INPUT_DTYPES:
         raise ValueError(f"attn_out has dtype {attn_out.dtype}; allowed: {', '.join(map(str, INPUT_DTYPES))}")
     if w_uv.dtype != attn_out.dtype:
@@ -70,7 +74,7 @@ def _check(
             f"w_uv has V={width}; allowed: multiples of group_size={group_size}, for groups do not span heads"
         )
     for name, t, dtype, columns in (
-        ("codes", codes, FP8_DTYPE, heads * width),
+        ("codes", codes, FORMATS[fp8].dtype, heads * width),
         ("scales", scales, torch.float32, heads * width // group_size),
     ):
         if t.dtype != dtype:
@@ -106,15 +110,16 @@ def mla_v_up_group_fp8_quant_reference(
     group_size: int = 128,
     use_ue8m0: bool = False,
     quant_rounding: str = "custom_op",
+    fp8: str = OCP,
 ) -> None:
     """`mla_v_up_group_fp8_quant` in plain torch, on any device."""
-    _check(attn_out, w_uv, codes, scales, group_size, quant_rounding)
+    _check(attn_out, w_uv, codes, scales, group_size, quant_rounding, fp8)
     if len(attn_out) == 0:
         return
     y = torch.bmm(attn_out.transpose(0, 1).float(), w_uv.float()).transpose(0, 1)
     y = y.reshape(codes.shape).to(attn_out.dtype)
     how = GroupScales(group_size, ue8m0=use_ue8m0)
-    new_codes, new_scales = group_fp8_quant_reference(y, how, quant_rounding)
+    new_codes, new_scales = group_fp8_quant_reference(y, how, quant_rounding, fp8)
     codes.copy_(new_codes)
     scales.copy_(new_scales)
     rows, columns = scale_padding(scales)
@@ -123,20 +128,20 @@ def mla_v_up_group_fp8_quant_reference(
         scales.as_strided((rows - len(scales), columns), (1, rows), start).zero_()
 
 
-def _fake(attn_out, w_uv, codes, scales, group_size, use_ue8m0, quant_rounding):
-    _check(attn_out, w_uv, codes, scales, group_size, quant_rounding)
+def _fake(attn_out, w_uv, codes, scales, group_size, use_ue8m0, quant_rounding, fp8=OCP):
+    _check(attn_out, w_uv, codes, scales, group_size, quant_rounding, fp8)
 
 
-def _cuda(attn_out, w_uv, codes, scales, group_size, use_ue8m0, quant_rounding):
+def _cuda(attn_out, w_uv, codes, scales, group_size, use_ue8m0, quant_rounding, fp8=OCP):
     from ..kernels.mla_v_up_quant import mla_v_up_group_fp8_quant as launch
 
-    _check(attn_out, w_uv, codes, scales, group_size, quant_rounding)
-    launch(attn_out, w_uv, codes, scales, scale_padding(scales), group_size, use_ue8m0, quant_rounding)
+    _check(attn_out, w_uv, codes, scales, group_size, quant_rounding, fp8)
+    launch(attn_out, w_uv, codes, scales, scale_padding(scales), group_size, use_ue8m0, quant_rounding, fp8=fp8)
 
 
 _OP = register(
     "mla_v_up_group_fp8_quant(Tensor attn_out, Tensor w_uv, Tensor(a!) codes, Tensor(b!) scales, int group_size, "
-    "bool use_ue8m0, str quant_rounding) -> ()",
+    f"bool use_ue8m0, str quant_rounding, {FP8}) -> ()",
     fake=_fake,
     cuda=_cuda,
     cpu=mla_v_up_group_fp8_quant_reference,
@@ -153,6 +158,7 @@ def mla_v_up_group_fp8_quant(
     *,
     use_ue8m0: bool = False,
     quant_rounding: str = "custom_op",
+    fp8: str = OCP,
 ) -> None:
     """attn_out @ w_uv for each head, quantised to FP8 in groups of `group_size` along each row, in one kernel.
 
@@ -161,13 +167,14 @@ def mla_v_up_group_fp8_quant(
             multiple of 16.
         w_uv: [N, L, V] of the same dtype, any strides; V is a multiple of group_size. Fast if, as in vLLM, V or L is
             contiguous and everything else starts at multiples of 16 bytes; the same goes for attn_out and L.
-        codes: [M, N * V] float8_e4m3fn, written to; rows may be strided, columns not.
+        codes: [M, N * V] in the format `fp8`, written to; rows may be strided, columns not.
         scales: [M, N * V / group_size] fp32 of any strides, written to. If they are TMA-aligned, strides (1, M rounded up to
             4), the rows between M and there are set to zero, as far as the storage goes. So of a larger buffer, write the
             rows after these afterwards.
         group_size: 64 or 128.
         use_ue8m0: round each scale up to a power of two.
         quant_rounding: which of vLLM's quantisers to reproduce, custom_op or reciprocal; see ops/quant.py.
+        fp8: format of the codes; see kernels/fp8.py.
 
     Raises:
         ValueError: an argument is not one of the above; the message names it, its value and what is allowed.
@@ -175,4 +182,4 @@ def mla_v_up_group_fp8_quant(
     Mirrors vLLM's `MLAAttention._v_up_proj` into a buffer, then `per_token_group_fp8_quant`; see the module's docstring for
     how closely.
     """
-    _OP(attn_out, w_uv, codes, scales, group_size, use_ue8m0, quant_rounding)
+    _OP(attn_out, w_uv, codes, scales, group_size, use_ue8m0, quant_rounding, fp8)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quantisers that every fused op ends in: scale layouts, their checks, and pure-torch references.
 
-FP8 here is float8_e4m3fn (±448, no infinities). vLLM has several variants of each quantiser, which round differently;
+FP8 is one of the formats in kernels/fp8.py, `fp8` in the ops' arguments; by default float8_e4m3fn, ±448. Below, ±448 stands
+for the format's own maximum. vLLM has several variants of each quantiser, which round differently;
 `quant_rounding` says which one a fused op stands in for. Which of them the installed vLLM has is found out by roundings.py.
 
 `custom_op`
@@ -19,6 +20,10 @@ FP8 here is float8_e4m3fn (±448, no infinities). vLLM has several variants of e
     The quantiser inside of FlashInfer's block GEMM: factor 448 / maximum and scale 1 / factor in fast math, off IEEE by one
     unit in the last place for 37 and 9 of a maximum's 128 mantissas; never powers of two; factor 1 for a group of zeros. NaN
     is ignored by the maximum and stays NaN in the codes. Group quantisers and bf16 only.
+`aiter`
+    AITER's group quantiser (`rocm_aiter_group_fp8_quant`): the scale is a product with the maximum code's reciprocal, codes
+    are products with the scale's, both correctly rounded; never powers of two. NaN is ignored by the maximum and stays NaN
+    in the codes. Read from AITER's source, and not compared with AITER on a GPU yet. Group quantisers only.
 `custom_op_or_flashinfer`, `reciprocal_or_flashinfer`
     flashinfer below 32 rows, the other from there on, as vLLM chooses its block GEMM. Group quantisers and bf16 only.
 """
@@ -29,7 +34,9 @@ from typing import NamedTuple
 
 import torch
 
+from ..kernels.fp8 import FORMATS, OCP
 from ..kernels.rounding import (
+    AITER,
     BY_ROWS,
     FAST_448_OVER,
     FAST_RECIPROCAL,
@@ -40,17 +47,16 @@ from ..kernels.rounding import (
     of_rows,
 )
 
-FP8_DTYPE = torch.float8_e4m3fn
-FP8_MAX = 448.0
-# Floor of a native scale: 1 / (448 * 512), as QuantFP8 has it, so that an all-zero group divides by something.
-FP8_MIN_SCALE = 1.0 / (FP8_MAX * 512.0)
+FP8_DTYPE = FORMATS[OCP].dtype
+FP8_MAX = FORMATS[OCP].max
+FP8_MIN_SCALE = FORMATS[OCP].min_scale
 # Floor under UE8M0 in vLLM's op, before the scale is rounded up to a power of two.
 UE8M0_MIN_SCALE = 1e-10
 # TMA reads 16-byte lines: a column of fp32 scales starts at multiples of 4 rows.
 TMA_ALIGNMENT = 4
 
 ROUNDINGS = ("custom_op", "native")
-GROUP_ROUNDINGS = (*OPAQUE, FLASHINFER, *BY_ROWS, *NATIVE)
+GROUP_ROUNDINGS = (*OPAQUE, FLASHINFER, *BY_ROWS, *NATIVE, AITER)
 GROUP_SIZES = (64, 128)
 INPUT_DTYPES = (torch.bfloat16, torch.float16)
 LAYOUTS = ("row", "column", "tma", "packed")
@@ -58,6 +64,8 @@ LAYOUTS = ("row", "column", "tma", "packed")
 PACKED = 4
 # GroupScales in a schema.
 SCALES = "int group_size, str scale_layout, bool use_ue8m0"
+# The format of the codes, where a schema ends.
+FP8 = f'str fp8="{OCP}"'
 # Floor of a group's maximum in vLLM's op: the `eps` that its layers call it with.
 EPS = 1e-10
 # Of a row that a kernel keeps in registers.
@@ -79,11 +87,20 @@ def check_number(name: str, number: torch.Tensor, x: torch.Tensor) -> None:
         raise ValueError(f"{name} is on {number.device}; allowed: x's device, {x.device}")
 
 
-def check_group_rounding(quant_rounding: str, dtype: torch.dtype, how: GroupScales) -> None:
-    """Raises ValueError on what no group quantiser does with numbers of `dtype`, or with such scales."""
+def check_fp8(fp8: str) -> None:
+    check_choice("fp8", fp8, tuple(FORMATS))
+
+
+def check_group_rounding(quant_rounding: str, dtype: torch.dtype, how: GroupScales, fp8: str = OCP) -> None:
+    """Raises ValueError on what no group quantiser does with numbers of `dtype`, or with such scales and codes."""
     check_choice("quant_rounding", quant_rounding, GROUP_ROUNDINGS)
+    check_fp8(fp8)
+    if fp8 != OCP and (quant_rounding == FLASHINFER or quant_rounding in BY_ROWS):
+        raise ValueError(f"{fp8=} with {quant_rounding=}, which NVIDIA's GPUs alone have; allowed: {OCP}")
     if how.layout == "packed" and quant_rounding not in OPAQUE:
         raise ValueError(f"{quant_rounding=} with scale_layout='packed'; allowed: {', '.join(OPAQUE)}")
+    if quant_rounding == AITER and how.ue8m0:
+        raise ValueError(f"use_ue8m0=True with {quant_rounding=}; allowed: False")
     if dtype != torch.bfloat16 and (quant_rounding == FLASHINFER or quant_rounding in BY_ROWS):
         raise ValueError(f"{quant_rounding=} with {dtype}; allowed: torch.bfloat16")
 
@@ -184,53 +201,59 @@ def _flashinfers_scale(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 def group_fp8_quant_reference(
-    y: torch.Tensor, how: GroupScales, quant_rounding: str
+    y: torch.Tensor, how: GroupScales, quant_rounding: str, fp8: str = OCP
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y [M, K] of any float dtype -> codes [M, K] float8_e4m3fn and scales as `how` says, in plain torch.
+    """y [M, K] of any float dtype -> codes [M, K] in the format `fp8` and scales as `how` says, in plain torch.
 
     Mirrors vLLM's `per_token_group_fp8_quant` and `per_token_group_fp8_quant_packed` (custom_op, reciprocal) and
     `QuantFP8._quantize_group_native` (native, native_floored). The former's floor is that of a group's maximum, EPS; the
-    latter's that of its scale, FP8_MIN_SCALE.
+    latter's that of its scale, the format's `min_scale`.
     """
     rows, width = y.shape
+    maximum, min_scale = FORMATS[fp8].max, FORMATS[fp8].min_scale
     groups = y.float().view(rows, width // how.group_size, how.group_size)
     rounding, use_ue8m0 = of_rows(rows, quant_rounding, how.ue8m0)
     if rounding == FLASHINFER:
         factor, scale = _flashinfers_scale(groups)
         codes = torch.where(groups.abs() < FP32_TINY, groups * 0.0, groups) * factor  # -0 stays -0
+    elif rounding == AITER:
+        scale = _ignoring_nan_max(groups.abs()).clamp(min=EPS) * groups.new_full((), 1.0 / maximum)
+        codes = groups * scale.reciprocal()
     elif is_native(rounding):
-        scale = groups.abs().amax(dim=-1, keepdim=True) / FP8_MAX  # on CUDA, as in Inductor, times the reciprocal
+        scale = groups.abs().amax(dim=-1, keepdim=True) / maximum  # on CUDA, as in Inductor, times the reciprocal
         if rounding == "native_floored":
-            scale = scale.clamp(min=FP8_MIN_SCALE)
+            scale = scale.clamp(min=min_scale)
         if use_ue8m0:
             scale = ue8m0(scale)
         if rounding == "native":
-            scale = scale.clamp(min=FP8_MIN_SCALE)
+            scale = scale.clamp(min=min_scale)
         codes = groups / scale
     else:
         # A tensor as divisor: on CUDA, torch multiplies by the reciprocal of a Python number instead of dividing.
-        scale = _ignoring_nan_max(groups.abs()).clamp(min=EPS) / groups.new_full((), FP8_MAX)
+        scale = _ignoring_nan_max(groups.abs()).clamp(min=EPS) / groups.new_full((), maximum)
         if use_ue8m0:
             scale = ue8m0(scale.clamp(min=UE8M0_MIN_SCALE))
         codes = groups * scale.reciprocal() if rounding == "reciprocal" else groups / scale
-        codes = codes.nan_to_num(nan=-FP8_MAX, posinf=FP8_MAX, neginf=-FP8_MAX)
-    codes = codes.clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE).view(rows, width)
+        codes = codes.nan_to_num(nan=-maximum, posinf=maximum, neginf=-maximum)
+    codes = codes.clamp(-maximum, maximum).to(FORMATS[fp8].dtype).view(rows, width)
     scales = how.empty(y, rows, width)
     scales.copy_(packed_exponents(scale.squeeze(-1)) if how.layout == "packed" else scale.squeeze(-1))
     zero_scale_padding(scales)
     return codes, scales
 
 
-def static_fp8_quant_reference(y: torch.Tensor, scale: torch.Tensor, quant_rounding: str) -> torch.Tensor:
-    """y [..., K] and one fp32 scale -> codes float8_e4m3fn, in plain torch.
+def static_fp8_quant_reference(
+    y: torch.Tensor, scale: torch.Tensor, quant_rounding: str, fp8: str = OCP
+) -> torch.Tensor:
+    """y [..., K] and one fp32 scale -> codes in the format `fp8`, in plain torch.
 
     Mirrors vLLM's `static_scaled_fp8_quant` (custom_op) and `QuantFP8.forward_native` (native): both multiply by the
     reciprocal, rounded once.
     """
-    q = y.float() * scale.float().reshape(()).reciprocal()
+    q, maximum = y.float() * scale.float().reshape(()).reciprocal(), FORMATS[fp8].max
     if quant_rounding == "custom_op":
-        q = q.nan_to_num(nan=FP8_MAX, posinf=FP8_MAX, neginf=-FP8_MAX)
-    return q.clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE)
+        q = q.nan_to_num(nan=maximum, posinf=maximum, neginf=-maximum)
+    return q.clamp(-maximum, maximum).to(FORMATS[fp8].dtype)
 
 
 def empty_token_scales(x: torch.Tensor) -> torch.Tensor:
@@ -239,16 +262,23 @@ def empty_token_scales(x: torch.Tensor) -> torch.Tensor:
 
 
 def token_fp8_quant_reference(
-    y: torch.Tensor, scale_ub: torch.Tensor | None, quant_rounding: str, *, codes_of: torch.Tensor | None = None
+    y: torch.Tensor,
+    scale_ub: torch.Tensor | None,
+    quant_rounding: str,
+    fp8: str = OCP,
+    *,
+    codes_of: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y [M, K] of any float dtype -> codes [M, K] float8_e4m3fn and scales [M, 1] fp32, in plain torch.
+    """y [M, K] of any float dtype -> codes [M, K] in the format `fp8` and scales [M, 1] fp32, in plain torch.
 
     codes_of: [M, K], y as it is stored, if codes are made of that and only the scales of y.
 
     Mirrors vLLM's `dynamic_per_token_scaled_fp8_quant` (custom_op), which divides each number by its row's scale, and
     `QuantFP8.forward_native` (native), which multiplies by the scale's rounded reciprocal. In both, `scale_ub` limits a
-    row's maximum and FP8_MIN_SCALE is the scale's floor. NaN is ignored by custom_op's maximum and has +448 as a code.
+    row's maximum and the format's `min_scale` is the scale's floor. NaN is ignored by custom_op's maximum and has
+    +448 as a code.
     """
+    maximum, min_scale = FORMATS[fp8].max, FORMATS[fp8].min_scale
     magnitude = y.float().abs()
     numbers = (y if codes_of is None else codes_of).float()
     if quant_rounding == "custom_op":
@@ -256,12 +286,12 @@ def token_fp8_quant_reference(
         if scale_ub is not None:
             top = torch.fmin(top, scale_ub.reshape(()))
         # a tensor as divisor, as above
-        scale = (top / top.new_full((), FP8_MAX)).clamp(min=FP8_MIN_SCALE)
-        codes = (numbers / scale).nan_to_num(nan=FP8_MAX, posinf=FP8_MAX, neginf=-FP8_MAX)
+        scale = (top / top.new_full((), maximum)).clamp(min=min_scale)
+        codes = (numbers / scale).nan_to_num(nan=maximum, posinf=maximum, neginf=-maximum)
     else:
         top = magnitude.amax(dim=-1, keepdim=True)
         if scale_ub is not None:
             top = torch.minimum(top, scale_ub.reshape(()))
-        scale = (top / FP8_MAX).clamp(min=FP8_MIN_SCALE)
+        scale = (top / maximum).clamp(min=min_scale)
         codes = numbers * scale.reciprocal()
-    return codes.clamp(-FP8_MAX, FP8_MAX).to(FP8_DTYPE), scale
+    return codes.clamp(-maximum, maximum).to(FORMATS[fp8].dtype), scale

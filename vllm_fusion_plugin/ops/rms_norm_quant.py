@@ -45,8 +45,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..kernels.fp8 import FORMATS, OCP
 from .quant import (
-    FP8_DTYPE,
+    FP8,
     GROUP_ROUNDINGS,
     INPUT_DTYPES,
     MAX_WIDTH,
@@ -54,6 +55,7 @@ from .quant import (
     SCALES,
     GroupScales,
     check_choice,
+    check_fp8,
     check_group_rounding,
     check_number,
     empty_token_scales,
@@ -159,8 +161,8 @@ class NormInputs(NamedTuple):
         read = (self.x, self.residual, self.x_addend, self.residual_addend, self.weight)
         return self.norm_rounding == "native" and sum(t is not None for t in read) + 1 > MOST_READS
 
-    def empty_codes(self) -> torch.Tensor:
-        return self.x.new_empty(self.x.shape, dtype=FP8_DTYPE)
+    def empty_codes(self, fp8: str) -> torch.Tensor:
+        return self.x.new_empty(self.x.shape, dtype=FORMATS[fp8].dtype)
 
     def empty_extras(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Uninitialised normed and residual_out [M, H], None where they are not returned."""
@@ -257,6 +259,13 @@ def scale_rows(norm: NormInputs, s: torch.Tensor, inverse_rms: torch.Tensor) -> 
     return y * norm.weight.float()
 
 
+def _apart(arguments: tuple[Any, ...], count: int) -> tuple[NormInputs, tuple[Any, ...], str]:
+    """An op's arguments: the norm's, the quantiser's, of which there are `count`, and the format of the codes."""
+    end = len(NormInputs._fields)
+    (fp8,) = arguments[end + count :] or (OCP,)  # torch leaves out what is the schema's default
+    return NormInputs(*arguments[:end]), arguments[end : end + count], fp8
+
+
 def _norm(norm: NormInputs, quant_rounding: str, stored: bool = False) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """What is quantised, and the outputs after codes and scales; stored: y is rounded before a native quantiser too."""
     rounded = norm.norm_rounding != "native" or not is_native(quant_rounding) or stored
@@ -268,45 +277,45 @@ def _norm(norm: NormInputs, quant_rounding: str, stored: bool = False) -> tuple[
 
 
 def rms_norm_group_fp8_quant_reference(
-    norm: NormInputs, scales: GroupScales = GroupScales(), *, quant_rounding: str = "custom_op"
+    norm: NormInputs, scales: GroupScales = GroupScales(), *, quant_rounding: str = "custom_op", fp8: str = OCP
 ) -> list[torch.Tensor]:
     """`rms_norm_group_fp8_quant` in plain torch, on any device."""
-    _of_group((*norm, *scales, quant_rounding))
+    _of_group((*norm, *scales, quant_rounding, fp8))
     y, extras = _norm(norm, quant_rounding, norm.stored)
-    return [*group_fp8_quant_reference(y, scales, quant_rounding), *extras]
+    return [*group_fp8_quant_reference(y, scales, quant_rounding, fp8), *extras]
 
 
-def _of_group(arguments: tuple[Any, ...]) -> tuple[NormInputs, GroupScales, str]:
+def _of_group(arguments: tuple[Any, ...]) -> tuple[NormInputs, GroupScales, str, str]:
     """The op's arguments, checked."""
-    *norm, group_size, layout, ue8m0, quant_rounding = arguments
-    inputs, how = NormInputs(*norm), GroupScales(group_size, layout, ue8m0)
-    inputs.check(quant_rounding, GROUP_ROUNDINGS)
-    how.check(inputs.x.shape[1])
-    check_group_rounding(quant_rounding, inputs.x.dtype, how)
-    return inputs, how, quant_rounding
+    norm, (*scales, quant_rounding), fp8 = _apart(arguments, 4)
+    how = GroupScales(*scales)
+    norm.check(quant_rounding, GROUP_ROUNDINGS)
+    how.check(norm.x.shape[1])
+    check_group_rounding(quant_rounding, norm.x.dtype, how, fp8)
+    return norm, how, quant_rounding, fp8
 
 
 def _group_fake(*arguments: Any) -> list[torch.Tensor]:
-    norm, how, _ = _of_group(arguments)
-    return [norm.empty_codes(), how.empty(norm.x, *norm.x.shape), *_given(*norm.empty_extras())]
+    norm, how, _, fp8 = _of_group(arguments)
+    return [norm.empty_codes(fp8), how.empty(norm.x, *norm.x.shape), *_given(*norm.empty_extras())]
 
 
 def _group_cuda(*arguments: Any) -> list[torch.Tensor]:
     from ..kernels.rms_norm_quant import rms_norm_group_fp8_quant as launch
 
-    norm, how, quant_rounding = _of_group(arguments)
-    codes, scales, extras = norm.empty_codes(), how.empty(norm.x, *norm.x.shape), norm.empty_extras()
-    launch(norm, codes, scales, *extras, how.group_size, how.ue8m0, quant_rounding)
+    norm, how, quant_rounding, fp8 = _of_group(arguments)
+    codes, scales, extras = norm.empty_codes(fp8), how.empty(norm.x, *norm.x.shape), norm.empty_extras()
+    launch(norm, codes, scales, *extras, how.group_size, how.ue8m0, quant_rounding, fp8=fp8)
     return [codes, scales, *_given(*extras)]
 
 
 def _group_cpu(*arguments: Any) -> list[torch.Tensor]:
-    norm, how, quant_rounding = _of_group(arguments)
-    return rms_norm_group_fp8_quant_reference(norm, how, quant_rounding=quant_rounding)
+    norm, how, quant_rounding, fp8 = _of_group(arguments)
+    return rms_norm_group_fp8_quant_reference(norm, how, quant_rounding=quant_rounding, fp8=fp8)
 
 
 _GROUP = register(
-    f"rms_norm_group_fp8_quant({NORM}, {SCALES}, str quant_rounding) -> Tensor[]",
+    f"rms_norm_group_fp8_quant({NORM}, {SCALES}, str quant_rounding, {FP8}) -> Tensor[]",
     fake=_group_fake,
     cuda=_group_cuda,
     cpu=_group_cpu,
@@ -315,7 +324,7 @@ _GROUP = register(
 
 
 def rms_norm_group_fp8_quant(
-    norm: NormInputs, scales: GroupScales = GroupScales(), *, quant_rounding: str = "custom_op"
+    norm: NormInputs, scales: GroupScales = GroupScales(), *, quant_rounding: str = "custom_op", fp8: str = OCP
 ) -> list[torch.Tensor]:
     """RMSNorm of x or of x + residual, quantised to FP8 in groups along each row, in one kernel.
 
@@ -323,10 +332,11 @@ def rms_norm_group_fp8_quant(
         norm: see `NormInputs`.
         scales: size of the groups, 64 or 128, which divides H; layout of the scales; whether they are powers of two.
         quant_rounding: which of vLLM's quantisers to reproduce; see ops/quant.py.
+        fp8: format of the codes; see kernels/fp8.py.
 
     Returns:
         [codes, scales], then normed if keep_norm, then residual_out if residual is given and keep_sum: codes [M, H]
-        float8_e4m3fn, scales [M, H / group_size] fp32 in the layout asked for, normed and residual_out (s, rounded unless
+        in that format, scales [M, H / group_size] fp32 in the layout asked for, normed and residual_out (s, rounded unless
         fp32_sum) [M, H] in x's dtype. All are new tensors; all but the scales are contiguous.
 
     Raises:
@@ -334,53 +344,53 @@ def rms_norm_group_fp8_quant(
 
     Mirrors vLLM's `rms_norm` or `fused_add_rms_norm` followed by `per_token_group_fp8_quant`.
     """
-    return _GROUP(*norm, *scales, quant_rounding)
+    return _GROUP(*norm, *scales, quant_rounding, fp8)
 
 
 # ---- FP8 by token ----------------------------------------------------------------------------------------------------
 
 
-def _of_token(arguments: tuple[Any, ...]) -> tuple[NormInputs, torch.Tensor | None, str]:
+def _of_token(arguments: tuple[Any, ...]) -> tuple[NormInputs, torch.Tensor | None, str, str]:
     """The op's arguments, checked."""
-    *norm, scale_ub, quant_rounding = arguments
-    inputs = NormInputs(*norm)
-    inputs.check(quant_rounding)
+    norm, (scale_ub, quant_rounding), fp8 = _apart(arguments, 2)
+    norm.check(quant_rounding)
+    check_fp8(fp8)
     if scale_ub is not None:
-        check_number("scale_ub", scale_ub, inputs.x)
-    return inputs, scale_ub, quant_rounding
+        check_number("scale_ub", scale_ub, norm.x)
+    return norm, scale_ub, quant_rounding, fp8
 
 
 def rms_norm_token_fp8_quant_reference(
-    norm: NormInputs, scale_ub: torch.Tensor | None = None, *, quant_rounding: str = "custom_op"
+    norm: NormInputs, scale_ub: torch.Tensor | None = None, *, quant_rounding: str = "custom_op", fp8: str = OCP
 ) -> list[torch.Tensor]:
     """`rms_norm_token_fp8_quant` in plain torch, on any device."""
-    _of_token((*norm, scale_ub, quant_rounding))
+    _of_token((*norm, scale_ub, quant_rounding, fp8))
     y, extras = _norm(norm, quant_rounding)
     codes_of = y.to(norm.x.dtype) if norm.stored else y
-    return [*token_fp8_quant_reference(y, scale_ub, quant_rounding, codes_of=codes_of), *extras]
+    return [*token_fp8_quant_reference(y, scale_ub, quant_rounding, fp8, codes_of=codes_of), *extras]
 
 
 def _token_fake(*arguments: Any) -> list[torch.Tensor]:
-    norm, _, _ = _of_token(arguments)
-    return [norm.empty_codes(), empty_token_scales(norm.x), *_given(*norm.empty_extras())]
+    norm, _, _, fp8 = _of_token(arguments)
+    return [norm.empty_codes(fp8), empty_token_scales(norm.x), *_given(*norm.empty_extras())]
 
 
 def _token_cuda(*arguments: Any) -> list[torch.Tensor]:
     from ..kernels.rms_norm_quant import rms_norm_token_fp8_quant as launch
 
-    norm, scale_ub, quant_rounding = _of_token(arguments)
-    codes, scales, extras = norm.empty_codes(), empty_token_scales(norm.x), norm.empty_extras()
-    launch(norm, scale_ub, codes, scales, *extras, quant_rounding)
+    norm, scale_ub, quant_rounding, fp8 = _of_token(arguments)
+    codes, scales, extras = norm.empty_codes(fp8), empty_token_scales(norm.x), norm.empty_extras()
+    launch(norm, scale_ub, codes, scales, *extras, quant_rounding, fp8=fp8)
     return [codes, scales, *_given(*extras)]
 
 
 def _token_cpu(*arguments: Any) -> list[torch.Tensor]:
-    norm, scale_ub, quant_rounding = _of_token(arguments)
-    return rms_norm_token_fp8_quant_reference(norm, scale_ub, quant_rounding=quant_rounding)
+    norm, scale_ub, quant_rounding, fp8 = _of_token(arguments)
+    return rms_norm_token_fp8_quant_reference(norm, scale_ub, quant_rounding=quant_rounding, fp8=fp8)
 
 
 _TOKEN = register(
-    f"rms_norm_token_fp8_quant({NORM}, Tensor? scale_ub, str quant_rounding) -> Tensor[]",
+    f"rms_norm_token_fp8_quant({NORM}, Tensor? scale_ub, str quant_rounding, {FP8}) -> Tensor[]",
     fake=_token_fake,
     cuda=_token_cuda,
     cpu=_token_cpu,
@@ -389,7 +399,7 @@ _TOKEN = register(
 
 
 def rms_norm_token_fp8_quant(
-    norm: NormInputs, scale_ub: torch.Tensor | None = None, *, quant_rounding: str = "custom_op"
+    norm: NormInputs, scale_ub: torch.Tensor | None = None, *, quant_rounding: str = "custom_op", fp8: str = OCP
 ) -> list[torch.Tensor]:
     """RMSNorm of x or of x + residual, quantised to FP8 with one scale a row, in one kernel.
 
@@ -397,10 +407,11 @@ def rms_norm_token_fp8_quant(
         norm: see `NormInputs`; H is any number from 1 on.
         scale_ub: one float32 value on x's device that limits a row's maximum; None for no limit.
         quant_rounding: which of vLLM's quantisers to reproduce; see ops/quant.py.
+        fp8: format of the codes; see kernels/fp8.py.
 
     Returns:
         [codes, scales], then normed if keep_norm, then residual_out if residual is given and keep_sum: codes [M, H]
-        float8_e4m3fn, scales [M, 1] fp32, normed and residual_out (s, rounded unless fp32_sum) [M, H] in x's dtype, all new
+        in that format, scales [M, 1] fp32, normed and residual_out (s, rounded unless fp32_sum) [M, H] in x's dtype, all new
         and contiguous.
 
     Raises:
@@ -408,51 +419,51 @@ def rms_norm_token_fp8_quant(
 
     Mirrors vLLM's `rms_norm` or `fused_add_rms_norm` followed by `dynamic_per_token_scaled_fp8_quant`.
     """
-    return _TOKEN(*norm, scale_ub, quant_rounding)
+    return _TOKEN(*norm, scale_ub, quant_rounding, fp8)
 
 
 # ---- static FP8 ------------------------------------------------------------------------------------------------------
 
 
-def _of_static(arguments: tuple[Any, ...]) -> tuple[NormInputs, torch.Tensor, str]:
+def _of_static(arguments: tuple[Any, ...]) -> tuple[NormInputs, torch.Tensor, str, str]:
     """The op's arguments, checked."""
-    *norm, scale, quant_rounding = arguments
-    inputs = NormInputs(*norm)
-    inputs.check(quant_rounding)
-    check_number("scale", scale, inputs.x)
-    return inputs, scale, quant_rounding
+    norm, (scale, quant_rounding), fp8 = _apart(arguments, 2)
+    norm.check(quant_rounding)
+    check_fp8(fp8)
+    check_number("scale", scale, norm.x)
+    return norm, scale, quant_rounding, fp8
 
 
 def rms_norm_static_fp8_quant_reference(
-    norm: NormInputs, scale: torch.Tensor, *, quant_rounding: str = "custom_op"
+    norm: NormInputs, scale: torch.Tensor, *, quant_rounding: str = "custom_op", fp8: str = OCP
 ) -> list[torch.Tensor]:
     """`rms_norm_static_fp8_quant` in plain torch, on any device."""
-    _of_static((*norm, scale, quant_rounding))
+    _of_static((*norm, scale, quant_rounding, fp8))
     y, extras = _norm(norm, quant_rounding)
-    return [static_fp8_quant_reference(y, scale, quant_rounding), *extras]
+    return [static_fp8_quant_reference(y, scale, quant_rounding, fp8), *extras]
 
 
 def _static_fake(*arguments: Any) -> list[torch.Tensor]:
-    norm, _, _ = _of_static(arguments)
-    return [norm.empty_codes(), *_given(*norm.empty_extras())]
+    norm, _, _, fp8 = _of_static(arguments)
+    return [norm.empty_codes(fp8), *_given(*norm.empty_extras())]
 
 
 def _static_cuda(*arguments: Any) -> list[torch.Tensor]:
     from ..kernels.rms_norm_quant import rms_norm_static_fp8_quant as launch
 
-    norm, scale, quant_rounding = _of_static(arguments)
-    codes, extras = norm.empty_codes(), norm.empty_extras()
-    launch(norm, scale, codes, *extras, quant_rounding)
+    norm, scale, quant_rounding, fp8 = _of_static(arguments)
+    codes, extras = norm.empty_codes(fp8), norm.empty_extras()
+    launch(norm, scale, codes, *extras, quant_rounding, fp8=fp8)
     return [codes, *_given(*extras)]
 
 
 def _static_cpu(*arguments: Any) -> list[torch.Tensor]:
-    norm, scale, quant_rounding = _of_static(arguments)
-    return rms_norm_static_fp8_quant_reference(norm, scale, quant_rounding=quant_rounding)
+    norm, scale, quant_rounding, fp8 = _of_static(arguments)
+    return rms_norm_static_fp8_quant_reference(norm, scale, quant_rounding=quant_rounding, fp8=fp8)
 
 
 _STATIC = register(
-    f"rms_norm_static_fp8_quant({NORM}, Tensor scale, str quant_rounding) -> Tensor[]",
+    f"rms_norm_static_fp8_quant({NORM}, Tensor scale, str quant_rounding, {FP8}) -> Tensor[]",
     fake=_static_fake,
     cuda=_static_cuda,
     cpu=_static_cpu,
@@ -461,7 +472,7 @@ _STATIC = register(
 
 
 def rms_norm_static_fp8_quant(
-    norm: NormInputs, scale: torch.Tensor, *, quant_rounding: str = "custom_op"
+    norm: NormInputs, scale: torch.Tensor, *, quant_rounding: str = "custom_op", fp8: str = OCP
 ) -> list[torch.Tensor]:
     """RMSNorm of x or of x + residual, quantised to FP8 with one given scale, in one kernel.
 
@@ -469,14 +480,15 @@ def rms_norm_static_fp8_quant(
         norm: see `NormInputs`; H is any number from 1 on.
         scale: one float32 value on x's device; codes are y / scale, by way of the rounded reciprocal as in vLLM.
         quant_rounding: which of vLLM's quantisers to reproduce; see ops/quant.py.
+        fp8: format of the codes; see kernels/fp8.py.
 
     Returns:
         [codes], then normed if keep_norm, then residual_out if residual is given and keep_sum: codes [M, H]
-        float8_e4m3fn, normed and residual_out (s, rounded unless fp32_sum) [M, H] in x's dtype, all new and contiguous.
+        in that format, normed and residual_out (s, rounded unless fp32_sum) [M, H] in x's dtype, all new and contiguous.
 
     Raises:
         ValueError: an argument is not one of the above; the message names it, its value and what is allowed.
 
     Mirrors vLLM's `rms_norm` or `fused_add_rms_norm` followed by `static_scaled_fp8_quant`.
     """
-    return _STATIC(*norm, scale, quant_rounding)
+    return _STATIC(*norm, scale, quant_rounding, fp8)

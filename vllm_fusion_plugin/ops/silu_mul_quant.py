@@ -24,14 +24,16 @@ from __future__ import annotations
 
 import torch
 
+from ..kernels.fp8 import FORMATS, OCP
 from .nvfp4 import check_global_scale, check_width, empty_block_scales, nvfp4_quant_reference
 from .quant import (
-    FP8_DTYPE,
+    FP8,
     INPUT_DTYPES,
     MAX_WIDTH,
     SCALES,
     GroupScales,
     check_choice,
+    check_fp8,
     check_group_rounding,
     check_number,
     empty_token_scales,
@@ -59,7 +61,7 @@ def _check_input(x: torch.Tensor) -> tuple[int, int]:
 
 ACT_ROUNDINGS = ("custom_op", "eager", "native")
 # How a schema ends, of an op that can return SiLU·mul's rows too.
-ROUNDINGS_AND_KEEP = "str act_rounding, str quant_rounding, bool keep_act=False"
+ROUNDINGS_AND_KEEP = f"str act_rounding, str quant_rounding, bool keep_act=False, {FP8}"
 
 
 def silu_mul_reference(x: torch.Tensor, act_rounding: str = "custom_op", *, rounded: bool = True) -> torch.Tensor:
@@ -106,43 +108,45 @@ def silu_mul_group_fp8_quant_reference(
     act_rounding: str = "custom_op",
     quant_rounding: str = "custom_op",
     keep_act: bool = False,
+    fp8: str = OCP,
 ) -> list[torch.Tensor]:
     """`silu_mul_group_fp8_quant` in plain torch, on any device."""
-    _check_group(x, scales, act_rounding, quant_rounding, keep_act)
+    _check_group(x, scales, act_rounding, quant_rounding, keep_act, fp8)
     y = _activation(x, act_rounding, quant_rounding)
-    return [*group_fp8_quant_reference(y, scales, quant_rounding), *[y] * keep_act]
+    return [*group_fp8_quant_reference(y, scales, quant_rounding, fp8), *[y] * keep_act]
 
 
 def _check_group(
-    x: torch.Tensor, how: GroupScales, act_rounding: str, quant_rounding: str, keep_act: bool
+    x: torch.Tensor, how: GroupScales, act_rounding: str, quant_rounding: str, keep_act: bool, fp8: str
 ) -> tuple[int, int]:
     rows, width = _check_input(x)
     how.check(width)
     check_choice("act_rounding", act_rounding, ACT_ROUNDINGS)
-    check_group_rounding(quant_rounding, x.dtype, how)
+    check_group_rounding(quant_rounding, x.dtype, how, fp8)
     _check_keep_act(keep_act, act_rounding, quant_rounding)
     return rows, width
 
 
-def _group_fake(x, group_size, scale_layout, use_ue8m0, act_rounding, quant_rounding, keep_act=False):
+def _group_fake(x, group_size, scale_layout, use_ue8m0, act_rounding, quant_rounding, keep_act=False, fp8=OCP):
     how = GroupScales(group_size, scale_layout, use_ue8m0)
-    rows, width = _check_group(x, how, act_rounding, quant_rounding, keep_act)
-    return [x.new_empty((rows, width), dtype=FP8_DTYPE), how.empty(x, rows, width), *_empty_act(x, keep_act)]
+    rows, width = _check_group(x, how, act_rounding, quant_rounding, keep_act, fp8)
+    return [x.new_empty((rows, width), dtype=FORMATS[fp8].dtype), how.empty(x, rows, width), *_empty_act(x, keep_act)]
 
 
-def _group_cuda(x, group_size, scale_layout, use_ue8m0, act_rounding, quant_rounding, keep_act=False):
+def _group_cuda(x, group_size, scale_layout, use_ue8m0, act_rounding, quant_rounding, keep_act=False, fp8=OCP):
     from ..kernels.silu_mul_quant import silu_mul_group_fp8_quant as launch
 
-    outputs = _group_fake(x, group_size, scale_layout, use_ue8m0, act_rounding, quant_rounding, keep_act)
+    outputs = _group_fake(x, group_size, scale_layout, use_ue8m0, act_rounding, quant_rounding, keep_act, fp8)
     codes, scales, *act = outputs
-    launch(x, codes, scales, group_size, use_ue8m0, act_rounding, quant_rounding, act=act[0] if keep_act else None)
+    kept = act[0] if keep_act else None
+    launch(x, codes, scales, group_size, use_ue8m0, act_rounding, quant_rounding, act=kept, fp8=fp8)
     return outputs
 
 
-def _group_cpu(x, group_size, scale_layout, use_ue8m0, act_rounding, quant_rounding, keep_act=False):
+def _group_cpu(x, group_size, scale_layout, use_ue8m0, act_rounding, quant_rounding, keep_act=False, fp8=OCP):
     rounding = {"act_rounding": act_rounding, "quant_rounding": quant_rounding}
     how = GroupScales(group_size, scale_layout, use_ue8m0)
-    return silu_mul_group_fp8_quant_reference(x, how, **rounding, keep_act=keep_act)
+    return silu_mul_group_fp8_quant_reference(x, how, **rounding, keep_act=keep_act, fp8=fp8)
 
 
 _GROUP = register(
@@ -160,6 +164,7 @@ def silu_mul_group_fp8_quant(
     act_rounding: str = "custom_op",
     quant_rounding: str = "custom_op",
     keep_act: bool = False,
+    fp8: str = OCP,
 ) -> list[torch.Tensor]:
     """silu(gate) * up, quantised to FP8 in groups along each row, in one kernel.
 
@@ -168,10 +173,11 @@ def silu_mul_group_fp8_quant(
         scales: size of the groups, 64 or 128, which divides K; layout of the scales; whether they are powers of two.
         act_rounding, quant_rounding: which of vLLM's roundings to reproduce; see the module's docstring.
         keep_act: return silu(gate) * up too. Not where both roundings are native ones, which never round it.
+        fp8: format of the codes; see kernels/fp8.py.
 
     Returns:
-        [codes, scales], then act if keep_act: codes [M, K] float8_e4m3fn, contiguous, scales [M, K / group_size] fp32 in the
-        layout asked for, act [M, K] in x's dtype, contiguous.
+        [codes, scales], then act if keep_act: codes [M, K] in that format, contiguous, scales [M, K / group_size] fp32 in
+        the layout asked for, act [M, K] in x's dtype, contiguous.
 
     Raises:
         ValueError: an argument is not one of the above; the message names it, its value and what is allowed.
@@ -179,7 +185,7 @@ def silu_mul_group_fp8_quant(
     Mirrors vLLM's `silu_and_mul` followed by `per_token_group_fp8_quant` (DeepSeek-V3's 1 × 128 activation quantiser,
     arXiv:2412.19437, section 3.3).
     """
-    return _GROUP(x, *scales, act_rounding, quant_rounding, keep_act)
+    return _GROUP(x, *scales, act_rounding, quant_rounding, keep_act, fp8)
 
 
 # ---- FP8 by token ----------------------------------------------------------------------------------------------------
@@ -191,15 +197,16 @@ def silu_mul_token_fp8_quant_reference(
     act_rounding: str = "custom_op",
     quant_rounding: str = "custom_op",
     keep_act: bool = False,
+    fp8: str = OCP,
 ) -> list[torch.Tensor]:
     """`silu_mul_token_fp8_quant` in plain torch, on any device."""
-    _check_token(x, scale_ub, act_rounding, quant_rounding, keep_act)
+    _check_token(x, scale_ub, act_rounding, quant_rounding, keep_act, fp8)
     y = _activation(x, act_rounding, quant_rounding)
-    return [*token_fp8_quant_reference(y, scale_ub, quant_rounding), *[y] * keep_act]
+    return [*token_fp8_quant_reference(y, scale_ub, quant_rounding, fp8), *[y] * keep_act]
 
 
 def _check_token(
-    x: torch.Tensor, scale_ub: torch.Tensor | None, act_rounding: str, quant_rounding: str, keep_act: bool
+    x: torch.Tensor, scale_ub: torch.Tensor | None, act_rounding: str, quant_rounding: str, keep_act: bool, fp8: str
 ) -> tuple[int, int]:
     rows, width = _check_input(x)
     if width > MAX_WIDTH:
@@ -208,21 +215,22 @@ def _check_token(
         check_number("scale_ub", scale_ub, x)
     check_choice("act_rounding", act_rounding, ACT_ROUNDINGS)
     check_choice("quant_rounding", quant_rounding)
+    check_fp8(fp8)
     _check_keep_act(keep_act, act_rounding, quant_rounding)
     return rows, width
 
 
-def _token_fake(x, scale_ub, act_rounding, quant_rounding, keep_act=False):
-    rows, width = _check_token(x, scale_ub, act_rounding, quant_rounding, keep_act)
-    return [x.new_empty((rows, width), dtype=FP8_DTYPE), empty_token_scales(x), *_empty_act(x, keep_act)]
+def _token_fake(x, scale_ub, act_rounding, quant_rounding, keep_act=False, fp8=OCP):
+    rows, width = _check_token(x, scale_ub, act_rounding, quant_rounding, keep_act, fp8)
+    return [x.new_empty((rows, width), dtype=FORMATS[fp8].dtype), empty_token_scales(x), *_empty_act(x, keep_act)]
 
 
-def _token_cuda(x, scale_ub, act_rounding, quant_rounding, keep_act=False):
+def _token_cuda(x, scale_ub, act_rounding, quant_rounding, keep_act=False, fp8=OCP):
     from ..kernels.silu_mul_quant import silu_mul_token_fp8_quant as launch
 
-    outputs = _token_fake(x, scale_ub, act_rounding, quant_rounding, keep_act)
+    outputs = _token_fake(x, scale_ub, act_rounding, quant_rounding, keep_act, fp8)
     codes, scales, *act = outputs
-    launch(x, scale_ub, codes, scales, act_rounding, quant_rounding, act=act[0] if keep_act else None)
+    launch(x, scale_ub, codes, scales, act_rounding, quant_rounding, act=act[0] if keep_act else None, fp8=fp8)
     return outputs
 
 
@@ -241,16 +249,17 @@ def silu_mul_token_fp8_quant(
     act_rounding: str = "custom_op",
     quant_rounding: str = "custom_op",
     keep_act: bool = False,
+    fp8: str = OCP,
 ) -> list[torch.Tensor]:
     """silu(gate) * up, quantised to FP8 with one scale a row, in one kernel.
 
     Args:
         x: [M, 2 * K] bf16 or fp16, gate then up; rows may be strided, columns not. M may be 0; K is 1 to 32768.
         scale_ub: one float32 value on x's device that limits a row's maximum; None for no limit.
-        act_rounding, quant_rounding, keep_act: as for groups.
+        act_rounding, quant_rounding, keep_act, fp8: as for groups.
 
     Returns:
-        [codes, scales], then act if keep_act: codes [M, K] float8_e4m3fn, scales [M, 1] fp32, act [M, K] in x's dtype, all
+        [codes, scales], then act if keep_act: codes [M, K] in that format, scales [M, 1] fp32, act [M, K] in x's dtype, all
         contiguous.
 
     Raises:
@@ -258,43 +267,50 @@ def silu_mul_token_fp8_quant(
 
     Mirrors vLLM's `silu_and_mul` followed by `dynamic_per_token_scaled_fp8_quant`.
     """
-    return _TOKEN(x, scale_ub, act_rounding, quant_rounding, keep_act)
+    return _TOKEN(x, scale_ub, act_rounding, quant_rounding, keep_act, fp8)
 
 
 # ---- static FP8 ------------------------------------------------------------------------------------------------------
 
 
 def silu_mul_static_fp8_quant_reference(
-    x: torch.Tensor, scale: torch.Tensor, act_rounding: str = "custom_op", quant_rounding: str = "custom_op"
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    act_rounding: str = "custom_op",
+    quant_rounding: str = "custom_op",
+    fp8: str = OCP,
 ) -> torch.Tensor:
     """`silu_mul_static_fp8_quant` in plain torch, on any device."""
-    _check_static(x, scale, act_rounding, quant_rounding)
-    return static_fp8_quant_reference(_activation(x, act_rounding, quant_rounding), scale, quant_rounding)
+    _check_static(x, scale, act_rounding, quant_rounding, fp8)
+    return static_fp8_quant_reference(_activation(x, act_rounding, quant_rounding), scale, quant_rounding, fp8)
 
 
-def _check_static(x: torch.Tensor, scale: torch.Tensor, act_rounding: str, quant_rounding: str) -> tuple[int, int]:
+def _check_static(
+    x: torch.Tensor, scale: torch.Tensor, act_rounding: str, quant_rounding: str, fp8: str
+) -> tuple[int, int]:
     rows, width = _check_input(x)
     check_number("scale", scale, x)
     check_choice("act_rounding", act_rounding, ACT_ROUNDINGS)
     check_choice("quant_rounding", quant_rounding)
+    check_fp8(fp8)
     return rows, width
 
 
-def _static_fake(x, scale, act_rounding, quant_rounding):
-    rows, width = _check_static(x, scale, act_rounding, quant_rounding)
-    return x.new_empty((rows, width), dtype=FP8_DTYPE)
+def _static_fake(x, scale, act_rounding, quant_rounding, fp8=OCP):
+    rows, width = _check_static(x, scale, act_rounding, quant_rounding, fp8)
+    return x.new_empty((rows, width), dtype=FORMATS[fp8].dtype)
 
 
-def _static_cuda(x, scale, act_rounding, quant_rounding):
+def _static_cuda(x, scale, act_rounding, quant_rounding, fp8=OCP):
     from ..kernels.silu_mul_quant import silu_mul_static_fp8_quant as launch
 
-    codes = _static_fake(x, scale, act_rounding, quant_rounding)
-    launch(x, scale, codes, act_rounding, quant_rounding)
+    codes = _static_fake(x, scale, act_rounding, quant_rounding, fp8)
+    launch(x, scale, codes, act_rounding, quant_rounding, fp8)
     return codes
 
 
 _STATIC = register(
-    "silu_mul_static_fp8_quant(Tensor x, Tensor scale, str act_rounding, str quant_rounding) -> Tensor",
+    f"silu_mul_static_fp8_quant(Tensor x, Tensor scale, str act_rounding, str quant_rounding, {FP8}) -> Tensor",
     fake=_static_fake,
     cuda=_static_cuda,
     cpu=silu_mul_static_fp8_quant_reference,
@@ -302,7 +318,12 @@ _STATIC = register(
 
 
 def silu_mul_static_fp8_quant(
-    x: torch.Tensor, scale: torch.Tensor, *, act_rounding: str = "custom_op", quant_rounding: str = "custom_op"
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    act_rounding: str = "custom_op",
+    quant_rounding: str = "custom_op",
+    fp8: str = OCP,
 ) -> torch.Tensor:
     """silu(gate) * up, quantised to FP8 with one given scale, in one kernel.
 
@@ -310,16 +331,17 @@ def silu_mul_static_fp8_quant(
         x: [M, 2 * K] bf16 or fp16, gate then up; rows may be strided, columns not. M may be 0.
         scale: one float32 value on x's device; codes are y / scale, by way of the rounded reciprocal as in vLLM.
         act_rounding, quant_rounding: which of vLLM's roundings to reproduce; see the module's docstring.
+        fp8: format of the codes; see kernels/fp8.py.
 
     Returns:
-        codes [M, K] float8_e4m3fn, contiguous.
+        codes [M, K] in that format, contiguous.
 
     Raises:
         ValueError: an argument is not one of the above; the message names it, its value and what is allowed.
 
     Mirrors vLLM's `silu_and_mul` followed by `static_scaled_fp8_quant`.
     """
-    return _STATIC(x, scale, act_rounding, quant_rounding)
+    return _STATIC(x, scale, act_rounding, quant_rounding, fp8)
 
 
 # ---- NVFP4 -----------------------------------------------------------------------------------------------------------

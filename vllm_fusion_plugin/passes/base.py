@@ -43,8 +43,8 @@ class FusionPass(VllmPatternMatcherPass):
     name: ClassVar[str]
 
     def __init__(self, config: VllmConfig) -> None:
-        if not (current_platform.is_cuda() or current_platform.is_cpu()):
-            raise NotImplementedError(f"its ops run on CUDA and CPU, this is {current_platform.device_name}")
+        if not (current_platform.is_cuda_alike() or current_platform.is_cpu()):
+            raise NotImplementedError(f"its ops run on CUDA, ROCm and CPU, this is {current_platform.device_name}")
         super().__init__(config)
         self.pass_name = self.name
         self.matched_count = 0

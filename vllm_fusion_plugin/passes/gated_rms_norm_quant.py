@@ -123,6 +123,7 @@ class GatedRMSNormGroupQuant(PatternReplacement):
             *q.scales,
             self.norm_rounding,
             q.rounding,
+            *q.fp8,
         )
 
     def refuse(self, match: Match) -> str | None:
@@ -131,9 +132,13 @@ class GatedRMSNormGroupQuant(PatternReplacement):
         return self.quant.refuse(*(match.kwargs[f"arg{i}"].meta["val"] for i in (3, 4)))
 
 
-def patterns(dtype: torch.dtype, precision_casts: bool) -> Iterator[GatedRMSNormGroupQuant]:
+def patterns(
+    dtype: torch.dtype, precision_casts: bool, quants: list[quantisers.GroupQuant] | None = None
+) -> Iterator[GatedRMSNormGroupQuant]:
+    """quants: by default all of vLLM's."""
+    quants = quantisers.group_quants(GROUP_SIZES) if quants is None else quants
     for activation, norm_before_gate, weight_dtype, quant in product(
-        GATE_OPS, (True, False), (dtype, torch.float32), quantisers.group_quants(GROUP_SIZES)
+        GATE_OPS, (True, False), (dtype, torch.float32), quants
     ):
         # An opaque quantiser has a reshape before it, and all there is to know in its buffers. A native one begins with a
         # reshape of its own, and two in a row become one, or none if that changes nothing. One without buffers does not tell

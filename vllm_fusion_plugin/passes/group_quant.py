@@ -47,7 +47,7 @@ class LoneGroupQuant(PatternReplacement):
 
     def replacement(self, x: torch.Tensor, *buffers: torch.Tensor) -> Any:
         q = self.quant
-        return torch.ops.vllm_fusion_plugin.group_fp8_quant.default(x, *q.scales, q.rounding)
+        return torch.ops.vllm_fusion_plugin.group_fp8_quant.default(x, *q.scales, q.rounding, *q.fp8)
 
     def refuse(self, match: Match) -> str | None:
         return self.quant.refuse(*(match.kwargs[f"arg{i}"].meta["val"] for i in (1, 2)))

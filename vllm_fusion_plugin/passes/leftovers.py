@@ -17,12 +17,13 @@ from vllm.config import VllmConfig
 
 from .. import compat, report
 from ..graph import called_op, quantised
-from ..ops.quant import EPS, FP8_DTYPE, FP8_MAX, GROUP_SIZES, INPUT_DTYPES
+from ..ops.quant import EPS, GROUP_SIZES, INPUT_DTYPES
 from . import producers, quantisers
 from .attn_quant import AttentionQuantPass
 from .base import FusionPass
 from .producers import Producer
 from .quantiser_nodes import VIEWS, Fused, Quantiser, find
+from .quantisers import FP8
 
 logger = logging.getLogger("vllm.fusion_plugin")
 
@@ -207,6 +208,8 @@ class Leftovers(InductorPass):
             if made.compiled:
                 return "; Inductor compiles this quantiser together with what stands before it"
             return "; Inductor compiles this quantiser by itself"
+        if called_op(q.node) == compat.AITER_GROUP_QUANT:
+            return "; AITER's kernel runs by itself"
         if q.variant == "op" and q.kind in ("group", "packed"):
             lone = report.RECORDER.report.passes.get(LONE, "off")
             if lone != "ours":
@@ -245,14 +248,14 @@ def _unlike(q: Quantiser) -> str | None:
     """What a group quantiser has that none of the fused ones has."""
     if q.group_size not in GROUP_SIZES:
         return f"called with {_numbers(q.node) or {'group_size': q.group_size}}; fused for group sizes {GROUP_SIZES}"
-    if q.variant != "op":
+    if q.variant != "op" or called_op(q.node) == compat.AITER_GROUP_QUANT:
         return None
     codes = q.node.kwargs.get("output_q")
     if isinstance(codes, fx.Node) and (reason := quantisers.refuse_codes(codes.meta["val"])):
         return reason
     numbers = _numbers(q.node)
-    if (numbers.get("fp8_min"), numbers.get("fp8_max")) != (-FP8_MAX, FP8_MAX):
-        return f"called with {numbers}; fused for the whole range of {FP8_DTYPE}"
+    if (numbers.get("fp8_min"), numbers.get("fp8_max")) != (-FP8.max, FP8.max):
+        return f"called with {numbers}; fused for all of {FP8.dtype}, from {-FP8.max} to {FP8.max}"
     if numbers.get("eps") != EPS:
         return f"called with {numbers}; fused for eps {EPS}"
     return None

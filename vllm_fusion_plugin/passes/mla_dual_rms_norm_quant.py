@@ -9,17 +9,20 @@ quantiser are one op of ours, and what is left is to find the other norm.
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from vllm.compilation.passes.vllm_inductor_pass import VllmPatternMatcherPass
+from vllm.config import VllmConfig
 
 from .. import compat, report
-from ..graph import arguments_of, innermost_common
-from ..kernels.rounding import BY_ROWS, is_native
+from ..graph import arguments_of, in_schemas_order, innermost_common
+from ..kernels.rounding import AITER, BY_ROWS, is_native
 from ..ops import mla_dual_rms_norm_quant, rms_norm_quant  # noqa: F401  (registers the ops)
 from ..ops.quant import GroupScales
 from . import norms, quantisers
+from .base import FusionPass
 
 # As vLLM's pass with the same fusion for AITER's ops, in reports and match tables.
 NAME = "mla_dual_rms_norm_fusion_pass"
@@ -56,6 +59,21 @@ def merge(graph: fx.Graph) -> int:
     return merged
 
 
+class MLADualRMSNormFusionPass(FusionPass):
+    """Stands in for vLLM's pass of that name, on ROCm: merges pairs of norms of which q's, with its quantiser, is an op of
+    this package's. vLLM's own runs after it, for those whose norms are AITER's. Takes a VllmConfig."""
+
+    name: ClassVar[str] = NAME
+
+    def __init__(self, config: VllmConfig) -> None:
+        super().__init__(config)
+
+    def finish(self, graph: fx.Graph) -> None:
+        merged = merge(graph)
+        self.matched_count += merged
+        VllmPatternMatcherPass.match_table[self.pass_name] += merged
+
+
 def view_chain(node: Any) -> list[fx.Node]:
     """The slicing that makes a tensor, from what it is a slice of (the first one's argument) down to itself; [] if none."""
     chain: list[fx.Node] = []
@@ -72,6 +90,7 @@ def _quantiser(q: fx.Node) -> quantisers.GroupQuant:
     rounding = norm["quant_rounding"]
     # as the graph had it, by which reports name it
     variant = "native" if is_native(rounding) else "split" if rounding in BY_ROWS else "custom_op"
+    variant = "aiter" if rounding == AITER else variant
     scales = GroupScales(norm["group_size"], norm["scale_layout"], norm["use_ue8m0"])
     return quantisers.GroupQuant(variant, scales)
 
@@ -103,7 +122,7 @@ def _arguments(q: fx.Node, kv: fx.Node) -> tuple[Any, ...]:
     norm, of_kv = arguments_of(q), arguments_of(kv)
     both = {"q": norm["x"], "kv": of_kv["x"], "q_weight": norm["weight"], "kv_weight": of_kv["weight"]}
     both |= {"q_epsilon": norm["epsilon"], "kv_epsilon": of_kv["epsilon"]}
-    return tuple((norm | both)[a.name] for a in ops.mla_dual_rms_norm_group_fp8_quant.default._schema.arguments)
+    return in_schemas_order(ops.mla_dual_rms_norm_group_fp8_quant.default, norm | both)
 
 
 def _call(q: fx.Node, kv: fx.Node) -> tuple[torch.Tensor, ...]:

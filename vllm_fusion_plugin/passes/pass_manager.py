@@ -17,14 +17,15 @@ from typing import Any
 from torch import fx
 from vllm.compilation.passes.inductor_pass import InductorPass, get_pass_context
 from vllm.compilation.passes.pass_manager import PostGradPassManager
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.platforms import current_platform
 
 from .. import compat, flags, fusions, seams, settings
 from ..report import RECORDER
 
 logger = logging.getLogger("vllm.fusion_plugin")
 
-STAND_INS = tuple(fusion.name for fusion in fusions.entering("pass"))
+STAND_INS = tuple(fusion.name for fusion in fusions.entering("pass", rocm=current_platform.is_rocm()))
 # No fusion, but what undoes a split that nothing came of.
 JOIN = fusions.Fusion("JoinPass", "join", "last", "enabled")
 
@@ -85,6 +86,8 @@ class FusionPassManager(PostGradPassManager):
         RECORDER.report.passes |= {name: compat.why_off(config, name) for name in stand_ins}
         with seams.stand_ins(stand_ins):
             super().configure(config)
+        if compat.vllms_passes_follow():
+            self._let_vllms_follow(config)
         for fusion in fusions.entering("first"):
             self._add_first(self._build_ours(fusion, chosen, config))
         for fusion in fusions.entering("last"):
@@ -92,6 +95,26 @@ class FusionPassManager(PostGradPassManager):
         if not chosen.lone_group_quant and any(getattr(chosen, f.switch) for f in fusions.entering("first")):
             self._add_last(self._build_ours(JOIN, chosen, config))
         self._add_leftovers(config)
+
+    def _let_vllms_follow(self, config: VllmConfig) -> None:
+        """Behind each pass of ours, vLLM's own of that name."""
+        followed = []
+        for p in self.passes:
+            followed.append(p)
+            name = type(p).__name__
+            if name not in STAND_INS or RECORDER.report.passes.get(name) != "ours":
+                continue
+            try:
+                # as vLLM makes it: its patterns are traced with layers that ask for a configuration
+                with set_current_vllm_config(config, check_compile=False):
+                    stock = seams.stock_pass(name)(config)
+                followed.append(import_module(f"{__package__}.followers").Follower(stock))
+            except Exception as e:
+                RECORDER.note(f"vLLM's own {name} does not run after this package's: {type(e).__name__}: {e}")
+                logger.warning(
+                    "vllm-fusion-plugin: vLLM's own %s cannot follow ours: %s: %s", name, type(e).__name__, e
+                )
+        self.passes = followed
 
     def _add_leftovers(self, config: VllmConfig) -> None:
         """After all others: reports what is left, changes nothing."""

@@ -47,6 +47,9 @@ _OPS = {
     "_C.dynamic_scaled_fp8_quant": "tensor",
     "_C.static_scaled_fp8_quant": "static",
     "_C.scaled_fp4_quant": "nvfp4",
+    compat.AITER_GROUP_QUANT: "group",
+    "vllm.rocm_aiter_per_token_quant": "token",
+    "vllm.rocm_aiter_per_tensor_quant": "static",
 }
 
 WORDS = {

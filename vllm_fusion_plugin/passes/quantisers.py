@@ -20,10 +20,16 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 
 from .. import compat, roundings
 from ..graph import OpIndex, arguments_of, called_op, same_strides
+from ..kernels.fp8 import FORMATS, OCP
 from ..kernels.rounding import FLASHINFER
 from ..ops import block_gemm, group_quant  # noqa: F401  (registers the ops)
-from ..ops.quant import EPS, FP8_DTYPE, FP8_MAX, GroupScales
+from ..ops.quant import EPS, GroupScales
 from .pattern import empty, functionalized, has_op, make_layer
+
+# In which vLLM's quantisers write codes on this platform: its name, which ops take, and what is behind it.
+FP8_NAME = compat.fp8_format()
+FP8 = FORMATS[FP8_NAME]
+AITERS_FP8_NAME = compat.fp8_format_of_aiter()
 
 # ---- quantisers ------------------------------------------------------------------------------------------------------
 
@@ -39,7 +45,7 @@ OPAQUE_QUANT_OPS = (
 
 
 def refuse_codes(codes: torch.Tensor) -> str | None:
-    return None if codes.dtype == FP8_DTYPE else f"the quantiser writes {codes.dtype}; fused for {FP8_DTYPE}"
+    return None if codes.dtype == FP8.dtype else f"the quantiser writes {codes.dtype}; fused for {FP8.dtype}"
 
 
 def share_equal_quantisers(graph: fx.Graph) -> list[fx.Node]:
@@ -82,7 +88,11 @@ def _what_is_quantised(node: fx.Node) -> Any:
 
 
 def _converts_to_fp8(ops: OpIndex) -> bool:
-    return any(node.args[1] == FP8_DTYPE for node in ops.get("prims.convert_element_type", []))
+    return any(node.args[1] == FP8.dtype for node in ops.get("prims.convert_element_type", []))
+
+
+def _fp8_argument(name: str) -> tuple[str, ...]:
+    return () if name == OCP else (name,)
 
 
 class Fp8Quant:
@@ -98,6 +108,11 @@ class Fp8Quant:
         return self.variant if self.variant == "native" else roundings.of(self.op).name
 
     @property
+    def fp8(self) -> tuple[str, ...]:
+        """The format of its codes, to hand to an op as its last argument; none if it is the ops' default."""
+        return _fp8_argument(FP8_NAME)
+
+    @property
     def inexactness(self) -> str:
         """Why an op's bytes are not this quantiser's, or nothing if they are."""
         return "" if self.variant == "native" else roundings.of(self.op).reason
@@ -108,7 +123,7 @@ class GroupQuant(Fp8Quant):
     """Dynamic FP8 quantiser with one scale a group along the row, in one of its layouts and variants.
 
     variant "split": this package's op, which block_gemm.py puts in front of a GEMM that quantised inside; "experts":
-    likewise, which experts_input_quant.py puts in front of experts.
+    likewise, which experts_input_quant.py puts in front of experts. "aiter": AITER's op, on ROCm.
     """
 
     variant: str
@@ -123,6 +138,8 @@ class GroupQuant(Fp8Quant):
             return _converts_to_fp8(ops) and self.scales.group_size in maxima and rounds_up
         if self.variant in (SPLIT_GEMM, EXPERTS):
             return any(split_scales(node, self.variant) == self.scales for node in ops.get(OURS, []))
+        if self.variant == "aiter":
+            return any(node.args[1] == self.scales.group_size for node in ops.get(compat.AITER_GROUP_QUANT, []))
         wanted = {k: v for k, v in self._arguments().items() if k not in ("eps", "fp8_min", "fp8_max")}
         nodes = ops.get(f"_C.{self._op_name}", [])
         return any(all(node.kwargs.get(k) == v for k, v in wanted.items()) for node in nodes)
@@ -135,7 +152,7 @@ class GroupQuant(Fp8Quant):
     def _arguments(self) -> dict[str, Any]:
         """What vLLM's op is called with for such scales, in the order of its schema: the matcher compares that, too."""
         size, layout, ue8m0 = self.scales
-        numbers = {"group_size": size, "eps": EPS, "fp8_min": -FP8_MAX, "fp8_max": FP8_MAX}
+        numbers = {"group_size": size, "eps": EPS, "fp8_min": -FP8.max, "fp8_max": FP8.max}
         if layout == "packed":
             return numbers
         return numbers | {
@@ -156,12 +173,22 @@ class GroupQuant(Fp8Quant):
     def inputs(self, rows: int, width: int) -> list[torch.Tensor]:
         if not self.has_buffers:
             return []
-        return [empty(rows, width, dtype=FP8_DTYPE), self.scales.empty(empty(0, dtype=torch.float32), rows, width)]
+        return [empty(rows, width, dtype=FP8.dtype), self.scales.empty(empty(0, dtype=torch.float32), rows, width)]
+
+    @property
+    def fp8(self) -> tuple[str, ...]:
+        return _fp8_argument(AITERS_FP8_NAME) if self.variant == "aiter" else super().fp8
+
+    @property
+    def inexactness(self) -> str:
+        return roundings.of(roundings.AITER_GROUP_QUANT).reason if self.variant == "aiter" else super().inexactness
 
     @property
     def rounding(self) -> str:
         if self.variant == SPLIT_GEMM:
             return split_rounding()
+        if self.variant == "aiter":
+            return roundings.of(roundings.AITER_GROUP_QUANT).name
         floored = self.variant == "native" and _native_scale_is_floored_first()
         return "native_floored" if floored else super().rounding
 
@@ -187,6 +214,8 @@ class GroupQuant(Fp8Quant):
             return layer.forward_native(y)
         if self.variant in (SPLIT_GEMM, EXPERTS):
             return torch.ops.vllm_fusion_plugin.group_fp8_quant.default(y, *self.scales, self.rounding)
+        if self.variant == "aiter":
+            return torch.ops.vllm.rocm_aiter_group_fp8_quant.default(y, self.scales.group_size)
         output = "output_s_packed" if self.scales.layout == "packed" else "output_s"
         _, codes, scales = functionalized(
             getattr(torch.ops._C, self._op_name).default,
@@ -217,6 +246,12 @@ def group_quants(group_sizes: tuple[int, ...]) -> list[GroupQuant]:
         *(GroupQuant(EXPERTS, GroupScales(size, "row", ue8m0)) for size in group_sizes for ue8m0 in (False, True)),
         *(GroupQuant("custom_op", GroupScales(size, "packed", True)) for size in group_sizes if packed and size == 128),
     ]
+
+
+def aiter_group_quants() -> list[GroupQuant]:
+    """AITER's group quantiser, if it is on: in rows, not transposed."""
+    has = compat.has_aiter_op(compat.AITER_GROUP_QUANT.rpartition(".")[2])
+    return [GroupQuant("aiter", GroupScales(128))] if has else []
 
 
 def split_rounding() -> str:
@@ -287,7 +322,7 @@ class TokenQuant(Fp8Quant):
         bound = [empty(1, dtype=torch.float32)] if self.bounded else []
         if self.variant == "native":
             return bound
-        return [*bound, empty(rows, width, dtype=FP8_DTYPE), empty(rows, 1, dtype=torch.float32)]
+        return [*bound, empty(rows, width, dtype=FP8.dtype), empty(rows, 1, dtype=torch.float32)]
 
     @property
     def input_count(self) -> int:
@@ -338,7 +373,7 @@ class StaticQuant(Fp8Quant):
         return f"static[{self.variant}]"
 
     def inputs(self, rows: int, width: int) -> list[torch.Tensor]:
-        return [] if self.variant == "native" else [empty(rows, width, dtype=FP8_DTYPE)]
+        return [] if self.variant == "native" else [empty(rows, width, dtype=FP8.dtype)]
 
     def __call__(self, y: torch.Tensor, scale: torch.Tensor, *buffers: torch.Tensor) -> torch.Tensor:
         if self.variant == "native":

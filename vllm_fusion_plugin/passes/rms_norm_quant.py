@@ -146,7 +146,7 @@ class RMSNormGroupQuant(RMSNormQuant):
         return GROUPS * self.quant.scales.group_size
 
     def fused(self, norm, quant_inputs):
-        return ops.rms_norm_group_fp8_quant.default(*norm, *self.quant.scales, self.quant.rounding)
+        return ops.rms_norm_group_fp8_quant.default(*norm, *self.quant.scales, self.quant.rounding, *self.quant.fp8)
 
     def refuse(self, match: Match) -> str | None:
         if reason := super().refuse(match):
@@ -160,7 +160,8 @@ class RMSNormTokenQuant(RMSNormQuant):
     quant: quantisers.TokenQuant
 
     def fused(self, norm, quant_inputs):
-        return ops.rms_norm_token_fp8_quant.default(*norm, self.quant.bound_of(quant_inputs), self.quant.rounding)
+        bound = self.quant.bound_of(quant_inputs)
+        return ops.rms_norm_token_fp8_quant.default(*norm, bound, self.quant.rounding, *self.quant.fp8)
 
     def refuse(self, match: Match) -> str | None:
         values = [self.quant_value(match, position) for position in range(self.quant.input_count)]
@@ -177,7 +178,7 @@ class RMSNormStaticQuant(RMSNormQuant):
         return (self.quant(normed, *inputs),)
 
     def fused(self, norm, quant_inputs):
-        return ops.rms_norm_static_fp8_quant.default(*norm, quant_inputs[0], self.quant.rounding)
+        return ops.rms_norm_static_fp8_quant.default(*norm, quant_inputs[0], self.quant.rounding, *self.quant.fp8)
 
     def refuse(self, match: Match) -> str | None:
         if reason := super().refuse(match):

@@ -116,7 +116,7 @@ class SiluMulGroupQuant(SiluMulQuant):
         return self.quantised(x, *buffers)
 
     def replacement(self, x: torch.Tensor, *buffers: torch.Tensor) -> Any:
-        how = (*self.quant.scales, *self.roundings.values(), self.keep_act)
+        how = (*self.quant.scales, *self.roundings.values(), self.keep_act, *self.quant.fp8)
         return torch.ops.vllm_fusion_plugin.silu_mul_group_fp8_quant.default(x, *how)
 
     def refuse(self, match: Match) -> str | None:
@@ -138,7 +138,7 @@ class SiluMulTokenQuant(SiluMulQuant):
         return self.quantised(x, *inputs)
 
     def replacement(self, x: torch.Tensor, *inputs: torch.Tensor) -> Any:
-        how = (self.quant.bound_of(inputs), *self.roundings.values(), self.keep_act)
+        how = (self.quant.bound_of(inputs), *self.roundings.values(), self.keep_act, *self.quant.fp8)
         return torch.ops.vllm_fusion_plugin.silu_mul_token_fp8_quant.default(x, *how)
 
     def refuse(self, match: Match) -> str | None:
@@ -159,7 +159,7 @@ class SiluMulStaticQuant(SiluMulQuant):
 
     def replacement(self, x: torch.Tensor, scale: torch.Tensor, *buffers: torch.Tensor) -> Any:
         return torch.ops.vllm_fusion_plugin.silu_mul_static_fp8_quant.default(
-            x, scale, self.roundings["act_rounding"], self.roundings["quant_rounding"]
+            x, scale, self.roundings["act_rounding"], self.roundings["quant_rounding"], *self.quant.fp8
         )
 
     def refuse(self, match: Match) -> str | None:

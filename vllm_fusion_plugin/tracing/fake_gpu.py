@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pretend to be one NVIDIA GPU on a machine that has none, far enough for vLLM to build and compile real CUDA graphs.
+"""Pretend to be one GPU on a machine that has none, far enough for vLLM to build and compile the GPU's real graphs.
+
+NVIDIA's; what an AMD GPU answers instead is in fake_rocm.py.
 
 Fake tensors carry device, dtype, shape and strides but no data, so a whole model fits in no memory and every graph pass
 runs as on the GPU. What is missing is the driver below them: vLLM's extensions want to link it, and vLLM, Dynamo, Inductor
@@ -27,7 +29,10 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
+
+from . import fake_rocm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Gpu:
     capability: tuple[int, int]
     memory: int
     sms: int
+    arch: str = ""
+    """Of an AMD GPU, what its compiler calls it."""
 
 
 H200 = Gpu("NVIDIA H200", (9, 0), 139 << 30, 132)
@@ -45,6 +52,8 @@ GPUS = {
     "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 79 << 30, 132),
     "h200": H200,
     "b200": Gpu("NVIDIA B200", (10, 0), 178 << 30, 148),
+    "mi300x": Gpu("AMD Instinct MI300X", (9, 4), 192 << 30, 304, "gfx942"),
+    "mi355x": Gpu("AMD Instinct MI355X", (9, 5), 288 << 30, 256, "gfx950"),
 }
 
 _installed: Gpu | None = None
@@ -87,11 +96,14 @@ def install(gpu: Gpu = H200) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or vLLM would put a placeholder in the place of a Triton without a driver
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # as vLLM does, but Inductor is imported before vLLM here
     os.environ["HUMMING_DISABLE_PARALLEL_BUILD"] = "1"  # or importing vLLM 0.33 starts two processes that build kernels
+    if gpu.arch:
+        fake_rocm.hide_others()
+        fake_rocm.stand_in_for_packages()
     _load_driver()
     _answer_for_torch_cuda(gpu)
     _answer_for_triton(gpu)
     _keep_constant_folding_off_the_gpu()
-    _answer_for_vllm()
+    _answer_for_vllm(gpu)
     _installed = gpu
 
 
@@ -163,12 +175,14 @@ def _answer_for_torch_cuda(gpu: Gpu) -> None:
         total_memory=gpu.memory,
         multi_processor_count=gpu.sms,
         is_integrated=False,
+        **({"gcnArchName": f"{gpu.arch}:sramecc+:xnack-", "warp_size": 64} if gpu.arch else {}),
     )
     answers = {
         "get_device_properties": lambda device=None: properties,
         "get_device_capability": lambda device=None: gpu.capability,
         "get_device_name": lambda device=None: gpu.name,
         "current_device": lambda: 0,
+        "graph_pool_handle": lambda: (0, 0),
         # Layers with work to overlap (MoE's shared experts) make streams when they are built.
         "Stream": _Idle,
         "Event": _Idle,
@@ -205,7 +219,7 @@ def _answer_for_triton(gpu: Gpu) -> None:
         def get_current_device(self) -> int:
             return 0
 
-    triton.runtime.driver.set_active(Driver())
+    triton.runtime.driver.set_active(fake_rocm.driver(gpu) if gpu.arch else Driver())
     # has_triton() remembers its first answer. Many torch modules hold the function itself, so replacing it is no use.
     has_triton.cache_clear()
     with mock.patch.multiple(torch.cuda, is_available=lambda: True, device_count=lambda: 1):
@@ -240,8 +254,19 @@ def _keep_constant_folding_off_the_gpu() -> None:
 # ---- vLLM -------------------------------------------------------------------------------------------------------------
 
 
-def _answer_for_vllm() -> None:
+def _answer_for_vllm(gpu: Gpu) -> None:
     from vllm import platforms
+
+    platforms._current_platform = fake_rocm.platform(gpu) if gpu.arch else _cuda_platform()
+
+    from vllm.model_executor.models import registry
+
+    # vLLM looks at a model's class in a second process, to keep CUDA out of the first. It would know none of our answers,
+    # and takes as long to start as this one.
+    registry._run_in_subprocess = lambda look: look()  # type: ignore[assignment]
+
+
+def _cuda_platform() -> Any:
     from vllm.platforms.cuda import NonNvmlCudaPlatform
 
     # The platform for CUDA without NVML (Jetson) asks torch.cuda, which answers for us, and nothing else.
@@ -255,10 +280,4 @@ def _answer_for_vllm() -> None:
             # Without NCCL, and without custom all-reduce: both want streams and peers.
             return "vllm.distributed.device_communicators.base_device_communicator.DeviceCommunicatorBase"
 
-    platforms._current_platform = FakeGpuPlatform()  # type: ignore[assignment]
-
-    from vllm.model_executor.models import registry
-
-    # vLLM looks at a model's class in a second process, to keep CUDA out of the first. It would know none of our answers,
-    # and takes as long to start as this one.
-    registry._run_in_subprocess = lambda look: look()  # type: ignore[assignment]
+    return FakeGpuPlatform()

@@ -54,11 +54,22 @@ def building(config: Any) -> Iterator[None]:
     from vllm.config import set_current_vllm_config
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    with set_current_vllm_config(config), torch.no_grad(), set_default_torch_dtype(config.model_config.dtype):
+    with (
+        set_current_vllm_config(config),
+        _norms_as_in_a_worker(config),
+        torch.no_grad(),
+        set_default_torch_dtype(config.model_config.dtype),
+    ):
         join_fake_process_groups(config.parallel_config.tensor_parallel_size)
         # vLLM makes some real tensors on the way, on the CPU: they may be mixed with fake ones.
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield
+
+
+def _norms_as_in_a_worker(config: Any) -> contextlib.AbstractContextManager[Any]:
+    """A worker sets whose kernels vLLM's IR ops are lowered to before it builds a model: AITER's norms, with AITER."""
+    priority: Any = getattr(getattr(config, "kernel_config", None), "ir_op_priority", None)
+    return priority.set_priority() if hasattr(priority, "set_priority") else contextlib.nullcontext()
 
 
 def build(config: Any) -> Any:
