@@ -161,7 +161,7 @@ class NormInputs(NamedTuple):
         read = (self.x, self.residual, self.x_addend, self.residual_addend, self.weight)
         return self.norm_rounding == "native" and sum(t is not None for t in read) + 1 > MOST_READS
 
-    def empty_codes(self, fp8: str) -> torch.Tensor:
+    def empty_codes(self, fp8: str = OCP) -> torch.Tensor:
         return self.x.new_empty(self.x.shape, dtype=FORMATS[fp8].dtype)
 
     def empty_extras(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
