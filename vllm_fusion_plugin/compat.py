@@ -8,6 +8,7 @@ Read against 0.20.2, 0.26.0, 0.32.0 and 0.33.0. Features are probed, not derived
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib
 import importlib.util
@@ -497,6 +498,19 @@ def engine_owner(config: Any) -> Any:
 def is_layer_of(owner: Any, layer: Any) -> bool:
     """Whether an attention layer belongs to the engine of that `engine_owner`."""
     return owner.static_forward_context.get(getattr(layer, "layer_name", None)) is layer
+
+
+async def ask_workers(async_llm: Any, method: str) -> dict[int, list[Any]]:
+    """What all workers of all engines of a front end answer, by the engines' numbers.
+
+    `AsyncLLM.collective_rpc` answers for the first of several data-parallel engines alone; the client asks each (all
+    versions read)."""
+    client = async_llm.engine_core
+    engines = dict(zip(client.engine_ranks_managed, client.core_engines, strict=True))
+    if len(engines) == 1:
+        return dict.fromkeys(engines, await async_llm.collective_rpc(method))
+    ask = functools.partial(client._call_utility_async, "collective_rpc", method, None, (), None)
+    return dict(zip(engines, await asyncio.gather(*(ask(engine=e) for e in engines.values())), strict=True))
 
 
 def part_name(config: Any) -> str:
