@@ -87,6 +87,10 @@ def install(gpu: Gpu = H200) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or vLLM would put a placeholder in the place of a Triton without a driver
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # as vLLM does, but Inductor is imported before vLLM here
     os.environ["HUMMING_DISABLE_PARALLEL_BUILD"] = "1"  # or importing vLLM 0.33 starts two processes that build kernels
+    major, minor = gpu.capability
+    os.environ.setdefault(
+        "FLASHINFER_CUDA_ARCH_LIST", f"{major}.{minor}a"
+    )  # or FlashInfer asks the GPU that is not there
     _load_driver()
     _answer_for_torch_cuda(gpu)
     _answer_for_triton(gpu)
