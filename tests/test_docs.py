@@ -112,6 +112,20 @@ def test_the_table_of_versions_is_up_to_date():
     assert versions.TABLE.read_text() == versions.table(versions.load()), "run python docs/versions.py"
 
 
+def test_the_page_of_models_is_up_to_date():
+    models = script("models")
+    assert models.PAGE.read_text() == models.page(models.load()), "run python docs/models.py"
+
+
+def test_every_served_model_is_on_the_page_of_models():
+    """And with the same number of GPUs: else run nox -s models."""
+    from vllm_fusion_plugin.explain import matrix
+
+    served = {s.name or path.name: s.tensor_parallel_size for path, s in matrix.models(ROOT / "tests/models/served")}
+    for column in script("models").load():
+        assert {row["model"]: row["tensor_parallel_size"] for row in column["rows"]} == served
+
+
 # ---- release ---------------------------------------------------------------------------------------------------------
 
 

@@ -293,6 +293,60 @@ def test_bad_input_is_one_line(arguments, words, asked, tmp_path):
     assert result.output.startswith("error: ") and words in result.output
 
 
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Two models, one of which says how it is served."""
+    for name, served in (("one", ""), ("two", '{"name": "some/model", "tensor_parallel_size": 4}')):
+        (tmp_path / name).mkdir()
+        shutil.copy(MODELS / "qwen3-8b-8layers" / "config.json", tmp_path / name)
+        if served:
+            (tmp_path / name / "serve.json").write_text(served)
+    return tmp_path
+
+
+def test_many_models(asked, folder):
+    (folder / "one" / "config.json").write_text("{}")
+    result = run("--matrix", str(folder), "--gpu", "b200", "--json", "--", "-cc.mode=3")
+    assert result.exit_code == 1  # nothing fuses in the first
+    column = json.loads(result.stdout)
+    assert asked[0].items() >= {"gpu": "b200", "tensor_parallel_size": 4, "flags": ["-cc.mode=3"]}.items()
+    first, second = column["rows"]
+    assert first["problem"].startswith("one/config.json has no key architectures")
+    assert second == {
+        "model": "some/model",
+        "tensor_parallel_size": 4,
+        "layers": 6,
+        "fused": 12,
+        "left": 7,
+        "why": {"why <FP8 quantiser, groups of 128, UE8M0 scales>": 6, "GELU·mul is followed by another": 1},
+        "problem": "",
+    }
+    printed = run("--matrix", str(folder)).stdout
+    assert "12 of 19" in printed and "some/model on 4 GPUs" in printed and "6: why <FP8" in printed
+
+
+@pytest.mark.parametrize(
+    ("served", "arguments", "words"),
+    [
+        ("{", ["{folder}"], "serve.json cannot be read"),
+        ('{"gpus": 1}', ["{folder}"], "gpus: Extra inputs are not permitted (allowed: name, tensor_parallel_size)"),
+        ("", ["/no/such"], "there is no folder /no/such"),
+        ("", ["{folder}/one"], "has no folder with a config.json"),
+        ("", ["{folder}", "a/b"], "names models, and so does a/b"),
+        ("", ["{folder}", "--html", "x"], "--html shows one model"),
+    ],
+)
+def test_many_models_and_bad_input(served, arguments, words, asked, folder):
+    if served:
+        (folder / "one" / "serve.json").write_text(served)
+    result = run("--matrix", *(a.replace("{folder}", str(folder)) for a in arguments))
+    assert result.exit_code == 2 and result.output.count("\n") == 1 and words in result.output
+
+
+def test_no_model_is_named(asked):
+    assert "name a model" in run().output and run().exit_code == 2
+
+
 def test_ctrl_c_ends_without_a_word(monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich import box
@@ -18,7 +18,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__
+from . import __version__, vllm_flags
 from .child import ChildError, UserError
 from .demo import compare
 from .report import PASS_WORDS, FusionReport, sum_match_tables
@@ -133,8 +133,15 @@ def doctor_command(
 
 @app.command("explain")
 def explain_command(
-    model: Annotated[str, typer.Argument(help="A folder with a config.json, or an id in Hugging Face's cache.")],
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A folder with a config.json, or an id in Hugging Face's cache.", show_default=False),
+    ] = None,
     flags: VllmFlags = None,
+    matrix: Annotated[
+        Path | None,
+        typer.Option(help="Explain each model in this folder instead, and show a table.", show_default=False),
+    ] = None,
     gpu: Annotated[Gpu, typer.Option(help="The GPU to explain for; none has to be here.")] = Gpu.h100,
     tp: Annotated[int, typer.Option("--tp", min=1, help="How many GPUs share the model.")] = 1,
     flashinfer: Annotated[bool, typer.Option(help="Whether FlashInfer is usable there.")] = True,
@@ -151,7 +158,11 @@ def explain_command(
     """
     from .explain import command, page, terminal
 
+    if matrix is not None:
+        _explain_matrix(matrix, [*filter(None, [model]), *(flags or [])], gpu, flashinfer, as_json, html)
     with _told_to_the_user():
+        if model is None:
+            raise UserError("name a model, as a folder with a config.json or by its id on the hub, or --matrix FOLDER")
         explanation = command.ask(model, flags or [], gpu.value, tp, flashinfer, tokens or [1, 8192])
         if html is not None:
             _write(html, page.page(explanation))
@@ -162,6 +173,27 @@ def explain_command(
     else:
         Console().print(*terminal.renderables(explanation), sep="\n")
     raise typer.Exit(explanation.exit_status)
+
+
+def _explain_matrix(
+    folder: Path, flags: list[str], gpu: Gpu, flashinfer: bool, as_json: bool, html: Path | None
+) -> NoReturn:
+    from .explain import matrix
+
+    with _told_to_the_user():
+        if named := vllm_flags.split_model(flags)[0]:
+            raise UserError(f"--matrix {folder} names models, and so does {named}; leave out one of the two")
+        if html is not None:
+            raise UserError("--html shows one model; --matrix prints a table, or JSON")
+        errors = Console(stderr=True, soft_wrap=True)
+        column = matrix.column(
+            folder, flags, gpu.value, flashinfer, lambda name: errors.print(f"explaining {name}", style="dim")
+        )
+    if as_json:
+        print(column.model_dump_json(indent=1))
+    else:
+        Console().print(*matrix.renderables(column), sep="\n")
+    raise typer.Exit(int(any(row.problem for row in column.rows)))
 
 
 @app.command("report")

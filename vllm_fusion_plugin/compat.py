@@ -8,6 +8,7 @@ Read against 0.20.2, 0.26.0, 0.32.0 and 0.33.0. Features are probed, not derived
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib
 import importlib.util
@@ -443,9 +444,13 @@ def experts_quantise(config: Any) -> bool:
     """Whether some experts of the model quantise what they read: false only where all are known not to. Layers with experts
     hold their quant method, or modules of theirs do (`routed_experts`, since 0.26 or so)."""
     layers = [x for x in config.compilation_config.static_forward_context.values() if isinstance(x, torch.nn.Module)]
-    names = [type(getattr(m, "quant_method", None)).__name__ for layer in layers for m in layer.modules()]
-    methods = [name for name in names if "MoE" in name]
-    return not methods or any("Unquantized" not in name for name in methods)
+    held = [getattr(m, "quant_method", None) for layer in layers for m in layer.modules()]
+    methods = [method for method in held if "MoE" in type(method).__name__]
+    quantised = [method for method in methods if "Unquantized" not in type(method).__name__]
+    # Of a method that a layer holds twice, one has none.
+    configs = [config for method in quantised if (config := getattr(method, "moe_quant_config", None)) is not None]
+    weights_alone = bool(configs) and all(config.quant_dtype is None for config in configs)
+    return not methods or bool(quantised and not weights_alone)
 
 
 def op_takes(op: torch._ops.OpOverload, *arguments: str) -> bool:
@@ -565,6 +570,13 @@ def is_running(owner: Any) -> bool:
     return forward_context.get_forward_context().no_compile_layers is owner.static_forward_context
 
 
+def forward_pass() -> Any:
+    """An object that is another one in each forward pass; None outside of one (all versions read)."""
+    from vllm import forward_context
+
+    return forward_context.get_forward_context() if forward_context.is_forward_context_available() else None
+
+
 def models(worker: Any) -> list[torch.nn.Module]:
     """A worker's model, and the one that drafts for it if there is one (`drafter`; `speculator` in the runner that is new
     in 0.26)."""
@@ -614,6 +626,19 @@ def is_layer_of(owner: Any, layer: Any) -> bool:
     return owner.static_forward_context.get(getattr(layer, "layer_name", None)) is layer
 
 
+async def ask_workers(async_llm: Any, method: str) -> dict[int, list[Any]]:
+    """What all workers of all engines of a front end answer, by the engines' numbers.
+
+    `AsyncLLM.collective_rpc` answers for the first of several data-parallel engines alone; the client asks each (all
+    versions read)."""
+    client = async_llm.engine_core
+    engines = dict(zip(client.engine_ranks_managed, client.core_engines, strict=True))
+    if len(engines) == 1:
+        return dict.fromkeys(engines, await async_llm.collective_rpc(method))
+    ask = functools.partial(client._call_utility_async, "collective_rpc", method, None, (), None)
+    return dict(zip(engines, await asyncio.gather(*(ask(engine=e) for e in engines.values())), strict=True))
+
+
 def part_name(config: Any) -> str:
     """vLLM's name for the part of a model that it is about to compile: its prefix or model tag, which is the last folder of
     where VllmBackend keeps its code (all versions read); "" before it has one."""
@@ -650,8 +675,13 @@ def artefact_folder(compilation_config: Any) -> str | None:
     """Where vLLM keeps the code that this process compiles or has loaded.
 
     `local_cache_dir` is VllmBackend's folder while it compiles, but a process that loads an AOT artefact makes no
-    VllmBackend: there it is the artefact's. Inductor's folder, which vLLM sets, is the artefact's in both.
+    VllmBackend: there it is the artefact's. Inductor's folder, which vLLM sets, is the artefact's in both. Without AOT
+    artefacts, that may be the folder of an engine that this process has run before.
     """
+    from vllm import envs
+
+    if not getattr(envs, "VLLM_USE_AOT_COMPILE", True):
+        return compilation_config.local_cache_dir
     artefact = os.path.dirname(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
     if os.path.basename(os.path.dirname(artefact)) == "torch_aot_compile":
         return artefact

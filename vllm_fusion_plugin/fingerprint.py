@@ -148,7 +148,7 @@ def fingerprint(settings: Settings, extra: Mapping[str, str] = types.MappingProx
     extra: what else decides about compiled code in this process and is found out when it runs, by name; for example what a
     probe has found about the roundings of the installed vLLM's ops. Order does not matter; an empty one is as none.
     """
-    state = "\n".join((__version__, source_hash(), settings.model_dump_json()))
+    state = "\n".join((__version__, source_hash(), settings.of_compiled_code()))
     if extra:
         state += "".join(f"\n{name}={extra[name]!r}" for name in sorted(extra))
     return hashlib.sha256(state.encode()).hexdigest()[:16]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from . import flags, fusions, settings
+from . import flags, fusions, metrics, settings, strict
 from .report import RECORDER, EngineRecord, Subgraph
 
 # Below "vllm", so that vLLM's own handlers and levels apply.
@@ -38,6 +38,8 @@ def register() -> None:
         seams.attach_worker_methods(
             {"get_compilation_match_table": _get_compilation_match_table, "get_fusion_report": _get_fusion_report}
         )
+        seams.hook_engine_start(strict.check)
+        seams.hook_front_end(metrics.publish)
         _off = _register()
     except Exception as e:
         _off = _inactive(f"{type(e).__name__}: {e}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -43,6 +44,7 @@ __all__ = [
     "module_of",
     "modules_of",
     "pattern_words",
+    "quantisers_by_fusion",
     "rank_line",
     "shorten",
     "sum_match_tables",
@@ -166,18 +168,28 @@ def _notes(rank: RankReport) -> list[tuple[str]]:
     return [(reason_words(note),) for note in rank.notes]
 
 
-def _count_quantisers(rank: RankReport) -> tuple[int, int]:
-    """(fused, left) of a rank's quantisers."""
+def quantisers_by_fusion(rank: RankReport) -> dict[str, tuple[int, int]]:
+    """(fused, left) of a rank's quantisers, by what fuses them or could: the flag or setting, as PASS_WORDS has it."""
 
-    def count(ask: Callable[[Subgraph], Iterable[tuple[str, str, str]]]) -> int:
+    def count(ask: Callable[[Subgraph], Iterable[tuple[str, str, str]]]) -> Counter[str]:
         seen = (((sub.part, *line), sub.compile_range) for sub in rank.everything for line in ask(sub) if is_one(*line))
-        return sum(count_places(seen).values())
+        counted: Counter[str] = Counter()
+        for (_, pass_name, _, _), places in count_places(seen).items():
+            counted[PASS_WORDS.get(pass_name, pass_name)] += places
+        return counted
 
     def is_one(pass_name: str, words: str, module: str) -> bool:
         # The op of two norms has the one quantiser that is found after the first.
         return pass_name != DUAL and names_quantiser(words)
 
-    return count(_fused), count(_not_fused)
+    fused, left = count(_fused), count(_not_fused)
+    return {fusion: (fused[fusion], left[fusion]) for fusion in {**fused, **left}}
+
+
+def _count_quantisers(rank: RankReport) -> tuple[int, int]:
+    """(fused, left) of a rank's quantisers."""
+    counts = quantisers_by_fusion(rank).values()
+    return sum(fused for fused, _ in counts), sum(left for _, left in counts)
 
 
 def _in_words(fused: int, left: int) -> str:

@@ -315,13 +315,11 @@ class _WorkerMethod:
 
 
 def attach_worker_methods(methods: Mapping[str, Callable[[Any], Any]]) -> None:
-    """Give every worker `methods`, which `collective_rpc` calls by name, when vLLM has its worker base class: at once, or
-    whenever it next loads plugins, which it does in every process right before it makes a worker.
+    """Give every worker `methods`, which `collective_rpc` calls by name, when vLLM has its worker base class.
 
     Not imported here: that takes 1.5 s, and the entry point also runs where no worker ever is (0.20.2 to 0.33.0). GPU
     workers have `get_compilation_match_table` themselves and keep it. Re-entrant.
     """
-    from vllm import plugins
 
     def attach() -> None:
         module = sys.modules.get("vllm.v1.worker.worker_base")
@@ -330,15 +328,95 @@ def attach_worker_methods(methods: Mapping[str, Callable[[Any], Any]]) -> None:
             if name not in vars(base):
                 setattr(base, name, _WorkerMethod(base, name, method))
 
+    _whenever_plugins_load("worker methods", attach)
+
+
+# ---- engines ---------------------------------------------------------------------------------------------------------
+
+
+def hook_engine_start(started: Callable[[Any], None]) -> None:
+    """Call `started(engine_core)` when all workers of an engine have compiled, warmed up and captured, and before it takes a
+    request. What `started` raises ends the engine's start. Re-entrant.
+
+    What: `EngineCore._initialize_kv_caches`, which ends with that (all versions read), whatever the platform and executor.
+    Goes when vLLM asks plugins whether an engine may serve.
+    """
+
+    def attach() -> None:
+        module = sys.modules.get("vllm.v1.engine.core")
+        core: Any = getattr(module, "EngineCore", None)
+        original = getattr(core, "_initialize_kv_caches", None)
+        if original is None or hasattr(original, "_fusion_plugin"):
+            return
+
+        @functools.wraps(original)
+        def initialize(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(self, *args, **kwargs)
+            started(self)
+            return result
+
+        initialize._fusion_plugin = True  # type: ignore[attr-defined]
+        core._initialize_kv_caches = initialize
+
+    _whenever_plugins_load("engine start", attach)
+
+
+def hook_front_end(made: Callable[[Any], None]) -> None:
+    """Call `made(async_llm)` in a process that serves, when it has made vLLM's AsyncLLM, whose engines are ready then. Never
+    raises. Re-entrant.
+
+    What: `AsyncLLM.__init__`, when vLLM asks `Executor.get_class` for the class that it hands to it: plugins are loaded
+    before vLLM imports AsyncLLM, and after it has imported Executor (all versions read).
+    Goes when vLLM hands its engines to plugins of the front end.
+    """
+
+    def attach() -> None:
+        executor: Any = getattr(sys.modules.get("vllm.v1.executor.abstract"), "Executor", None)
+        original = getattr(executor, "get_class", None)
+        if original is None or hasattr(original, "_fusion_plugin"):
+            return
+
+        @functools.wraps(original)
+        def get_class(*args: Any, **kwargs: Any) -> Any:
+            _never_raise(hook)
+            return original(*args, **kwargs)
+
+        get_class._fusion_plugin = True  # type: ignore[attr-defined]
+        executor.get_class = staticmethod(get_class)
+
+    def hook() -> None:
+        front_end: Any = getattr(sys.modules.get("vllm.v1.engine.async_llm"), "AsyncLLM", None)
+        if front_end is None or hasattr(front_end.__init__, "_fusion_plugin"):
+            return
+        original = front_end.__init__
+
+        @functools.wraps(original)
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            _never_raise(lambda: made(self))
+
+        init._fusion_plugin = True  # type: ignore[attr-defined]
+        front_end.__init__ = init
+
+    _whenever_plugins_load("front end", attach)
+
+
+def _whenever_plugins_load(name: str, attach: Callable[[], None]) -> None:
+    """Call `attach` at once, and whenever vLLM next loads plugins, which it does in every process right before it makes an
+    engine or a worker: by then it has imported their modules (all versions read). Re-entrant, by `name`."""
+    from vllm import plugins
+
     attach()
     original = plugins.load_general_plugins
-    if hasattr(original, "_fusion_plugin"):
-        return
+    if not hasattr(original, "_fusion_plugin"):
+        attached: dict[str, Callable[[], None]] = {}
 
-    @functools.wraps(original)
-    def load_general_plugins() -> None:
-        original()
-        _never_raise(attach)
+        @functools.wraps(original)
+        def load_general_plugins() -> None:
+            original()
+            for each in list(attached.values()):
+                _never_raise(each)
 
-    load_general_plugins._fusion_plugin = True  # type: ignore[attr-defined]
-    plugins.load_general_plugins = load_general_plugins
+        load_general_plugins._fusion_plugin = attached  # type: ignore[attr-defined]
+        plugins.load_general_plugins = load_general_plugins
+    plugins.load_general_plugins._fusion_plugin.setdefault(name, attach)  # type: ignore[attr-defined]

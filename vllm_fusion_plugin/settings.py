@@ -13,6 +13,7 @@ vLLM's own flags (`-cc.pass_config.fuse_act_quant=true`, ...) still decide which
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from typing import Any, Literal
@@ -83,6 +84,14 @@ class Settings(BaseModel):
     use_pdl: bool = True
     """Launch kernels with programmatic dependent launch where the GPU has it (NVIDIA's from compute capability 9.0 on)."""
 
+    strict: bool = False
+    """An engine in which the plugin is not at work, or in which a fusion flag that is on has fused nothing, does not start:
+    see strict.py."""
+
+    def of_compiled_code(self) -> str:
+        """Those that decide what vLLM compiles or runs, as JSON."""
+        return self.model_dump_json(exclude={"strict"})
+
     @field_validator("stock_passes")
     @classmethod
     def _known_passes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -115,12 +124,8 @@ def _from_json(text: str) -> dict[str, Any]:
     return data
 
 
-def load(additional_config: Any = None) -> Settings:
-    """Settings from the environment and from vLLM's `additional_config`.
-
-    Raises:
-        SettingsError: naming the setting, its value and what is allowed.
-    """
+def _given(additional_config: Any) -> dict[str, Any]:
+    """What is set, unchecked."""
     values: dict[str, Any] = _from_json(os.environ[ENV_SETTINGS]) if os.environ.get(ENV_SETTINGS) else {}
     mine = additional_config.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional_config, dict) else None
     if mine is not None:
@@ -129,6 +134,16 @@ def load(additional_config: Any = None) -> Settings:
                 f"additional_config[{ADDITIONAL_CONFIG_KEY!r}]={mine!r}; allowed: an object of settings"
             )
         values |= mine
+    return values
+
+
+def load(additional_config: Any = None) -> Settings:
+    """Settings from the environment and from vLLM's `additional_config`.
+
+    Raises:
+        SettingsError: naming the setting, its value and what is allowed.
+    """
+    values = _given(additional_config)
     if not parse_switch():
         values["enabled"] = False
     try:
@@ -147,11 +162,15 @@ OFF = "off: enabled=false in the settings"
 
 def read(additional_config: Any = None) -> tuple[Settings, str, str]:
     """As `load`, for whoever cannot stop at a bad setting: settings, what is wrong with them, and why they keep the plugin
-    out although nothing is; "" for none. Bad settings are read as `enabled=False`. Never raises."""
+    out although nothing is; "" for none. Bad settings are read as `enabled=False`, with `strict` as it is set. Never
+    raises."""
     try:
         chosen = load(additional_config)
         if chosen.enabled:
             return chosen, "", ""
         return chosen, "", OFF if parse_switch() else f"off: {ENV_SWITCH}=0"
     except SettingsError as e:
-        return Settings(enabled=False), str(e), ""
+        strict = False
+        with contextlib.suppress(SettingsError):
+            strict = _given(additional_config).get("strict") is True
+        return Settings(enabled=False, strict=strict), str(e), ""

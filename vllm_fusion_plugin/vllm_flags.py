@@ -83,7 +83,7 @@ def engine_config(arguments: Any) -> Any:
 
     try:
         return arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
-    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, NotImplementedError, OSError) as e:
+    except Exception as e:  # vLLM's, transformers' and pydantic's refusals have no class in common
         raise UserError(f"vLLM refuses this model or these flags: {_first_line(e)}") from e
 
 
@@ -101,6 +101,7 @@ def _joined(message: str) -> str:
     """A message in one line, without the addresses that pydantic adds."""
     lines = [line.strip() for line in message.splitlines()]
     text = " ".join(line for line in lines if line and not line.startswith("For further information"))
+    text = text.partition(" Supported architectures:")[0]  # all that vLLM knows
     return text if len(text) <= 400 else f"{text[:400]}..."
 
 

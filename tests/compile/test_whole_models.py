@@ -263,15 +263,19 @@ def test_explain_counts_what_the_report_counts(case, trace_model):
 
 
 def test_blackwell():
-    """Where DeepGEMM takes packed scales, and vLLM's GEMM no rows that it would quantise."""
+    """Where DeepGEMM takes packed scales, and vLLM's GEMM no rows that it would quantise. And docs/models.md has it so."""
     from typer.testing import CliRunner
 
     from vllm_fusion_plugin import cli
+    from vllm_fusion_plugin.explain import matrix
     from vllm_fusion_plugin.explain.explanation import Explanation
 
-    arguments = ["explain", str(MODELS / "qwen3-8b-8layers"), "--gpu", "b200", "--json"]
-    result = CliRunner().invoke(cli.app, arguments)
+    model, name = MODELS / "served" / "qwen3-8b-fp8", "Qwen/Qwen3-8B-FP8"
+    result = CliRunner().invoke(cli.app, ["explain", str(model), "--gpu", "b200", "--json"])
     assert result.exit_code == 0, result.output
     e = Explanation(**json.loads(result.stdout))
-    assert (e.fused, e.left) == (24, 8)
+    assert (e.fused, e.left) == (3 * 36, 36)
     assert set(e.linear_kernels) == {"DeepGemmFp8BlockScaledMMKernel"}
+    column = matrix.Column.model_validate_json((MODELS.parents[1] / "docs/models/b200.json").read_text())
+    (shown,) = (row for row in column.rows if row.model == name)
+    assert shown == matrix.row(name, 1, e), "run nox -s models"

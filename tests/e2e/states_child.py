@@ -1,24 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """`states_child.py MODEL RESULT`: one process, one engine after another, each in another state of the plugin.
 
-Writes {name: the engine's report}. Weights are random, and nothing is generated: the report is about compilation.
+Writes {"reports": {name: the engine's report}, "refused": {name: why it did not start}}. Weights are random, and nothing is
+generated: the report is about compilation.
 """
 
 import gc
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from vllm import LLM
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-from vllm_fusion_plugin import fingerprint, plugin
+from vllm_fusion_plugin import fingerprint, plugin, settings
 from vllm_fusion_plugin.demo import compare
 from vllm_fusion_plugin.demo.engine import INDUCTOR_CONFIG
+from vllm_fusion_plugin.strict import StrictError
+
+STRICT = '{"strict": true}'
+UNQUANTISED = {"quantization_config": None}
 
 
-def report(model: str, layers: int = 2, **arguments) -> dict:
+def report(model: str, layers: int = 2, of_model: Mapping[str, Any] = MappingProxyType({}), **arguments) -> dict:
     compilation = {"pass_config": dict.fromkeys(compare.FLAGS, True), "inductor_compile_config": INDUCTOR_CONFIG}
     llm = LLM(
         model,
@@ -27,7 +35,7 @@ def report(model: str, layers: int = 2, **arguments) -> dict:
         max_model_len=128,
         max_num_seqs=4,
         disable_log_stats=True,
-        hf_overrides={"num_hidden_layers": layers},
+        hf_overrides={"num_hidden_layers": layers, **of_model},
         **{"compilation_config": compilation} | arguments,
     )
     (found,) = llm.collective_rpc("get_fusion_report")
@@ -40,6 +48,18 @@ def report(model: str, layers: int = 2, **arguments) -> dict:
     return found
 
 
+def refusal(model: str, **arguments) -> str:
+    """Why an engine does not start."""
+    try:
+        report(model, **arguments)
+    except StrictError as e:
+        return str(e)
+    finally:
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    return "it started"
+
+
 def failing(config):
     raise RuntimeError("a bug of ours")
 
@@ -50,10 +70,17 @@ def main(model: str, result_file: str) -> None:
     reports["1 layer"] = report(model, layers=1)
     reports["settings error"] = report(model, additional_config={"fusion_plugin": {"no_such_setting": 1}})
     reports["disabled"] = report(model, additional_config={"fusion_plugin": {"enabled": False}})
+    os.environ[settings.ENV_SETTINGS] = STRICT
     reports["AOT artefacts"] = report(model, layers=1)
+    del os.environ[settings.ENV_SETTINGS]
     os.environ["VLLM_USE_AOT_COMPILE"] = "0"
     reports["2 layers, no AOT"] = report(model)
     reports["Inductor artefacts"] = report(model)
+    os.environ[settings.ENV_SETTINGS] = STRICT
+    refused = {"eager": refusal(model, enforce_eager=True)}
+    refused["unquantised"] = refusal(model, layers=1, of_model=UNQUANTISED)
+    refused["unquantised, from file"] = refusal(model, layers=1, of_model=UNQUANTISED)
+    del os.environ[settings.ENV_SETTINGS]
     plugin.settings_of, was = failing, plugin.settings_of
     try:
         reports["bug"] = report(model, layers=1)
@@ -62,7 +89,7 @@ def main(model: str, result_file: str) -> None:
     fingerprint._state.cache_clear()
     fingerprint.MODULES = (*fingerprint.MODULES, "no such module")
     reports["unknown code"] = report(model, layers=1)
-    Path(result_file).write_text(json.dumps(reports, indent=1))
+    Path(result_file).write_text(json.dumps({"reports": reports, "refused": refused}, indent=1))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ STATES = {
 
 
 @pytest.fixture(scope="module")
-def child(tmp_path_factory) -> tuple[dict[str, RankReport], str]:
+def child(tmp_path_factory) -> tuple[dict[str, RankReport], str, dict[str, str]]:
     folder = tmp_path_factory.mktemp("states")
     result, log = folder / "result.json", folder / "log"
     command = [sys.executable, str(Path(__file__).parent / "states_child.py")]
@@ -49,9 +49,10 @@ def child(tmp_path_factory) -> tuple[dict[str, RankReport], str]:
             timeout=1800,
         )
     assert process.returncode == 0, log.read_text()[-3000:]
-    reports = json.loads(result.read_text())
-    assert tuple(reports) == tuple(STATES)
-    return {name: RankReport.model_validate(report) for name, report in reports.items()}, log.read_text()
+    told = json.loads(result.read_text())
+    assert tuple(told["reports"]) == tuple(STATES)
+    reports = {name: RankReport.model_validate(report) for name, report in told["reports"].items()}
+    return reports, log.read_text(), told["refused"]
 
 
 @pytest.mark.parametrize("name", STATES)
@@ -84,9 +85,18 @@ def test_a_warm_start_reports_what_the_cold_one_did(child):
 
 
 def test_what_is_not_known_is_told_and_never_found_again(child):
-    reports, log = child
+    reports, log, _ = child
     (note,) = (n for n in reports["unknown code"].notes if "not kept for other processes" in n)
     assert "no module no such module is found" in note
     assert log.count(note) == 1
     assert reports["unknown code"].fingerprint != reports["1 layer"].fingerprint
     assert not reports["unknown code"].from_file and not reports["bug"].subgraphs
+
+
+def test_strict_ends_the_start_of_an_engine_whose_fusions_are_not_at_work(child):
+    """One whose are has started: "AOT artefacts", with code and report from file."""
+    refused = child[2]
+    assert "eager: vLLM compiles nothing, so no pass runs → leave out --enforce-eager" in refused["eager"]
+    assert refused["unquantised"] == refused["unquantised, from file"]
+    for flag in ("fuse_act_quant", "fuse_norm_quant"):
+        assert f"{flag} is on, and has fused nothing: this model is not quantised" in refused["unquantised"]

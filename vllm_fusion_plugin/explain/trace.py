@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from .. import child, vllm_flags
@@ -52,6 +54,7 @@ def _trace(request: Request, cache: str, tell: Callable[[Any], None]) -> Traced:
     tell((0.25, "reading the configuration"))
     config = vllm_flags.engine_config(_alone(flags.arguments, traced))
     traced.no_effect = vllm_flags.without_effect(config, flags.asked)
+    traced.notes += _sizes_by_default(config.model_config, Path(request.model) / "config.json")
     if config.model_config.quantization is None:
         raise child.UserError(
             f"{request.model} is not quantised: its config.json has no quantization_config, and no --quantization is given; "
@@ -63,6 +66,25 @@ def _trace(request: Request, cache: str, tell: Callable[[Any], None]) -> Traced:
         tell((0.35, "building the model on fake tensors"))
         _build_and_compile(config, traced, tell)
     return traced
+
+
+def _sizes_by_default(model_config: Any, path: Path) -> list[str]:
+    """A note for each size that a config.json does not give, and that transformers' default stands in for."""
+    given: set[str] = set()
+
+    def collect(value: Any) -> None:
+        if isinstance(value, dict):
+            given.update(value)
+            list(map(collect, value.values()))
+
+    collect(json.loads(path.read_text(encoding="utf-8")))
+    config = model_config.hf_text_config
+    names = getattr(config, "attribute_map", {})
+    return [
+        f"config.json has no key {size}: this is with {getattr(config, size)}, the default of {type(config).__name__}"
+        for size in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        if not {size, names.get(size, size)} & given and hasattr(config, size)
+    ]
 
 
 def _take_flashinfer_to_be(usable: bool) -> None:

@@ -99,6 +99,9 @@ def install(gpu: Gpu = H200) -> None:
     if gpu.arch:
         fake_rocm.hide_others()
         fake_rocm.stand_in_for_packages()
+    else:
+        # or FlashInfer asks the GPU that is not there
+        os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", "{}.{}a".format(*gpu.capability))
     _load_driver()
     _answer_for_torch_cuda(gpu)
     _answer_for_triton(gpu)

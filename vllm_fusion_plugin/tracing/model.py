@@ -91,10 +91,15 @@ def finish_weights(model: Any, config: Any) -> None:
         # Attention layers look whether the checkpoint had scales for the KV cache; -1 is what they hold if it had none.
         return -1.0 if tensor.dtype.is_floating_point else 0
 
-    read_scalar = torch.ops.aten._local_scalar_dense.default
+    def unique(fake_mode: Any, func: Any, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        # NVFP4 layers look whether the shards of a weight have one global scale: they have.
+        return tensor.new_empty(1), tensor.new_empty(0, dtype=torch.int64), tensor.new_empty(0, dtype=torch.int64)
+
+    aten = torch.ops.aten
+    answers = {aten._local_scalar_dense.default: scalar, aten._unique2.default: unique}
     with (
         torch.device("cuda"),
-        mock.patch.dict(fake_impls.op_implementations_dict, {read_scalar: scalar}),
+        mock.patch.dict(fake_impls.op_implementations_dict, answers),
         weights_without_deep_gemm(),
         torch.compiler.set_stance("force_eager"),
     ):
