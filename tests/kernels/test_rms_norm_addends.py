@@ -309,8 +309,8 @@ def test_native_quantisers_of_sums_are_inductors(kind: str, width: int, device: 
     """The norm after an MLP, which adds up three tensors, and a quantiser that Inductor compiles with it: dynamic FP8."""
     from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 
-    shape = GroupShape(1, GROUP) if kind == "group" else GroupShape.PER_TOKEN
-    quantise = native_quantiser(static=False, group_shape=shape)
+    group = {"group_shape": GroupShape(1, GROUP), "use_ue8m0": False}
+    quantise = native_quantiser(static=False, **(group if kind == "group" else {"group_shape": GroupShape.PER_TOKEN}))
 
     def layer(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, x2: torch.Tensor) -> tuple:
         def quantised(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

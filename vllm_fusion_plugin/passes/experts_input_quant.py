@@ -25,6 +25,8 @@ from .base import FusionPass
 
 ops = torch.ops.vllm_fusion_plugin
 VLLMS_OP = f"vllm.{layer.OP}"
+# Of a node whose op needs exact strides: its arguments when it was traced, to which Inductor holds them.
+EAGER_INPUTS = "eager_input_vals"
 
 
 class SplitExpertsPass(FusionPass):
@@ -84,15 +86,19 @@ def split(graph: fx.Graph, node: fx.Node, scales: GroupScales) -> None:
     x = given["hidden_states"]
     arguments = (x, *scales, roundings.of(roundings.GROUP_QUANT).name)
     values = ops.group_fp8_quant.default(x.meta["val"], *arguments[1:])
+    meta = {name: value for name, value in node.meta.items() if name != EAGER_INPUTS}
     with graph.inserting_before(node):
         both = graph.call_function(ops.group_fp8_quant.default, arguments)
-        both.meta = node.meta | {"val": values, quantisers.SPLIT: quantisers.EXPERTS}
+        both.meta = meta | {"val": values, quantisers.SPLIT: quantisers.EXPERTS}
         results = [graph.call_function(operator.getitem, (both, i)) for i in (0, 1)]
         for result, value in zip(results, values, strict=True):
-            result.meta = node.meta | {"val": value}
+            result.meta = meta | {"val": value}
         op: Any = getattr(ops, layer.OP).default
         new = graph.call_function(op, (*results, *given.values()))
         new.meta = dict(node.meta)
+        if EAGER_INPUTS in node.meta:
+            args, kwargs = node.meta[EAGER_INPUTS]
+            new.meta[EAGER_INPUTS] = ((*values, *args), kwargs)
     node.replace_all_uses_with(new)
     graph.erase_node(node)
 
@@ -104,6 +110,9 @@ def join(graph: fx.Graph) -> None:
             with graph.inserting_before(node):
                 whole = graph.call_function(getattr(torch.ops.vllm, layer.OP).default, node.args[2:])
                 whole.meta = dict(node.meta)
+                if EAGER_INPUTS in node.meta:
+                    args, kwargs = node.meta[EAGER_INPUTS]
+                    whole.meta[EAGER_INPUTS] = (args[2:], kwargs)
             node.replace_all_uses_with(whole)
             graph.erase_node(node)
         for result in list(quantiser.users):
