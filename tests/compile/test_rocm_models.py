@@ -137,3 +137,6 @@ def test_aiters_kernels(mi300x_aiter):
     )
     assert (gated, ops(trace)) == (6, {"rms_norm_group_fp8_quant": 8})
     assert sum(n for pattern, n in patterns(trace).items() if pattern.endswith("[aiter]")) == 6
+    trace = mi300x_aiter(QWEN, env=AITER_KERNELS)
+    assert counts(trace) == {AITER_NORM: 16, AITER_ACT: 8} and ops(trace) == {}
+    assert sum(n for pattern, n in patterns(trace).items() if pattern.endswith("[aiter]")) == 24

@@ -104,6 +104,9 @@ class RocmAiterRMSNormQuantFusionPass(FusionPass):
             else:
                 yield exact
 
+    def prepare(self, graph: fx.Graph) -> None:
+        quantisers.share_equal_aiter_quantisers(graph)
+
     def finish(self, graph: fx.Graph) -> None:
         if merged := mla_dual_rms_norm_quant.merge(graph):
             VllmPatternMatcherPass.match_table[mla_dual_rms_norm_quant.NAME] += merged
