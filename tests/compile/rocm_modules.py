@@ -145,12 +145,36 @@ def platform() -> dict[str, Any]:
     }
 
 
+def gates() -> dict[str, str]:
+    """What is said where AITER's kernels cannot be had."""
+    import importlib
+    import types
+
+    from vllm._aiter_ops import rocm_aiter_ops
+
+    from vllm_fusion_plugin import compat
+
+    op = "rocm_aiter_fused_rms_gated_fp8_group_quant"
+    said = {"as it is": compat.why_no_aiter() + compat.why_no_aiter_kernel(op)}
+    with mock.patch.object(rocm_aiter_ops, "is_enabled", lambda: False):
+        said["off"] = compat.why_no_aiter()
+    with mock.patch.object(importlib.util, "find_spec", lambda name: None):
+        said["missing"] = compat.why_no_aiter()
+    with mock.patch.object(importlib, "import_module", lambda name: types.ModuleType(name)):
+        said["too old"] = compat.why_no_aiter_kernel(op)
+    with mock.patch.object(importlib, "import_module", mock.Mock(side_effect=ImportError("no HIP"))):
+        said["broken"] = compat.why_no_aiter_kernel(op)
+    with mock.patch.object(compat, "has_aiter_op", lambda name: False):
+        said["vLLM too old"] = compat.why_no_aiter_kernel(op)
+    return said
+
+
 def main(output: Path) -> None:
     from vllm_fusion_plugin import plugin
 
     plugin.register()
     results: dict[str, Any] = {name: trace(make) for name, make in CASES.items()}
-    output.write_text(json.dumps({"modules": results, "platform": platform()}, indent=1))
+    output.write_text(json.dumps({"modules": results, "platform": platform(), "gates": gates()}, indent=1))
 
 
 if __name__ == "__main__":

@@ -81,6 +81,18 @@ def test_nothing_of_nvidias_by_the_compute_capability(result):
     assert platform["nvidias"] == []
 
 
+def test_what_keeps_aiters_kernels_away_is_said(result):
+    gates, module = result["gates"], "aiter.ops.triton.quant"
+    assert gates == {
+        "as it is": "",
+        "off": "AITER is off here: VLLM_ROCM_USE_AITER=1 switches it on, on CDNA 3 and later",
+        "missing": "AITER is not installed",
+        "too old": f"this AITER has no {module}.fused_rms_gated_fp8_group_quant",
+        "broken": f"AITER's {module} cannot be imported: ImportError: no HIP",
+        "vLLM too old": "this vLLM has no op rocm_aiter_fused_rms_gated_fp8_group_quant",
+    }
+
+
 def test_nothing_of_rocms_elsewhere():
     """Our passes neither import AITER nor ask for it on another platform."""
     code = (
