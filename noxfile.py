@@ -142,6 +142,14 @@ def versions(session: nox.Session, vllm: str) -> None:
 
 
 @each_vllm("0.32.0", "0.33.0")
+def rocm(session: nox.Session, vllm: str) -> None:
+    """Not in `nox`: models traced and kernels compiled as for AMD's GPUs, for docs/rocm-traces.md."""
+    install(session, *cuda_requirements(vllm))
+    session.run("python", "tests/compile/rocm_column.py", f"docs/rocm/{vllm}.json")
+    session.run("python", "docs/rocm_traces.py")
+
+
+@each_vllm("0.32.0", "0.33.0")
 def gpu(session: nox.Session, vllm: str) -> None:
     """Not in `nox`: what only a GPU can tell. Kernels against vLLM's own, byte for byte."""
     install(session, *cuda_requirements(vllm))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make docs/rocm-traces.md from docs/rocm/*.json, each of which tests/compile/rocm_column.py writes for one vLLM.
+"""Make docs/rocm-traces.md from docs/rocm/*.json, each of which `nox -s rocm-0.33.0` writes for one vLLM.
 
 python docs/rocm_traces.py            # write the tables
 python docs/rocm_traces.py --check    # exit status 1 if they are others
@@ -19,8 +19,8 @@ PAGE = Path(__file__).parent / "rocm-traces.md"
 HEAD = """\
 # ROCm: traces and machine code
 
-`docs/rocm_traces.py` makes these tables from [one file a version](rocm), which `python tests/compile/rocm_column.py
-docs/rocm/0.33.0.json` writes. Nothing of it ran on a GPU: [what that shows and what not](rocm.md).
+`docs/rocm_traces.py` makes these tables from [one file a version](rocm), which `nox -s rocm-0.33.0` writes. Nothing of it
+ran on a GPU: [what that shows and what not](rocm.md).
 
 ## Fusions
 

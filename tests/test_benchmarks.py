@@ -172,3 +172,17 @@ def test_what_is_replaced_leaves_the_inputs_of_ours_alone(monkeypatch):
         "add_rms_norm": {"": 3.0, "normed": 3.0, "residual": 4.0},
         "mla_dual_rms_norm": {"": 2.0, "kv_normed": 2.0},
     }
+
+
+# ---- rocm.py ---------------------------------------------------------------------------------------------------------
+
+
+def test_rocms_table_without_a_gpu(capsys):
+    """Each row is computed, against plain torch; differences would be the table's own."""
+    from rocm import differing, main
+
+    main(["--plain"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "256 │" in line]
+    assert len(lines) == 16 and all(set(line.split("│")[6].strip()) <= set("0, ") for line in lines)
+    one, other = torch.tensor([1.0, float("nan"), 3.0, 4.0]), torch.tensor([1.0, float("nan"), 3.5, 4.0])
+    assert differing((one, other), (other, other)) == [250_000, 0]

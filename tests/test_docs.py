@@ -107,6 +107,20 @@ def test_a_result_that_is_not_there_is_named():
         script("results").expand("h200/0.32.0/no_such_file.json")
 
 
+def test_the_tables_of_rocm_are_up_to_date():
+    rocm = script("rocm_traces")
+    assert rocm.PAGE.read_text() == rocm.page(rocm.load()), "run python docs/rocm_traces.py"
+
+
+def test_rocms_traces_have_as_many_fusions_as_vllm_alone():
+    rocm = script("rocm_traces")
+    for column in rocm.load():
+        for row in column["traces"]:
+            stock = sum(row["stock"]["fusions"].values())
+            for how in ("exact", "aiter_kernels"):
+                assert how not in row or sum(row[how]["fusions"].values()) >= stock, row
+
+
 def test_the_table_of_versions_is_up_to_date():
     versions = script("versions")
     assert versions.TABLE.read_text() == versions.table(versions.load()), "run python docs/versions.py"

@@ -208,14 +208,36 @@ def has_aiter_op(name: str) -> bool:
     return aiter_is_on() and hasattr(torch.ops.vllm, name)
 
 
-def why_no_aiter_gated_norm() -> str:
-    """Why AITER's kernel for gated norms cannot be had; "" if it can (vLLM since 0.26, with an AITER that has it)."""
-    from vllm._aiter_ops import rocm_aiter_ops
+AITER_KERNELS = {
+    "rocm_aiter_rmsnorm_fp8_group_quant": ("aiter.ops.triton.fused_fp8_quant", "fused_rms_fp8_group_quant"),
+    "rocm_aiter_rmsnorm_with_add_fp8_group_quant": ("aiter.ops.triton.fused_fp8_quant", "fused_rms_fp8_group_quant"),
+    "rocm_aiter_fused_rms_gated_fp8_group_quant": ("aiter.ops.triton.quant", "fused_rms_gated_fp8_group_quant"),
+    "rocm_aiter_act_mul_and_fp8_group_quant": ("aiter.ops.triton.activation", "act_mul_and_fp8_group_quant"),
+}
+"""What vLLM's ops for AITER's fused kernels import when they first run (`vllm/_aiter_ops.py`)."""
 
-    if not has_aiter_op("rocm_aiter_fused_rms_gated_fp8_group_quant"):
-        return "this vLLM has no op for AITER's kernel"
-    available = getattr(rocm_aiter_ops, "are_gdn_triton_kernels_available", None)
-    return "" if available is not None and available() else "this AITER has no such kernel"
+
+def why_no_aiter() -> str:
+    """Why vLLM does not run AITER's kernels; "" if it does."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_rocm():
+        return "this is not ROCm"
+    if importlib.util.find_spec("aiter") is None:
+        return "AITER is not installed"
+    return "" if aiter_is_on() else "AITER is off here: VLLM_ROCM_USE_AITER=1 switches it on, on CDNA 3 and later"
+
+
+def why_no_aiter_kernel(op: str) -> str:
+    """Why a fused kernel of AITER's, one of AITER_KERNELS, cannot be had; "" if it can."""
+    if not has_aiter_op(op):
+        return f"this vLLM has no op {op}"
+    module, function = AITER_KERNELS[op]
+    try:
+        found = hasattr(importlib.import_module(module), function)
+    except Exception as e:
+        return f"AITER's {module} cannot be imported: {type(e).__name__}: {e}"
+    return "" if found else f"this AITER has no {module}.{function}"
 
 
 def vllms_passes_follow() -> bool:

@@ -76,6 +76,8 @@ PASS_WORDS = {
     "activation_quant_fusion_pass": "fuse_act_quant",
     "rmsnorm_quant_fusion_pass": "fuse_norm_quant",
     DUAL: "fuse_norm_quant",
+    "rocm_aiter_rms_norm_quant_fusion_pass": "fuse_norm_quant",
+    "rocm_aiter_silu_mul_fp8_group_quant_fusion_pass": "fuse_act_quant",
     "attn_quant_fusion": "fuse_attn_quant",
     "mla_attn_quant_fusion": "fuse_attn_quant",
     LONE: "lone_group_quant",

@@ -354,6 +354,7 @@ def test_stands_where_stock_stood():
     assert first == "NoOpEliminationPass"
     assert [type(p).__name__ for p in ours.passes] == [
         first,
+        "SplitExpertsPass",
         "SplitBlockGemmPass",
         *others,
         "GroupQuantPass",

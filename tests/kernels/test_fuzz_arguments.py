@@ -16,6 +16,7 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from tests.fuzz_profiles import examples
+from vllm_fusion_plugin.kernels.fp8 import FORMATS, OCP
 from vllm_fusion_plugin.ops import gated_rms_norm_quant, registry, rms_norm_quant, silu_mul_quant
 from vllm_fusion_plugin.ops.quant import FP8_DTYPE, GROUP_ROUNDINGS, GROUP_SIZES, INPUT_DTYPES, LAYOUTS, GroupScales
 from vllm_fusion_plugin.plugin import _register_ops as register_ops
@@ -65,6 +66,7 @@ def right(name: str, op: str) -> Any:
         "act_rounding": "custom_op",
         "activation": "silu",
         "scale_layout": "row",
+        "fp8": OCP,
         "x_addend_scale": 1.0,
         "keep_sum": True,
         "sum_columns": 0,
@@ -91,7 +93,9 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
 
 INTEGERS = st.sampled_from([-128, -1, 0, 1, 2, 3, 32, 64, 96, 128, 256, 1024, 2**40])
 FLOATS = st.sampled_from([0.0, 1.0, -1.0, 1e-6, float("inf"), float("nan")])
-NAMES = st.sampled_from([*GROUP_ROUNDINGS, *LAYOUTS, "packed", "eager", "silu", "sigmoid", "", "NATIVE", "gelu"])
+NAMES = st.sampled_from(
+    [*GROUP_ROUNDINGS, *LAYOUTS, *FORMATS, "packed", "eager", "silu", "sigmoid", "", "NATIVE", "gelu"]
+)
 
 
 def anything(name: str, argument: Any, value: Any) -> st.SearchStrategy:
@@ -161,6 +165,7 @@ ALLOWED = {
     "group_size": GROUP_SIZES,
     "scale_layout": (*LAYOUTS, "packed"),
     "sum_columns": rms_norm_quant.SUM_COLUMNS,
+    "fp8": tuple(FORMATS),
 }
 INPUTS = ("x", "z", "q", "kv", "attn_out", "w_uv")
 

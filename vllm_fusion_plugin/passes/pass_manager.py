@@ -82,6 +82,8 @@ class FusionPassManager(PostGradPassManager):
             for name in STAND_INS
             if name not in chosen.stock_passes
         }
+        if chosen.rocm_kernels == "aiter" and (reason := compat.why_no_aiter()):
+            RECORDER.note(f"rocm_kernels='aiter' does nothing: {reason}")
         RECORDER.report.passes |= {name: "stock's: settings leave it to vLLM" for name in chosen.stock_passes}
         RECORDER.report.passes |= {name: compat.why_off(config, name) for name in stand_ins}
         with seams.stand_ins(stand_ins):

@@ -62,15 +62,31 @@ def share_equal_quantisers(graph: fx.Graph) -> list[fx.Node]:
         same = first.setdefault(_what_is_quantised(node), node)
         if same is node:
             continue
-        results = {user.args[1]: user for user in same.users if user.target is operator.getitem}
-        for user in list(node.users):
-            if user.target is operator.getitem and user.args[1] in results:
-                user.replace_all_uses_with(results[user.args[1]])
-                graph.erase_node(user)
-        node.replace_all_uses_with(same)
-        graph.erase_node(node)
+        _take_results_of(same, node)
         shared.append(same)
     return shared
+
+
+def share_equal_aiter_quantisers(graph: fx.Graph) -> None:
+    """The same of AITER's group quantiser, which writes to no buffers: two layers that read one value quantise it twice."""
+    first: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if called_op(node) != compat.AITER_GROUP_QUANT:
+            continue
+        same = first.setdefault((node.args, tuple(node.kwargs.items())), node)
+        if same is not node:
+            _take_results_of(same, node)
+
+
+def _take_results_of(same: fx.Node, node: fx.Node) -> None:
+    """Let whoever reads a node's results read those of an equal one, and erase the node."""
+    results = {user.args[1]: user for user in same.users if user.target is operator.getitem}
+    for user in list(node.users):
+        if user.target is operator.getitem and user.args[1] in results:
+            user.replace_all_uses_with(results[user.args[1]])
+            node.graph.erase_node(user)
+    node.replace_all_uses_with(same)
+    node.graph.erase_node(node)
 
 
 def _what_is_quantised(node: fx.Node) -> Any:

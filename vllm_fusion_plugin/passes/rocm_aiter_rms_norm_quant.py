@@ -80,12 +80,13 @@ class RocmAiterRMSNormQuantFusionPass(FusionPass):
         precision_casts = bool(config.compilation_config.inductor_compile_config.get("emulate_precision_casts"))
         dtype = self.model_dtype if self.model_dtype in INPUT_DTYPES else torch.bfloat16
         quants = quantisers.aiter_group_quants()
-        of_aiter = self.settings.rocm_kernels == "aiter"
+        of_aiter = self.settings.rocm_kernels == "aiter" and can_be_had("norms", NORM_OP, ADD_NORM_OP)
         for keep_norm in (False, True):  # the other way round, nothing would be left for False
             for norm in norms.rms_norms():
                 kind = AiterRMSNormGroupQuant if of_aiter and _takes(norm, keep_norm) else RMSNormGroupQuant
                 for quant in quants:
                     self.register(kind(norm, keep_norm, quant, dtype, precision_casts))
+        of_aiter = self.settings.rocm_kernels == "aiter" and can_be_had("gated norms", GATED_OP)
         for pattern in self._gated(quants, of_aiter, dtype, precision_casts):
             self.register(pattern)
         self.dump(config)
@@ -94,19 +95,27 @@ class RocmAiterRMSNormQuantFusionPass(FusionPass):
     def _gated(
         quants: list[quantisers.GroupQuant], of_aiter: bool, dtype: torch.dtype, precision_casts: bool
     ) -> Iterator[GatedRMSNormGroupQuant]:
-        reason = compat.why_no_aiter_gated_norm() if of_aiter else ""
-        if reason:
-            report.RECORDER.note(f"gated norms run this package's kernel (rocm_kernels='aiter'): {reason}")
         for exact in gated_rms_norm_quant.patterns(dtype, precision_casts, quants):
             takes = exact.norm_before_gate and exact.activation == "silu"
-            if of_aiter and takes and not reason:
+            if of_aiter and takes:
                 yield AiterGatedRMSNormGroupQuant(**vars_of(exact))
             else:
                 yield exact
 
+    def prepare(self, graph: fx.Graph) -> None:
+        quantisers.share_equal_aiter_quantisers(graph)
+
     def finish(self, graph: fx.Graph) -> None:
         if merged := mla_dual_rms_norm_quant.merge(graph):
             VllmPatternMatcherPass.match_table[mla_dual_rms_norm_quant.NAME] += merged
+
+
+def can_be_had(what: str, *aiters_ops: str) -> bool:
+    """Whether AITER's ops for `what` can be had; if not, the report says why."""
+    reason = next(filter(None, map(compat.why_no_aiter_kernel, aiters_ops)), "")
+    if reason:
+        report.RECORDER.note(f"{what} run this package's kernel, with rocm_kernels='aiter': {reason}")
+    return not reason
 
 
 def vars_of(pattern: GatedRMSNormGroupQuant) -> dict[str, Any]:

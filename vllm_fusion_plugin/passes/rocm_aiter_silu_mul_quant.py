@@ -16,6 +16,7 @@ from .. import compat
 from ..ops.quant import INPUT_DTYPES
 from . import quantisers
 from .base import FusionPass
+from .rocm_aiter_rms_norm_quant import can_be_had
 from .silu_mul_quant import SiluMulGroupQuant, silu_mul_variants
 
 OP = "rocm_aiter_act_mul_and_fp8_group_quant"
@@ -44,7 +45,7 @@ class RocmAiterSiluMulFp8GroupQuantFusionPass(FusionPass):
         super().__init__(config)
         precision_casts = bool(config.compilation_config.inductor_compile_config.get("emulate_precision_casts"))
         dtype = self.model_dtype if self.model_dtype in INPUT_DTYPES else torch.bfloat16
-        of_aiter = self.settings.rocm_kernels == "aiter"
+        of_aiter = self.settings.rocm_kernels == "aiter" and can_be_had("SiLU·mul", OP)
         for keep_act in (False, True):  # the other way round, nothing would be left for False
             kind = AiterSiluMulGroupQuant if of_aiter and not keep_act else SiluMulGroupQuant
             for variant in silu_mul_variants():

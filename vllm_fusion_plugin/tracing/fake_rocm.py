@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 def hide_others() -> None:
     os.environ["HIP_VISIBLE_DEVICES"] = ""  # as CUDA_VISIBLE_DEVICES: vLLM keeps a Triton without a driver
+    sys.modules["flashinfer"] = None  # type: ignore[assignment]  # NVIDIA's
 
 
 # ---- AITER and flash-attention: imported by vLLM's ops when they run, and asked a few questions while a model is built ---
