@@ -22,7 +22,7 @@ nox.options.error_on_missing_interpreters = True
 nox.options.stop_on_first_error = True
 
 PYTHON = "3.11"  # the oldest that the package supports
-CODE = ("vllm_fusion_plugin", "benchmarks", "docs", "tests", "noxfile.py")
+CODE = ("vllm_fusion_plugin", "benchmarks", "docs", "examples", "tests", "noxfile.py")
 TORCH = {"0.20.2": "2.11.0", "0.26.0": "2.11.0", "0.32.0": "2.13.0", "0.33.0": "2.14.0"}  # of each vLLM supported
 REFERENCE = "0.33.0"  # the CUDA build that tests/compile has its numbers from
 CPU_BUILD = "0.32.0"  # the newest there is
@@ -139,6 +139,18 @@ def versions(session: nox.Session, vllm: str) -> None:
     install(session, *cuda_requirements(vllm))
     session.run("python", "tests/compile/version_column.py", f"docs/versions/{vllm}.json", *session.posargs)
     session.run("python", "docs/versions.py")
+
+
+@nox.session(python=PYTHON)
+def models(session: nox.Session) -> None:
+    """Not in `nox`: tests/models/served explained for GPUs that need not be here, for docs/models.md. Ten minutes a GPU."""
+    install(session, *cuda_requirements(REFERENCE))
+    for name in session.posargs or ("h100", "b200", "mi300x"):
+        with (Path("docs/models") / f"{name}.json").open("w") as column:
+            arguments = ("explain", "--matrix", "tests/models/served", "--gpu", name, "--json")
+            # 1: some models do not fuse at all, and are shown so
+            session.run("vllm-fusion-plugin", *arguments, stdout=column, success_codes=[0, 1])
+    session.run("python", "docs/models.py")
 
 
 @each_vllm("0.32.0", "0.33.0")

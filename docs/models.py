@@ -23,9 +23,9 @@ HEAD = """\
 
 `docs/models.py` makes this page from [one file a GPU](models), which `vllm-fusion-plugin explain --matrix` writes:
 vLLM {vllm} builds and compiles each model of [tests/models/served](../tests/models/served) for that GPU, which need not be
-there, with FlashInfer usable and nothing set. A cell says how many of the quantisers that activations go through in a
-forward pass fuse with what is before them. For those that do not, a letter says [why](#why-the-others-do-not). Numbers are
-of all layers, on each of the GPUs that share the model.
+there, with nothing set, and on NVIDIA's with FlashInfer usable. A cell says how many of the quantisers that activations go
+through in a forward pass fuse with what is before them. For those that do not, a letter says
+[why](#why-the-others-do-not). Numbers are of all layers, on each of the GPUs that share the model.
 
 """
 
@@ -61,7 +61,8 @@ def cell(row: dict[str, Any] | None, reasons: dict[str, str]) -> str:
         return ""
 
     def letter(reason: str) -> str:
-        return reasons.setdefault(reason.replace("|", "\\|"), string.ascii_lowercase[len(reasons)])
+        more, letter = divmod(len(reasons), 26)
+        return reasons.setdefault(reason.replace("|", "\\|"), string.ascii_lowercase[letter] * (more + 1))
 
     if row["problem"]:
         return f"– {letter(row['problem'])}"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vllm_fusion_plugin import settings, strict, vllm_flags
-from vllm_fusion_plugin.rank_report import MODEL_CODE, Found, Missed, RankReport, Subgraph
+from vllm_fusion_plugin.rank_report import MODEL_CODE, Found, Missed, RankReport, Subgraph, Verified
 
 ACT, NORM, LONE = "activation_quant_fusion_pass", "rmsnorm_quant_fusion_pass", "group_quant_pass"
 FOUND_ACT = Found(pass_name=ACT, pattern="silu_mul[native]+group128[native]", module="layers.0.mlp")
@@ -109,5 +109,15 @@ def test_bad_settings_and_workers_that_do_not_answer():
         strict.check(SimpleNamespace(vllm_config=config()))
 
 
+def test_other_bytes_than_the_references():
+    def verified(differing: int, op: str = "an_op") -> Verified:
+        return Verified(op=op, place=f"layers.{differing}.mlp", calls=1, numbers=1_000_000, differing=differing)
+
+    fused = (FOUND_ACT, FOUND_NORM)
+    assert not start(config(), rank(*fused, verified=[verified(10), verified(3, "a_norm")]))
+    said = start(config(), rank(*fused, verified=[verified(0), verified(21)], number=2), rank(*fused))
+    assert "rank 2: an_op writes other bytes than its reference: 21 of 2000000, in layers.21.mlp" in said
+
+
 def test_it_changes_no_compiled_code():
-    assert settings.Settings(strict=True).of_compiled_code() == settings.Settings().of_compiled_code()
+    assert settings.Settings(strict=True, verify=3).of_compiled_code() == settings.Settings().of_compiled_code()

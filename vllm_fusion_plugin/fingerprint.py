@@ -12,6 +12,7 @@ import fnmatch
 import functools
 import hashlib
 import importlib.util
+import logging
 import os
 import pkgutil
 import types
@@ -19,8 +20,10 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from . import __version__
+from . import __version__, fusions
 from .settings import Settings
+
+logger = logging.getLogger("vllm.fusion_plugin")
 
 # Modules that decide what is computed. The others (cli, demo, settings, plugin, report and its kin) change no graph and no
 # kernel, so an edit there keeps a user's compile cache warm.
@@ -142,13 +145,33 @@ def kernels_without_source() -> str:
     return ""
 
 
+def _added_modules() -> list[str]:
+    """Modules of other packages that decide what is computed."""
+    return sorted({module for added in fusions.ADDED.values() for module in added.modules})
+
+
+@functools.cache
+def _hash_of_added(name: str) -> str:
+    """Hash of a module's code; where that cannot be read, a string of this process alone. Imports the packages that it is
+    in."""
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            raise UnknownCodeError(f"no loader for {name}")
+        return hashlib.sha256(_read(name, spec)).hexdigest()
+    except Exception as e:
+        logger.warning("vllm-fusion-plugin: compiled code is not kept: the code of %s cannot be read: %r", name, e)
+        return unique_key()
+
+
 def fingerprint(settings: Settings, extra: Mapping[str, str] = types.MappingProxyType({})) -> str:
-    """Version, code, settings and `extra` in 16 hex digits.
+    """Version, code (of added fusions, too), settings and `extra` in 16 hex digits.
 
     extra: what else decides about compiled code in this process and is found out when it runs, by name; for example what a
     probe has found about the roundings of the installed vLLM's ops. Order does not matter; an empty one is as none.
     """
     state = "\n".join((__version__, source_hash(), settings.of_compiled_code()))
+    state += "".join(f"\n{name} {_hash_of_added(name)}" for name in _added_modules())
     if extra:
         state += "".join(f"\n{name}={extra[name]!r}" for name in sorted(extra))
     return hashlib.sha256(state.encode()).hexdigest()[:16]

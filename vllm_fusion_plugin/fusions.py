@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every fusion of the package: what it is called, where it enters vLLM, and what switches it. Imports no torch."""
+"""Every fusion of the package, and those that other packages add: what it is called, where it enters vLLM, and what switches
+it. Imports no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -74,3 +76,55 @@ def entering(where: str, rocm: bool = False) -> tuple[Fusion, ...]:
     """The fusions that enter so ("first", "pass", "last", "layer"), in the order of the table; rocm: also those that there
     are on ROCm alone."""
     return tuple(fusion for fusion in FUSIONS if fusion.enters == where and (rocm or not fusion.on_rocm_only))
+
+
+# ---- of other packages -----------------------------------------------------------------------------------------------
+
+
+class Added(NamedTuple):
+    """A fusion of another package."""
+
+    module: str
+    name: str
+    """Of the class in that module, a passes.base.FusionPass."""
+    ops: tuple[str, ...] = ()
+    before_vllms: bool = False
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return (self.module, *self.ops)
+
+
+ADDED: dict[str, Added] = {}
+"""By the name of the class."""
+
+
+def add(pass_class: str, ops: Sequence[str] = (), before_vllms: bool = False) -> None:
+    """Have a pass of another package run in every engine where this package is at work. To be called by an entry point of
+    vLLM's group `vllm.general_plugins`, which runs in every process; may be called again.
+
+    Args:
+        pass_class: "package.module:Class", a subclass of `passes.base.FusionPass`, made with a VllmConfig. The module is
+            imported when vLLM compiles, for it pulls in torch's compiler.
+        ops: "package.module" of all modules that register the ops that the pass puts into graphs. They are imported before
+            compiled code is loaded, where no pass runs. vLLM's compile cache is keyed by the code of these modules and the
+            pass's; name any other here that decides what is computed.
+        before_vllms: run before vLLM's fusion passes and those in their places, instead of after them.
+
+    Raises:
+        ValueError: pass_class or ops are not of that form, or another module has added a class of that name.
+    """
+    module, _, name = pass_class.partition(":")
+    if not _is_dotted(module) or not name.isidentifier():
+        raise ValueError(f"pass_class={pass_class!r}; allowed: 'package.module:Class'")
+    for each in ops:
+        if isinstance(ops, str) or not _is_dotted(each):
+            raise ValueError(f"ops={ops!r}; allowed: a list of 'package.module'")
+    added = Added(module, name, tuple(ops), before_vllms)
+    if name in BY_NAME or ADDED.get(name, added).module != module:
+        raise ValueError(f"pass_class={pass_class!r}: there is a pass {name} already; allowed: another name")
+    ADDED[name] = added
+
+
+def _is_dotted(module: str) -> bool:
+    return all(part.isidentifier() for part in module.split("."))

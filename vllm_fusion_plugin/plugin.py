@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import Any
 
 from . import flags, fusions, metrics, settings, strict
-from .report import RECORDER, EngineRecord, Subgraph
+from .rank_report import Verified
+from .report import RECORDER, EngineRecord, RankReport, Subgraph, places_of
 
 # Below "vllm", so that vLLM's own handlers and levels apply.
 logger = logging.getLogger("vllm.fusion_plugin")
@@ -36,9 +37,13 @@ def register() -> None:
 
         seams.announce_environment(settings.ENV_SWITCH)
         seams.attach_worker_methods(
-            {"get_compilation_match_table": _get_compilation_match_table, "get_fusion_report": _get_fusion_report}
+            {
+                "get_compilation_match_table": _get_compilation_match_table,
+                "get_fusion_report": _get_fusion_report,
+                "verify_fusions_again": _verify_fusions_again,
+            }
         )
-        seams.hook_engine_start(strict.check)
+        seams.hook_engine_start(_engine_started)
         seams.hook_front_end(metrics.publish)
         _off = _register()
     except Exception as e:
@@ -70,6 +75,14 @@ def _register() -> str:
     except Exception as e:  # the passes go without it, where flags are on
         logger.warning("vllm-fusion-plugin: fusion flags stay as vLLM has them by default: %r", e)
     return ""
+
+
+def _engine_started(engine_core: Any) -> None:
+    """All workers of an engine have warmed up. Raises StrictError, and nothing else."""
+    strict.check(engine_core)
+    with contextlib.suppress(Exception):  # without it, fewer calls are verified
+        if settings.read(engine_core.vllm_config.additional_config)[0].verify:
+            engine_core.collective_rpc("verify_fusions_again")
 
 
 def turn_on_flag(config: Any, flag: str) -> bool:
@@ -187,10 +200,18 @@ def _register_ops() -> None:
     for fusion in fusions.FUSIONS:
         for module in fusion.ops:
             import_module(f"{__package__}.ops.{module}")
+    for added in fusions.ADDED.values():
+        for name in added.ops:
+            try:
+                import_module(name)
+            except Exception as e:  # its pass cannot be made either
+                logger.warning(
+                    "vllm-fusion-plugin: ops of the added fusion %s: %s: %s", added.name, type(e).__name__, e
+                )
 
 
 def _pass_on(chosen: settings.Settings, config: Any, record: EngineRecord) -> None:
-    from . import roundings, warmup
+    from . import compat, roundings, warmup
     from .kernels import pdl
     from .layers import experts_input_quant, experts_silu_mul_quant, mla_v_up_quant
 
@@ -206,6 +227,10 @@ def _pass_on(chosen: settings.Settings, config: Any, record: EngineRecord) -> No
         experts_silu_mul_quant.install()
     if chosen.experts_input_quant:
         experts_input_quant.install()  # compiled code from file calls its op by name
+    if chosen.verify:
+        from .ops import verify
+
+        verify.start(chosen.verify, compat.forward_pass)
     warmup.install(config)
 
 
@@ -263,7 +288,36 @@ def _get_fusion_report(worker: Any) -> dict[str, Any]:
     except Exception as e:
         record.note(f"linear kernels could not be counted: {type(e).__name__}: {e}")
     _note_flags_without_effect(worker.vllm_config, record)
+    try:
+        report.verified = _verified(report)
+    except Exception as e:
+        record.note(f"what was verified could not be counted: {type(e).__name__}: {e}")
     return report.model_dump()
+
+
+def _verify_fusions_again(worker: Any) -> None:
+    """This engine is about to serve: what is verified now has real activations."""
+    from .ops import verify
+
+    if (verifier := verify.verifier()) is not None:
+        verifier.begin_again()
+
+
+def _verified(report: RankReport) -> list[Verified]:
+    """What this process has verified. Its places are layers where the report has as many of that op."""
+    if _off:
+        return []
+    from .ops import verify
+
+    verifier = verify.verifier()
+    counted = verifier.counted() if verifier is not None else []
+    verified = []
+    for op in {c.op: None for c in counted}:
+        of_op, layers = [c for c in counted if c.op == op], places_of(op, report)
+        if len(layers) != len(of_op):
+            layers = [f"call {c.place + 1} of a forward pass" for c in of_op]
+        verified += [Verified(**c._asdict() | {"place": layer}) for c, layer in zip(of_op, layers, strict=True)]
+    return verified
 
 
 def _note_flags_without_effect(config: Any, record: EngineRecord) -> None:

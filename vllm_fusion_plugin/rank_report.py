@@ -70,6 +70,19 @@ class Subgraph(BaseModel):
         return self.index >= 0 and self.reused_from is None
 
 
+class Verified(BaseModel):
+    """How the bytes of an op's first calls at one place compare with its reference in plain torch (setting `verify`)."""
+
+    op: str
+    place: str
+    """The layer, or which of the op's calls in a forward pass."""
+    calls: int
+    numbers: int
+    differing: int
+    problem: str = ""
+    """Why nothing more was compared; "" if nothing stood in the way."""
+
+
 class RankReport(BaseModel):
     rank: int = 0
     fingerprint: str = ""
@@ -83,6 +96,7 @@ class RankReport(BaseModel):
     outside: list[Subgraph] = Field(default_factory=list)
     """What layers fuse, or leave, inside of vLLM's ops and so outside of compiled graphs: one entry a model, index -1."""
     notes: list[str] = Field(default_factory=list)
+    verified: list[Verified] = Field(default_factory=list)
     from_file: bool = False
     """All of it was read back from beside the compiled code: no pass ran in this process."""
 

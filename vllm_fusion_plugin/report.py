@@ -103,6 +103,8 @@ _QUANTISERS = {
     "nvfp4": "NVFP4 quantiser",
     "quantiser": "quantiser",
 }
+# Producers by their names in patterns -> the stem of the op that fuses them; see ops/. Attention's is vLLM's own op.
+_STEMS = {"fused_add_rms_norm": "rms_norm", "attention": "", "mla_attention": ""}
 _USES = ("norm", "sum", "act")  # that a norm's result, its sum or SiLU·mul's result is read elsewhere, too
 # In reasons and notes.
 _KEY = re.compile(
@@ -132,6 +134,39 @@ def pattern_words(key: str) -> str:
             word = f"{_QUANTISERS['group']} of {group[1]}"
         words.append(word + (", UE8M0 scales" if "ue8m0" in traits else ""))
     return " + ".join(words) + (", in AITER's op" if key.endswith("][aiter]") or "+sum[aiter]" in key else "")
+
+
+def split_pattern(pattern: str) -> tuple[str, str]:
+    """A pattern's producer and the rest: at the first + that is in no brackets."""
+    first, *rest = re.split(r"\+(?![^\[]*\])", pattern, maxsplit=1)
+    return first, "".join(rest)
+
+
+def op_name(found: Found) -> str:
+    """The name of the op that a match has become, as in ops/, or vLLM's."""
+    first, rest = split_pattern(found.pattern)
+    if not found.by_a_pass:
+        return rest.partition("[")[2].rstrip("]")
+    if found.pass_name == LONE:
+        return "group_fp8_quant"
+    producer, quantiser = first.partition("[")[0], re.match(r"group|token|static|nvfp4", rest)
+    stem = _STEMS.get(producer, producer)
+    if not stem or quantiser is None:
+        return "vLLM's op, with quantised output"
+    return f"{stem}_{quantiser[0]}_quant" if quantiser[0] == "nvfp4" else f"{stem}_{quantiser[0]}_fp8_quant"
+
+
+def places_of(op: str, report: RankReport) -> list[str]:
+    """The modules in which an op was put, in the order of the layers."""
+    first_range = {(sub.part, sub.index): sub.compile_range for sub in reversed(report.subgraphs)}
+    found = (
+        f.module
+        for sub in report.subgraphs
+        if sub.compile_range == first_range[sub.part, sub.index]
+        for f in sub.found
+        if f.by_a_pass and op_name(f) == op
+    )
+    return sorted(found, key=lambda module: [int(n) for n in re.findall(r"\d+", module)])
 
 
 def alone(subgraph: Subgraph) -> list[Found]:
@@ -186,6 +221,27 @@ def quantisers_by_fusion(rank: RankReport) -> dict[str, tuple[int, int]]:
 
     fused, left = count(_fused), count(_not_fused)
     return {fusion: (fused[fusion], left[fusion]) for fusion in {**fused, **left}}
+
+
+def _verified(rank: RankReport) -> list[tuple[str, str, str]]:
+    """Of each op: its name, how many numbers differ, and where."""
+    told = []
+    for op in {v.op: None for v in rank.verified}:
+        of_op = [v for v in rank.verified if v.op == op]
+        numbers, differing = sum(v.numbers for v in of_op), sum(v.differing for v in of_op)
+        words = f"{differing} of {_rounded(numbers)} numbers of {sum(v.calls for v in of_op)} calls differ"
+        where = f"in {shorten(v.place for v in of_op if v.differing)}" if differing else ""
+        problems = {v.problem: None for v in of_op if v.problem}
+        told.append((op, words, "; ".join(filter(None, [where, *problems]))))
+    return told
+
+
+def _rounded(number: int) -> str:
+    """ "1.3 · 10⁹"."""
+    if number < 10**6:
+        return str(number)
+    digits, exponent = f"{number:.1e}".split("e+")
+    return f"{digits} · 10{str(int(exponent)).translate(str.maketrans('0123456789', '⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
 
 
 def _count_quantisers(rank: RankReport) -> tuple[int, int]:
@@ -323,11 +379,14 @@ class FusionReport(BaseModel):
             table("State", "rank", "state, and kernels of the quantised linear layers", states),
             table("Fused", "places", "what and where", self._places(_fused)),
             table("Not fused", "places", "why, and where", self._places(_not_fused)),
+            table(
+                "Verified", "rank", "first calls, against the op's reference in plain torch", self._by_ranks(_verified)
+            ),
             table("Notes", "rank", "note", notes),
         ]
         return [Text(self.summary()), *(t for t in tables if t.row_count)]
 
-    def _by_ranks(self, ask: Callable[[RankReport], Iterable[tuple[str, ...]]]) -> list[tuple[str, ...]]:
+    def _by_ranks(self, ask: Callable[[RankReport], Iterable[tuple[str, ...]]]) -> list[Any]:
         """(ranks, *what they say), one line for all that say the same."""
         groups: dict[tuple[str, ...], list[int]] = {}
         for rank in self.ranks:

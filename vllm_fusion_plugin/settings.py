@@ -18,7 +18,7 @@ import json
 import os
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from . import fusions
 
@@ -81,6 +81,9 @@ class Settings(BaseModel):
     """On ROCm with AITER, what stands for a norm or SiLU·mul and AITER's group quantiser: this package's kernel, with the
     bytes of the two ops, or AITER's own for both, as vLLM places it: known on AMD's GPUs, with other bytes."""
 
+    added_fusions: bool = True
+    """Passes that other packages have added (`fusions.add`) run."""
+
     use_pdl: bool = True
     """Launch kernels with programmatic dependent launch where the GPU has it (NVIDIA's from compute capability 9.0 on)."""
 
@@ -88,9 +91,13 @@ class Settings(BaseModel):
     """An engine in which the plugin is not at work, or in which a fusion flag that is on has fused nothing, does not start:
     see strict.py."""
 
+    verify: int = Field(default=0, ge=0)
+    """How many calls of every fused op, in each layer, are compared with the op's reference in plain torch, before vLLM
+    serves and once more when it does: see ops/verify.py."""
+
     def of_compiled_code(self) -> str:
         """Those that decide what vLLM compiles or runs, as JSON."""
-        return self.model_dump_json(exclude={"strict"})
+        return self.model_dump_json(exclude={"strict", "verify"})
 
     @field_validator("stock_passes")
     @classmethod

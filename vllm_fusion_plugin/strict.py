@@ -13,9 +13,13 @@ from typing import Any
 
 from . import fusions, settings, vllm_flags
 from .rank_report import Found, RankReport
-from .report import PASS_WORDS, reason_words
+from .report import PASS_WORDS, reason_words, shorten
 
 SERVE = "To serve all the same, leave out strict"
+
+
+MAY_DIFFER = 1e-5
+"""Share of an op's numbers that may differ from its reference: sums of a row are added up in another order on a GPU."""
 
 
 class StrictError(RuntimeError):
@@ -53,7 +57,7 @@ def problems(ranks: Sequence[RankReport], config: Any) -> list[str]:
             states.setdefault(rank.manager, []).append(rank.rank)
     if states:
         return [_state(state, of) for state, of in states.items()]
-    return [*_failed_passes(ranks), *_without_match(ranks, config)]
+    return [*_failed_passes(ranks), *_without_match(ranks, config), *_other_bytes(ranks)]
 
 
 def _state(state: str, ranks: Sequence[int]) -> str:
@@ -78,6 +82,17 @@ def _without_match(ranks: Sequence[RankReport], config: Any) -> Iterator[str]:
     for flag in flags:
         if flag not in fused and getattr(passes, flag, False):
             yield f"{flag} is on, and has fused nothing: {_why(flag, ranks, config)} → -cc.pass_config.{flag}=false"
+
+
+def _other_bytes(ranks: Sequence[RankReport]) -> Iterator[str]:
+    """Ops that `verify` has found to write other numbers than their reference, more than rounding explains."""
+    for rank in ranks:
+        for op in {v.op: None for v in rank.verified}:
+            of_op = [v for v in rank.verified if v.op == op]
+            numbers, differing = sum(v.numbers for v in of_op), sum(v.differing for v in of_op)
+            if differing > MAY_DIFFER * numbers:
+                where = shorten(v.place for v in of_op if v.differing)
+                yield f"rank {rank.rank}: {op} writes other bytes than its reference: {differing} of {numbers}, in {where}"
 
 
 def fulfils(found: Found) -> str:

@@ -19,10 +19,12 @@ from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
 from vllm_fusion_plugin import fingerprint, plugin, settings
 from vllm_fusion_plugin.demo import compare
-from vllm_fusion_plugin.demo.engine import INDUCTOR_CONFIG
+from vllm_fusion_plugin.demo.engine import INDUCTOR_CONFIG, _halved
+from vllm_fusion_plugin.ops import registry
 from vllm_fusion_plugin.strict import StrictError
 
 STRICT = '{"strict": true}'
+OP = "rms_norm_group_fp8_quant"
 UNQUANTISED = {"quantization_config": None}
 
 
@@ -76,8 +78,11 @@ def main(model: str, result_file: str) -> None:
     os.environ["VLLM_USE_AOT_COMPILE"] = "0"
     reports["2 layers, no AOT"] = report(model)
     reports["Inductor artefacts"] = report(model)
+    os.environ[settings.ENV_SETTINGS] = '{"strict": true, "verify": 1}'
+    registry.CPU_IMPLEMENTATIONS[OP] = _halved(registry.CPU_IMPLEMENTATIONS[OP])
+    refused = {"other bytes, from file": refusal(model)}
     os.environ[settings.ENV_SETTINGS] = STRICT
-    refused = {"eager": refusal(model, enforce_eager=True)}
+    refused["eager"] = refusal(model, enforce_eager=True)
     refused["unquantised"] = refusal(model, layers=1, of_model=UNQUANTISED)
     refused["unquantised, from file"] = refusal(model, layers=1, of_model=UNQUANTISED)
     del os.environ[settings.ENV_SETTINGS]

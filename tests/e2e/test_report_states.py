@@ -7,6 +7,7 @@ One process, one engine after another: see states_child.py.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,3 +101,6 @@ def test_strict_ends_the_start_of_an_engine_whose_fusions_are_not_at_work(child)
     assert refused["unquantised"] == refused["unquantised, from file"]
     for flag in ("fuse_act_quant", "fuse_norm_quant"):
         assert f"{flag} is on, and has fused nothing: this model is not quantised" in refused["unquantised"]
+    op, said = "rms_norm_group_fp8_quant", refused["other bytes, from file"]
+    assert re.search(rf"rank 0: {op} writes other bytes than its reference: \d+ of \d+, in layers\.0-1\n", said)
+    assert said.count("rank 0") == 1

@@ -35,7 +35,7 @@ def serve(model: Path, folder: Path, port: int, *flags: str) -> tuple[subprocess
     environment = compare.engine_environment(1, folder / "cache") | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_SERVER_DEV_MODE": "1",
-        "VLLM_FUSION_PLUGIN_SETTINGS": '{"strict": true}',
+        "VLLM_FUSION_PLUGIN_SETTINGS": '{"strict": true, "verify": 1}',
     }
     log = folder / "serve.log"
     with log.open("w") as stream:
@@ -94,3 +94,9 @@ def test_the_report_of_a_running_server(url):
     report = served.ask(url)
     assert report.summary() == "6 of 8 quantisers fused; 2 left, see below"
     assert report.ranks[0].manager == "active"
+    verified = [(v.op, v.place, v.differing, v.problem) for v in report.ranks[0].verified]
+    assert verified == [
+        *(("rms_norm_group_fp8_quant", f"layers.{i}", 0, "") for i in (0, 0, 1, 1)),
+        *(("silu_mul_group_fp8_quant", f"layers.{i}.mlp", 0, "") for i in (0, 1)),
+    ]
+    assert all(v.calls and v.numbers for v in report.ranks[0].verified)

@@ -10,7 +10,18 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from ..rank_report import Found, Missed, RankReport, count_places
-from ..report import DUAL, LONE, PASS_WORDS, alone, layer_name, names_quantiser, pattern_words, reason_words
+from ..report import (
+    DUAL,
+    LONE,
+    PASS_WORDS,
+    alone,
+    layer_name,
+    names_quantiser,
+    op_name,
+    pattern_words,
+    reason_words,
+    split_pattern,
+)
 from ..vllm_flags import NoEffect
 from . import savings
 from .traced import Traced
@@ -18,8 +29,6 @@ from .traced import Traced
 ELSEWHERE = "outside of the layers"
 NOBODY = PASS_WORDS["none"]
 _IN_LAYER = re.compile(r"^(?:.*?\.)?layers\.(\d+)(?:\.(.*))?$")
-# Producers by their names in patterns -> the stem of the op that fuses them; see ops/. Attention's is vLLM's own op.
-_STEMS = {"fused_add_rms_norm": "rms_norm", "attention": "", "mla_attention": ""}
 
 
 class Boundary(BaseModel):
@@ -184,13 +193,13 @@ def _boundaries(report: RankReport, itemsize: int) -> list[tuple[Boundary, str]]
 
 
 def _found(found: Found, itemsize: int) -> Boundary:
-    first, rest = _split(found.pattern)
+    first, rest = split_pattern(found.pattern)
     return Boundary(
         parts=[pattern_words(part) for part in (first, rest if found.pass_name != DUAL else "") if part],
         fused=True,
         quantiser=found.pass_name != DUAL,
         by=PASS_WORDS.get(found.pass_name, found.pass_name),
-        op=_op(found, first, rest),
+        op=op_name(found),
         saves=savings.of(found, itemsize),
     )
 
@@ -203,23 +212,6 @@ def _missed(missed: Missed) -> Boundary:
 def _alone(found: Found) -> Boundary:
     words = pattern_words(found.pattern)
     return Boundary(parts=[words], fused=False, by=PASS_WORDS[LONE], why="it runs this package's kernel, by itself")
-
-
-def _split(pattern: str) -> tuple[str, str]:
-    """A pattern's producer and the rest: at the first + that is in no brackets."""
-    first, *rest = re.split(r"\+(?![^\[]*\])", pattern, maxsplit=1)
-    return first, "".join(rest)
-
-
-def _op(found: Found, first: str, rest: str) -> str:
-    """The name of the op that a match has become, as in ops/, or vLLM's."""
-    if not found.by_a_pass:
-        return rest.partition("[")[2].rstrip("]")
-    producer, quantiser = first.partition("[")[0], re.match(r"group|token|static|nvfp4", rest)
-    stem = _STEMS.get(producer, producer)
-    if not stem or quantiser is None:
-        return "vLLM's op, with quantised output"
-    return f"{stem}_{quantiser[0]}_quant" if quantiser[0] == "nvfp4" else f"{stem}_{quantiser[0]}_fp8_quant"
 
 
 def _of_inductor(traced: Traced) -> list[str]:
@@ -244,7 +236,7 @@ def _matched_nothing(traced: Traced) -> list[NoEffect]:
         for f in sub.found:
             found.add(PASS_WORDS.get(f.pass_name))
             if not f.by_a_pass:
-                flag = "fuse_norm_quant" if "norm" in _split(f.pattern)[0] else "fuse_act_quant"
+                flag = "fuse_norm_quant" if "norm" in split_pattern(f.pattern)[0] else "fuse_act_quant"
                 reasons.setdefault(flag, f"{f.pass_name} has fused what it looks for")
         for m in sub.missed:
             reasons.setdefault(PASS_WORDS.get(m.pass_name, ""), reason_words(m.reason))

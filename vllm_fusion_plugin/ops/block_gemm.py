@@ -94,6 +94,7 @@ _OP = register(
     cuda=_cuda,
     cpu=block_fp8_gemm_reference,
     per_row=(),  # its kernels are vLLM's to warm up
+    kernels_of_others=True,
 )
 
 

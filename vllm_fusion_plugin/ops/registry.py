@@ -21,6 +21,12 @@ CPU_IMPLEMENTATIONS: dict[str, Callable[..., object]] = {}
 CUDA_IMPLEMENTATIONS: dict[str, Callable[..., object]] = {}
 """Likewise. They take meta tensors, too, and launch nothing then (kernels/launch.py)."""
 
+REFERENCES: dict[str, Callable[..., object]] = {}
+"""Likewise: in plain torch, on any device."""
+
+OF_OTHERS: set[str] = set()
+"""Those whose kernels are others', and add up in another order than the reference."""
+
 SIGNATURES: dict[str, calls.Signature] = {}
 """Likewise."""
 
@@ -36,6 +42,7 @@ def register(
     cpu: Callable[..., object],
     per_row: tuple[str, ...] = ("x",),
     rows_by: str | None = None,
+    kernels_of_others: bool = False,
 ) -> torch._ops.OpOverload:
     """Define the op of `schema` ("name(Tensor x, ...) -> ...") once a process and return its overload.
 
@@ -44,10 +51,13 @@ def register(
     gets its buffers from there: its schema marks what it writes ("Tensor(a!) codes"), and it returns nothing.
 
     per_row: arguments whose first dimension goes along tokens; rows_by: the argument that says how many rows a token has
-    in those of two dimensions.
+    in those of two dimensions. kernels_of_others: whether its bytes are those of another library's kernels, instead of the
+    reference's.
     """
     name = schema.partition("(")[0]
-    CPU_IMPLEMENTATIONS[name] = cpu
+    CPU_IMPLEMENTATIONS[name] = REFERENCES[name] = cpu
+    if kernels_of_others:
+        OF_OTHERS.add(name)
     CUDA_IMPLEMENTATIONS[name] = cuda
     if not hasattr(getattr(torch.ops, NAMESPACE), name):
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))

@@ -22,6 +22,7 @@ from vllm.platforms import current_platform
 
 from .. import compat, flags, fusions, seams, settings
 from ..report import RECORDER
+from .base import FusionPass
 
 logger = logging.getLogger("vllm.fusion_plugin")
 
@@ -92,6 +93,8 @@ class FusionPassManager(PostGradPassManager):
             self._let_vllms_follow(config)
         for fusion in fusions.entering("first"):
             self._add_first(self._build_ours(fusion, chosen, config))
+        for added in fusions.ADDED.values():
+            (self._add_first if added.before_vllms else self._add_last)(self._build_added(added, chosen, config))
         for fusion in fusions.entering("last"):
             self._add_last(self._build_ours(fusion, chosen, config))
         if not chosen.lone_group_quant and any(getattr(chosen, f.switch) for f in fusions.entering("first")):
@@ -155,6 +158,22 @@ class FusionPassManager(PostGradPassManager):
             RECORDER.report.passes[fusion.name] = f"off: it failed: {type(e).__name__}: {e}"
             logger.warning("vllm-fusion-plugin: %s is left out, it failed: %s: %s", fusion.name, type(e).__name__, e)
             return None
+
+    def _build_added(self, added: fusions.Added, chosen: settings.Settings, config: VllmConfig) -> Any:
+        """A pass of another package; None if it is off, or if it cannot be made here."""
+        if not chosen.added_fusions:
+            RECORDER.report.passes[added.name] = "off: added_fusions=false"
+            return None
+        try:
+            made = getattr(import_module(added.module), added.name)(config)
+            if not isinstance(made, FusionPass):
+                raise TypeError(f"{added.module}:{added.name} is no vllm_fusion_plugin.passes.base.FusionPass")
+        except Exception as e:
+            RECORDER.report.passes[added.name] = f"off: it failed: {type(e).__name__}: {e}"
+            logger.warning("vllm-fusion-plugin: %s is left out, it failed: %s: %s", added.name, type(e).__name__, e)
+            return None
+        RECORDER.report.passes[added.name] = f"added by {added.module.partition('.')[0]}"
+        return made
 
     def _add_first(self, made: Any) -> None:
         """Before all fusion passes, and after vLLM's elimination of views that change nothing."""
