@@ -76,3 +76,18 @@ def running(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("\n first \n second"), "ValueError: first"),
+        (KeyError(), "KeyError"),
+        (
+            RuntimeError("backend='<X object at 0x7f12>' raised:\nRuntimeError: no driver\n\nmore"),
+            "RuntimeError: no driver",
+        ),
+    ],
+)
+def test_an_exception_in_one_line(error, line):
+    assert child.one_line(error) == line

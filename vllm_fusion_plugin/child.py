@@ -103,6 +103,8 @@ def answer(function: Callable[[dict[str, Any], Callable[[Any], None]], Any]) -> 
 
 
 def one_line(error: BaseException) -> str:
-    """An exception as one line: its type, and the first line of what it says."""
+    """An exception as one line: its type, and the first line of what it says; of torch's compiler, what a backend raised."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(" raised:"):  # the first has the address of an object, and no reason
+        return lines[1]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
