@@ -26,7 +26,7 @@ from vllm_fusion_plugin.tracing import fake_gpu, fake_rocm
 with mock.patch.object(torch.version, "hip", "none, but for the compiler"):
     from vllm_fusion_plugin.kernels import backend
 
-from vllm_fusion_plugin.kernels import mla_v_up_quant
+from vllm_fusion_plugin.kernels import launch, mla_v_up_quant
 from vllm_fusion_plugin.kernels.fp8 import FORMATS, OCP
 from vllm_fusion_plugin.kernels.launch import planning
 from vllm_fusion_plugin.ops import (  # noqa: F401  (registers the ops)
@@ -142,6 +142,7 @@ def compile_all(arch: str, only: str = "") -> dict[str, Any]:
             with planning() as plan:
                 registry.CUDA_IMPLEMENTATIONS[op](*arguments)
             ((kernel, args, kwargs),) = plan.launches
+            kwargs = {key: launch._constants(v) if isinstance(v, tuple) else v for key, v in kwargs.items()}
             results[name] = describe(kernel.warmup(*args, grid=(1,), **kwargs))
             results[name]["seconds"] = round(time.monotonic() - start, 2)
     return {"arch": arch, "triton": triton.__version__, "kernels": results}

@@ -39,8 +39,12 @@ def _as_it_is(x: Any, *args: Any, **kwargs: Any) -> Any:
     return x
 
 
+# A GEMM that MLA layers run for several sizes while weights are finished, to have it compiled (vLLM 0.32).
+_GEMM = "batched_gemm_a8w8_a_per_token_group_prequant_w_per_batched_tensor_quant"
+
 ANSWERS: dict[str, Callable[..., Any]] = {
     "aiter.ops.triton.utils.gemm_config_utils.get_gemm_config": _no_tuned_gemm,
+    f"aiter.ops.triton.{_GEMM}.{_GEMM}": _as_it_is,
     "aiter.ops.shuffle.shuffle_weight": _as_it_is,
     "aiter.ops.shuffle.shuffle_scale": _as_it_is,
 }
