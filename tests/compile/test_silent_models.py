@@ -98,6 +98,7 @@ def test_flags_left_to_vllm(model, trace_model):
 def test_nothing_set(model, trace_model):
     case, trace = CASES[model], trace_model(model, plugin=True)
     assert any('turned on by this package (fuse="auto")' in note for note in trace["plugin"]["notes"])
+    assert not [graph["not_lowered"] for graph in trace["graphs"] if graph["not_lowered"]]
     assert trace["matches_by_layer"][NORM] == case.norms - case.inlined
     assert count(trace, NORM) == count(trace, NORM, "Inductor compiles", "into one kernel") == case.inlined
     assert count(trace, NONE, SPLIT) == case.layers

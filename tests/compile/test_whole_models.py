@@ -121,6 +121,7 @@ def test_plugin_fuses_what_stock_fuses(case, trace_model):
     ours = [p.rpartition(".")[2] for p in trace["passes"]]
     assert ours == [first, "SplitExpertsPass", "SplitBlockGemmPass", *names, "GroupQuantPass", "Leftovers"]
     assert trace["linear_kernels"] == stock["linear_kernels"]
+    assert not [graph["not_lowered"] for graph in trace["graphs"] if graph["not_lowered"]]
 
 
 def test_plugin_fuses_norms(case, trace_model):

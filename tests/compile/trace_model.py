@@ -154,6 +154,7 @@ def describe(options: argparse.Namespace, model: Any, recording: Any) -> dict[st
                 "matches": subgraph.matches,
                 "ops_before": count_ops(subgraph.before),
                 "ops_after": count_ops(subgraph.after),
+                "not_lowered": why_not_lowered(subgraph.after) if options.plugin else "",
             }
             for subgraph in recording.subgraphs
         ],
@@ -162,6 +163,33 @@ def describe(options: argparse.Namespace, model: Any, recording: Any) -> dict[st
         "match_table": get_match_table(),
         "plugin": tracing.plugin_report(model) if options.plugin else None,
     }
+
+
+def why_not_lowered(graph: Any) -> str:
+    """What Inductor says of a graph that it cannot go on with, up to the code of its kernels; "" if it can. In a server,
+    that would end the engine's start."""
+    import torch
+    from torch._inductor.fx_passes import post_grad
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    inputs = [node.meta["val"] for node in graph.nodes if node.op == "placeholder"]
+    mode = next(value.fake_mode for value in inputs if isinstance(value, torch.Tensor))
+    module = torch.fx.GraphModule({}, graph)
+    try:
+        with V.set_fake_mode(mode):
+            for decompose in (  # what follows vLLM's passes
+                post_grad.decompose_auto_functionalized,
+                post_grad.decompose_triton_kernel_wrapper_functional,
+            ):
+                decompose(module.graph)
+            module.recompile()
+            lowering = GraphLowering(module, inputs, mode.shape_env)
+            with V.set_graph_handler(lowering):
+                lowering.run(*inputs)
+    except Exception as e:
+        return f"{type(e).__name__}: {e}"[:1000]
+    return ""
 
 
 def class_path(instance: Any) -> str:

@@ -178,7 +178,8 @@ def _answer_for_torch_cuda(gpu: Gpu) -> None:
         total_memory=gpu.memory,
         multi_processor_count=gpu.sms,
         is_integrated=False,
-        **({"gcnArchName": f"{gpu.arch}:sramecc+:xnack-", "warp_size": 64} if gpu.arch else {}),
+        warp_size=64 if gpu.arch else 32,
+        **({"gcnArchName": f"{gpu.arch}:sramecc+:xnack-"} if gpu.arch else {}),
     )
     answers = {
         "get_device_properties": lambda device=None: properties,
