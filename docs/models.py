@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import string
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import generated
 
 FOLDER = Path(__file__).parent / "models"
 PAGE = Path(__file__).parent / "models.md"
@@ -71,16 +71,5 @@ def cell(row: dict[str, Any] | None, reasons: dict[str, str]) -> str:
     return f"{row['fused']} of {total}{left}" if total else "no quantiser"
 
 
-def main(
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if the page is not up to date.")] = False,
-) -> None:
-    text = page(load())
-    if not check:
-        PAGE.write_text(text)
-    elif not PAGE.exists() or PAGE.read_text() != text:
-        typer.echo(f"{PAGE} is not what its JSON files give: run python {Path(__file__).name}", err=True)
-        raise typer.Exit(1)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    generated.run(PAGE, lambda: page(load()), __file__)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import generated
 
 FOLDER = Path(__file__).parent / "rocm"
 PAGE = Path(__file__).parent / "rocm-traces.md"
@@ -105,16 +105,5 @@ def code(kernel: Any) -> str:
     return f"{kernel['vgpr']}, {kernel['sgpr']}; {kernel['lds']}; {kernel['threads']}; {kernel['hsaco'] / 1024:.0f} KiB"
 
 
-def main(
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if the page is not up to date.")] = False,
-) -> None:
-    text = page(load())
-    if not check:
-        PAGE.write_text(text)
-    elif not PAGE.exists() or PAGE.read_text() != text:
-        typer.echo(f"{PAGE} is not what its JSON files give: run python {Path(__file__).name}", err=True)
-        raise typer.Exit(1)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    generated.run(PAGE, lambda: page(load()), __file__)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import generated
 
 FOLDER = Path(__file__).parent / "versions"
 TABLE = Path(__file__).parent / "versions.md"
@@ -72,16 +72,5 @@ def kernels(result: dict[str, Any]) -> str:
     return f"{result['compiled']}, {failed} tests failed" if failed else str(result["compiled"])
 
 
-def main(
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if the table is not up to date.")] = False,
-) -> None:
-    text = table(load())
-    if not check:
-        TABLE.write_text(text)
-    elif not TABLE.exists() or TABLE.read_text() != text:
-        typer.echo(f"{TABLE} is not what its JSON files give: run python {Path(__file__).name}", err=True)
-        raise typer.Exit(1)
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    generated.run(TABLE, lambda: table(load()), __file__)
