@@ -17,7 +17,7 @@ import logging
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -441,6 +441,17 @@ def layer_name_of(argument: Any) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def layers_by(argument: Any, calls: int, layers: Mapping[str, Any]) -> list[Any]:
+    """The layers that the code compiled for a call may run. argument: its `layer_name`; calls: how many such calls the graph
+    has; layers: all that the op knows, by name."""
+    name = layer_name_of(argument)
+    if isinstance(argument, fx.Node) and (name is None or calls < len(layers)):
+        # The model is compiled in parts, and parts that differ in their inputs only share code: this may run in the place
+        # of any layer.
+        return list(layers.values())
+    return [layer for known, layer in layers.items() if known == name]
+
+
 def attention_layers(config: Any, kind: type) -> dict[str, Any]:
     """The model's attention layers of that class by the name that the ops know them by (all versions read)."""
     layers = config.compilation_config.static_forward_context
@@ -565,9 +576,14 @@ def moe_kernels(layer: torch.nn.Module) -> list[tuple[Any, Any]]:
     for kernel in kernels:
         experts = getattr(kernel, "fused_experts", None)
         if experts is not None:
-            either = [getattr(experts, part, None) for part in ("experts", "fallback_experts")]
-            found += [(kernel.prepare_finalize, one) for one in (either if None not in either else [experts])]  # type: ignore[union-attr]
+            found += [(kernel.prepare_finalize, one) for one in _chosen_between(experts)]  # type: ignore[union-attr]
     return found
+
+
+def _chosen_between(experts: Any) -> list[Any]:
+    """The two objects between which a `FallbackExperts` chooses; else the experts themselves."""
+    either = [getattr(experts, part, None) for part in ("experts", "fallback_experts")]
+    return either if None not in either else [experts]
 
 
 def swiglu_parameters(experts: Any) -> dict[str, float]:
@@ -626,8 +642,7 @@ def experts_by_layer(model: torch.nn.Module) -> list[tuple[str, list[Any]]]:
         config = getattr(method, "moe_quant_config", None) if experts is None else experts.quant_config
         if config is not None and config.quant_dtype is None:
             continue  # quantised weights alone
-        either = [getattr(experts, part, None) for part in ("experts", "fallback_experts")]
-        held = either if None not in either else [method if experts is None else experts]
+        held = [method] if experts is None else _chosen_between(experts)
         root = max((r for r in roots if name.startswith(r)), key=len, default="")
         found.append((name.removeprefix(root).removesuffix(".routed_experts"), held))
     return found

@@ -11,7 +11,7 @@ passes/experts_input_quant.py puts a quantiser and this op in the place of vLLM'
 Since: op and function are there in every version read (0.20.2, 0.26.0, 0.32.0, 0.33.0). Until: vLLM's MoE op takes codes.
 
 Same bytes: the quantiser is `per_token_group_quant_fp8` in both, with the same arguments. Only for experts that quantise
-before they hand rows to other ranks or not at all (no data or expert parallelism with all-to-all); see `why_not`.
+before they hand rows to other ranks or not at all (no data or expert parallelism with all-to-all); see `scales_of`.
 """
 
 from __future__ import annotations

@@ -63,15 +63,9 @@ class AttentionOp:
 
     def layers_of(self, node: fx.Node) -> list[Any]:
         """The layers that the code compiled for a node may run."""
-        argument = node.kwargs.get("layer_name")
-        name = compat.layer_name_of(argument)
-        if isinstance(argument, fx.Node):
-            alike = node.graph.find_nodes(op=node.op, target=node.target, sort=False)
-            if name is None or sum(called_op(n) == self.graph_name for n in alike) < len(self.layers):
-                # The model is compiled in parts, and parts that differ in their inputs only share code: this may run in
-                # the place of any layer.
-                return list(self.layers.values())
-        return [layer for known, layer in self.layers.items() if known == name]
+        alike = node.graph.find_nodes(op=node.op, target=node.target, sort=False)
+        calls = sum(called_op(n) == self.graph_name for n in alike)
+        return compat.layers_by(node.kwargs.get("layer_name"), calls, self.layers)
 
     def backends(self, node: fx.Node) -> str:
         return ", ".join(sorted(set(map(compat.attention_backend, self.layers_of(node))))) or "unknown backend"

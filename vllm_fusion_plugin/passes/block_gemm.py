@@ -8,18 +8,17 @@ fused keeps this package's quantiser; with `lone_group_quant=false` it becomes v
 
 from __future__ import annotations
 
-import operator
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 from vllm.config import VllmConfig
 
-from .. import compat, report, roundings
-from ..graph import arguments_of, called_op, quantised
+from .. import compat, roundings
+from ..graph import arguments_of, called_op
 from ..kernels.rounding import FLASHINFER_ROWS
 from ..ops import block_gemm, group_quant  # noqa: F401  (registers the ops)
-from . import quantisers
+from . import quantisers, splits
 from .base import FusionPass
 
 ops = torch.ops.vllm_fusion_plugin
@@ -89,48 +88,22 @@ def _gemm(given: dict[str, Any]) -> tuple[Any, ...]:
 def split(graph: fx.Graph, gemm: fx.Node, quantised: dict[Any, tuple[fx.Node, fx.Node]]) -> None:
     """Replace vLLM's op by a quantiser, or by the one that is in `quantised` for the same input, and a GEMM."""
     given = arguments_of(gemm)
-    (codes, scales), product = _values(given)
+    written, product = _values(given)
     key = (given["input"], given["use_deep_gemm_e8m0"])
-    with graph.inserting_before(gemm):
-        if key not in quantised:
-            both = graph.call_function(ops.group_fp8_quant.default, (given["input"], *_quantiser(given)))
-            both.meta = gemm.meta | {"val": (codes, scales), quantisers.SPLIT: quantisers.SPLIT_GEMM}
-            results = [graph.call_function(operator.getitem, (both, i)) for i in (0, 1)]
-            for result, value in zip(results, (codes, scales), strict=True):
-                result.meta = gemm.meta | {"val": value}
-            quantised[key] = results[0], results[1]
-        new = graph.call_function(
-            ops.block_fp8_gemm.default, (*quantised[key], given["weight"], given["weight_scale"], *_gemm(given))
-        )
-        new.meta = gemm.meta | {"val": product}
-    gemm.replace_all_uses_with(new)
-    graph.erase_node(gemm)
+    if key not in quantised:
+        arguments = (given["input"], *_quantiser(given))
+        quantised[key] = splits.insert_quantiser(gemm, arguments, written, quantisers.SPLIT_GEMM)
+    arguments = (*quantised[key], given["weight"], given["weight_scale"], *_gemm(given))
+    splits.replace(gemm, ops.block_fp8_gemm.default, arguments, {"val": product})
 
 
 def join(graph: fx.Graph) -> None:
     """Put vLLM's op back where nothing has fused the quantiser that was split off."""
-    whole_gemm: Any = compat.dynamic_block_gemm()
-    for quantiser in quantisers.split_quantisers(graph, quantisers.SPLIT_GEMM):
-        # each once: a GEMM reads both codes and scales
-        for gemm in dict.fromkeys(user for result in quantiser.users for user in result.users):
-            given = arguments_of(gemm)
-            with graph.inserting_before(gemm):
-                arguments = (given["weight"], given["weight_scales"], block_gemm.GROUP_SIZE, given["use_ue8m0"])
-                whole = graph.call_function(whole_gemm, (quantiser.args[0], *arguments))
-                whole.meta = gemm.meta | {quantisers.SPLIT: True}
-            gemm.replace_all_uses_with(whole)
-            graph.erase_node(gemm)
-        for result in list(quantiser.users):
-            graph.erase_node(result)
-        graph.erase_node(quantiser)
+    whole: Any = compat.dynamic_block_gemm()
 
+    def put_back(x: fx.Node, gemm: fx.Node) -> None:
+        given = arguments_of(gemm)
+        arguments = (x, given["weight"], given["weight_scales"], block_gemm.GROUP_SIZE, given["use_ue8m0"])
+        splits.replace(gemm, whole, arguments, {quantisers.SPLIT: True})
 
-def report_alone(graph: fx.Graph, pass_name: str) -> int:
-    """Report the quantisers that were split off and run by themselves; how many there are."""
-    alone = 0
-    for variant in (quantisers.SPLIT_GEMM, quantisers.EXPERTS):
-        for node, scales in quantisers.split_quantisers(graph, variant).items():
-            key = str(quantisers.GroupQuant(variant, scales))
-            report.RECORDER.found(pass_name, key, report.module_of(node), *quantised(node.users))
-            alone += 1
-    return alone
+    splits.join(graph, quantisers.SPLIT_GEMM, put_back)

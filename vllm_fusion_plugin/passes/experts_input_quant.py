@@ -8,7 +8,7 @@ and says which experts take codes.
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -20,13 +20,11 @@ from ..graph import arguments_of, called_op
 from ..layers import experts_input_quant as layer
 from ..ops import group_quant  # noqa: F401  (registers the op)
 from ..ops.quant import INPUT_DTYPES, GroupScales
-from . import quantisers
+from . import quantisers, splits
 from .base import FusionPass
 
 ops = torch.ops.vllm_fusion_plugin
 VLLMS_OP = f"vllm.{layer.OP}"
-# Of a node whose op needs exact strides: its arguments when it was traced, to which Inductor holds them.
-EAGER_INPUTS = "eager_input_vals"
 
 
 class SplitExpertsPass(FusionPass):
@@ -72,12 +70,8 @@ class SplitExpertsPass(FusionPass):
         return found.pop()
 
     def _layers_of(self, node: fx.Node, calls: int) -> list[Any]:
-        """The MoE layers that the code compiled for a node may run. See `AttentionOp.layers_of`."""
-        argument = arguments_of(node)["layer_name"]
-        name = compat.layer_name_of(argument)
-        if isinstance(argument, fx.Node) and (name is None or calls < len(self.layers)):
-            return list(self.layers.values())
-        return [one for known, one in self.layers.items() if known == name]
+        """The MoE layers that the code compiled for a node may run."""
+        return compat.layers_by(arguments_of(node)["layer_name"], calls, self.layers)
 
 
 def split(graph: fx.Graph, node: fx.Node, scales: GroupScales) -> None:
@@ -86,35 +80,24 @@ def split(graph: fx.Graph, node: fx.Node, scales: GroupScales) -> None:
     x = given["hidden_states"]
     arguments = (x, *scales, roundings.of(roundings.GROUP_QUANT).name)
     values = ops.group_fp8_quant.default(x.meta["val"], *arguments[1:])
-    meta = {name: value for name, value in node.meta.items() if name != EAGER_INPUTS}
-    with graph.inserting_before(node):
-        both = graph.call_function(ops.group_fp8_quant.default, arguments)
-        both.meta = meta | {"val": values, quantisers.SPLIT: quantisers.EXPERTS}
-        results = [graph.call_function(operator.getitem, (both, i)) for i in (0, 1)]
-        for result, value in zip(results, values, strict=True):
-            result.meta = meta | {"val": value}
-        op: Any = getattr(ops, layer.OP).default
-        new = graph.call_function(op, (*results, *given.values()))
-        new.meta = dict(node.meta)
-        if EAGER_INPUTS in node.meta:
-            args, kwargs = node.meta[EAGER_INPUTS]
-            new.meta[EAGER_INPUTS] = ((*values, *args), kwargs)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
+    results = splits.insert_quantiser(node, arguments, values, quantisers.EXPERTS)
+    op: Any = getattr(ops, layer.OP).default
+    splits.replace(node, op, (*results, *given.values()), _traced(node, lambda traced: (*values, *traced)))
 
 
 def join(graph: fx.Graph) -> None:
     """Put vLLM's op back where nothing has fused the quantiser that was split off."""
-    for quantiser in quantisers.split_quantisers(graph, quantisers.EXPERTS):
-        for node in dict.fromkeys(user for result in quantiser.users for user in result.users):
-            with graph.inserting_before(node):
-                whole = graph.call_function(getattr(torch.ops.vllm, layer.OP).default, node.args[2:])
-                whole.meta = dict(node.meta)
-                if EAGER_INPUTS in node.meta:
-                    args, kwargs = node.meta[EAGER_INPUTS]
-                    whole.meta[EAGER_INPUTS] = (args[2:], kwargs)
-            node.replace_all_uses_with(whole)
-            graph.erase_node(node)
-        for result in list(quantiser.users):
-            graph.erase_node(result)
-        graph.erase_node(quantiser)
+    whole: Any = getattr(torch.ops.vllm, layer.OP, None)
+
+    def put_back(x: fx.Node, node: fx.Node) -> None:
+        splits.replace(node, whole.default, node.args[2:], _traced(node, lambda traced: traced[2:]))
+
+    splits.join(graph, quantisers.EXPERTS, put_back)
+
+
+def _traced(node: fx.Node, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> dict[str, Any]:
+    """The arguments that a node was traced with, as an op with others has to have them."""
+    if splits.EAGER_INPUTS not in node.meta:
+        return {}
+    args, kwargs = node.meta[splits.EAGER_INPUTS]
+    return {splits.EAGER_INPUTS: (change(args), kwargs)}

@@ -14,10 +14,11 @@ from torch._inductor.pattern_matcher import Match
 from vllm.compilation.passes.vllm_inductor_pass import VllmPatternMatcherPass
 from vllm.config import VllmConfig
 
-from ..graph import OpIndex
+from .. import report
+from ..graph import OpIndex, quantised
 from ..ops import group_quant  # noqa: F401  (registers the op)
 from ..ops.quant import GROUP_SIZES
-from . import block_gemm, quantisers
+from . import quantisers
 from .base import FusionPass
 from .pattern import PatternReplacement, empty
 
@@ -68,6 +69,12 @@ class GroupQuantPass(FusionPass):
         self.dump(config)
 
     def finish(self, graph: fx.Graph) -> None:
-        # These have been this package's op since block_gemm.py put them there.
-        self.matched_count += (alone := block_gemm.report_alone(graph, self.pass_name))
+        # These have been this package's op since they were split off.
+        alone = 0
+        for variant in (quantisers.SPLIT_GEMM, quantisers.EXPERTS):
+            for node, scales in quantisers.split_quantisers(graph, variant).items():
+                key = str(quantisers.GroupQuant(variant, scales))
+                report.RECORDER.found(self.pass_name, key, report.module_of(node), *quantised(node.users))
+                alone += 1
+        self.matched_count += alone
         VllmPatternMatcherPass.match_table[self.pass_name] += alone
