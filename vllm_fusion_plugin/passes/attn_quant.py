@@ -199,9 +199,8 @@ class AttentionQuantPass(FusionPass):
             # FP8 is another type on some of its GPUs, and AITER has a static quantiser of its own.
             raise NotImplementedError("quantisers after attention are matched in their CUDA forms only")
         self.attention = attention
-        dtype = self.model_dtype if self.model_dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
         for layer_name in attention.pattern_names():
-            self.register_patterns(attention, dtype, layer_name)
+            self.register_patterns(attention, self.rows_dtype, layer_name)
         self.dump(config)
 
     def register_patterns(self, attention: AttentionOp, dtype: torch.dtype, layer_name: str | None) -> None:

@@ -18,6 +18,7 @@ from vllm.platforms import current_platform
 
 from .. import fingerprint, report, roundings, settings
 from ..graph import OpIndex, innermost_common, quantised
+from ..ops.quant import INPUT_DTYPES
 from .normalise import Spelling
 from .pattern import (
     DuplicatePatternError,
@@ -47,6 +48,10 @@ class FusionPass(VllmPatternMatcherPass):
             raise NotImplementedError(f"its ops run on CUDA, ROCm and CPU, this is {current_platform.device_name}")
         super().__init__(config)
         self.pass_name = self.name
+        self.rows_dtype = self.model_dtype if self.model_dtype in INPUT_DTYPES else torch.bfloat16
+        """What patterns have rows of: the model's dtype, where ops take it."""
+        self.precision_casts = bool(config.compilation_config.inductor_compile_config.get("emulate_precision_casts"))
+        """Whether Inductor rounds where eager torch does."""
         self.matched_count = 0
         self.pm_pass = PatternMatcherPass(pass_name=self.name)
         self.patterns: dict[str, PatternReplacement] = {}

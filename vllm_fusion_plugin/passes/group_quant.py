@@ -62,10 +62,9 @@ class GroupQuantPass(FusionPass):
 
     def __init__(self, config: VllmConfig) -> None:
         super().__init__(config)
-        dtype = self.model_dtype if self.model_dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
         for quant in quantisers.group_quants(GROUP_SIZES):
             if quant.variant == "custom_op":
-                self.register(LoneGroupQuant(quant, dtype))
+                self.register(LoneGroupQuant(quant, self.rows_dtype))
         self.dump(config)
 
     def finish(self, graph: fx.Graph) -> None:

@@ -20,7 +20,7 @@ from vllm.config import VllmConfig
 from .. import compat, report
 from ..graph import OpIndex, called_op
 from ..ops import rms_norm_quant  # noqa: F401  (registers the ops)
-from ..ops.quant import FP8_DTYPE, GROUP_SIZES, INPUT_DTYPES
+from ..ops.quant import FP8_DTYPE, GROUP_SIZES
 from ..ops.rms_norm_quant import NormInputs
 from . import gated_rms_norm_quant, mla_dual_rms_norm_quant, norms, producers, quantisers, residual_sums
 from .base import FusionPass
@@ -243,10 +243,9 @@ class RMSNormQuantFusionPass(FusionPass):
     def __init__(self, config: VllmConfig) -> None:
         super().__init__(config)
         inductor_config = config.compilation_config.inductor_compile_config
-        precision_casts = bool(inductor_config.get("emulate_precision_casts"))
         self.deterministic = compat.inductor_is_deterministic(inductor_config)
         self._fingerprint += f" deterministic={self.deterministic}"
-        dtype = self.model_dtype if self.model_dtype in INPUT_DTYPES else torch.bfloat16
+        dtype, precision_casts = self.rows_dtype, self.precision_casts
         for keep_norm in (False, True):  # the other way round, nothing would be left for False
             for norm in norms.rms_norms():
                 common = (dtype, precision_casts)

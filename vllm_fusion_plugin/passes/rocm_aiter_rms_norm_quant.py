@@ -17,7 +17,6 @@ from vllm.compilation.passes.vllm_inductor_pass import VllmPatternMatcherPass
 from vllm.config import VllmConfig
 
 from .. import compat, report
-from ..ops.quant import INPUT_DTYPES
 from . import gated_rms_norm_quant, mla_dual_rms_norm_quant, norms, quantisers
 from .base import FusionPass
 from .gated_rms_norm_quant import GatedRMSNormGroupQuant
@@ -77,8 +76,7 @@ class RocmAiterRMSNormQuantFusionPass(FusionPass):
 
     def __init__(self, config: VllmConfig) -> None:
         super().__init__(config)
-        precision_casts = bool(config.compilation_config.inductor_compile_config.get("emulate_precision_casts"))
-        dtype = self.model_dtype if self.model_dtype in INPUT_DTYPES else torch.bfloat16
+        dtype, precision_casts = self.rows_dtype, self.precision_casts
         quants = quantisers.aiter_group_quants()
         of_aiter = self.settings.rocm_kernels == "aiter" and can_be_had("norms", NORM_OP, ADD_NORM_OP)
         for keep_norm in (False, True):  # the other way round, nothing would be left for False

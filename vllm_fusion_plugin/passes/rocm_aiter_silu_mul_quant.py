@@ -13,7 +13,6 @@ import torch
 from vllm.config import VllmConfig
 
 from .. import compat
-from ..ops.quant import INPUT_DTYPES
 from . import quantisers
 from .base import FusionPass
 from .rocm_aiter_rms_norm_quant import can_be_had
@@ -43,12 +42,10 @@ class RocmAiterSiluMulFp8GroupQuantFusionPass(FusionPass):
 
     def __init__(self, config: VllmConfig) -> None:
         super().__init__(config)
-        precision_casts = bool(config.compilation_config.inductor_compile_config.get("emulate_precision_casts"))
-        dtype = self.model_dtype if self.model_dtype in INPUT_DTYPES else torch.bfloat16
         of_aiter = self.settings.rocm_kernels == "aiter" and can_be_had("SiLU·mul", OP)
         for keep_act in (False, True):  # the other way round, nothing would be left for False
             kind = AiterSiluMulGroupQuant if of_aiter and not keep_act else SiluMulGroupQuant
             for variant in silu_mul_variants():
                 for quant in quantisers.aiter_group_quants():
-                    self.register(kind(variant, quant, dtype, precision_casts, keep_act))
+                    self.register(kind(variant, quant, self.rows_dtype, self.precision_casts, keep_act))
         self.dump(config)

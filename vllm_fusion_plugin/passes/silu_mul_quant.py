@@ -218,8 +218,7 @@ class ActivationQuantFusionPass(FusionPass):
 
     def __init__(self, config: VllmConfig) -> None:
         super().__init__(config)
-        precision_casts = bool(config.compilation_config.inductor_compile_config.get("emulate_precision_casts"))
-        dtype = self.model_dtype if self.model_dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+        dtype, precision_casts = self.rows_dtype, self.precision_casts
         for keep_act in (False, True):  # the other way round, nothing would be left for False
             for variant in silu_mul_variants():
                 for group_quant in quantisers.group_quants(GROUP_SIZES):
