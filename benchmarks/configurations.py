@@ -19,6 +19,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "pass_config": OFF | {"fuse_act_quant": True},
         "settings": {"lone_group_quant": False},
     },
+    "ours_fastest": {"plugin": True, "pass_config": {}, "settings": {"block_gemm": "fastest"}},
+    "ours_experts": {"plugin": True, "pass_config": {}, "settings": {"experts_input_quant": False}},
     "control": {"plugin": False, "pass_config": OFF},
 }
 ATTENTION = ("stock", "ours")  # what --attention lets fuse attention with the quantiser after it
@@ -29,6 +31,11 @@ PAIRS = (
     ("ours", "untouched"),
     ("ours", "stock_unfused"),
     ("ours", "stock"),
+    ("ours_fastest", "untouched"),
+    ("ours_fastest", "ours"),
+    ("ours_experts", "untouched"),
+    ("ours", "ours_experts"),
+    ("control", "untouched"),
     ("ours_act", "stock_unfused"),
     ("stock", "stock_unfused"),
     ("control", "stock_unfused"),
@@ -50,7 +57,7 @@ BLOCK_GEMMS = {
 DEFAULT_CONFIGS = ["untouched", "ours"]
 # What is taken where the command line says nothing, and what a model needs instead, by its config.json's model_type.
 DEFAULTS: dict[str, Any] = {
-    "configs": [name for name in CONFIGS if name != "untouched"],
+    "configs": ["stock", "stock_unfused", "ours", "ours_act", "control"],
     "batches": [1, 8, 32, 128],
     "capture": [1, 2, 4, 8, 16, 32, 64, 128],
     "autotuned": False,  # has kernels that Triton's autotuner times

@@ -11,6 +11,8 @@ drifts for all. Configurations:
     stock_unfused   that with fuse_norm_quant and fuse_act_quant off
     ours            the plugin, all its fusions: norm, SiLU·mul, quantisers by themselves
     ours_act        the plugin, SiLU·mul + quantiser only
+    ours_fastest    the plugin with the setting block_gemm="fastest"
+    ours_experts    the plugin, experts' input not quantised by the norm before it
     control         stock_unfused once more: what of a difference is the engine's own
 
 `untouched` and `ours` run by default. Every engine, also `untouched`, runs in one process, samples
@@ -148,8 +150,9 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def list_kernels(engine: Engine, batches: list[int]) -> dict[str, Any]:
-    """Kernels of a decode step of each batch, by CUPTI's clock."""
-    return {str(batch): engine.ask("kernels", batch=batch) for batch in batches}
+    """Kernels of a decode step of each batch and of the prefill, by CUPTI's clock."""
+    found = {str(batch): engine.ask("kernels", batch=batch) for batch in batches}
+    return found | {"prefill": engine.ask("prefill_kernels")}
 
 
 def ask_together(engines: dict[str, Engine], do: str) -> dict[str, Any]:
@@ -248,7 +251,9 @@ def parse() -> argparse.Namespace:
     what.add_argument("--tokens-only", action="store_true", help="compare tokens, measure no times")
     what.add_argument("--times-only", action="store_true", help="measure times, compare no tokens")
     parser.add_argument(
-        "--kernels", action="store_true", help="list the kernels of decode steps too, with CUPTI's times"
+        "--kernels",
+        action="store_true",
+        help="list the kernels of decode steps and of the prefill too, with CUPTI's times",
     )
     parser.add_argument("--prefill", type=int, default=8192, help="tokens of the prefill")
     parser.add_argument("--batches", nargs="*", type=int, help="requests decoded together")

@@ -102,6 +102,13 @@ class MeasuredEngine:
         """Kernels of a decode step of `batch` requests on the GPU (None if it is not one CUDA graph)."""
         return self.llm.collective_rpc("decode_graph_kernels", args=(self.decode_same(batch), REPLAYS))[0]
 
+    def prefill_kernels(self) -> list[dict[str, Any]]:
+        """Kernels of one request of `prefill_tokens` tokens on the GPU."""
+        self.generate(1, self.prefill_tokens, 1)
+        self.llm.collective_rpc("watch_kernels")
+        self.generate(1, self.prefill_tokens, 1)
+        return self.llm.collective_rpc("watched_kernels")[0]
+
     def decode_same(self, batch: int) -> list[int]:
         """Decode the same tokens in every engine, because experts are chosen by them; returns the tokens."""
         inputs = [104729 * (i + 1) % self.vocabulary for i in range(batch)]
@@ -144,6 +151,7 @@ def main() -> None:
         "prefill": engine.prefill,
         "decode": engine.decode,
         "kernels": engine.kernels,
+        "prefill_kernels": engine.prefill_kernels,
         "tokens": engine.tokens,
         "report": engine.report,
     }

@@ -70,18 +70,28 @@ class EngineWorker(RandomWeights):
         graph = self._warm_decode_graph(tokens)
         if graph is None:
             return None
+        self.watch_kernels()
+        for _ in range(replays):
+            graph.replay()
+        return self.watched_kernels(replays)
+
+    def watch_kernels(self) -> None:
+        """Start to note what kernels run on the GPU, until `watched_kernels` is asked."""
         torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            for _ in range(replays):
-                graph.replay()
-            torch.cuda.synchronize()
+        _profiles.append(torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]))
+        _profiles[-1].start()
+
+    def watched_kernels(self, steps: int = 1) -> list[dict[str, Any]]:
+        """What has run since, those that took longest first: `name`, `launches` and `us` a step."""
+        torch.cuda.synchronize()
+        profile = _profiles.pop()
+        profile.stop()
         found: dict[str, list[float]] = {}
         for event in profile.events():
             if event.device_type == torch.autograd.DeviceType.CUDA:
                 found.setdefault(event.name, []).append(event.device_time)
         rows = [
-            {"name": name, "launches": len(us) / replays, "us": round(sum(us) / replays, 2)}
-            for name, us in found.items()
+            {"name": name, "launches": len(us) / steps, "us": round(sum(us) / steps, 2)} for name, us in found.items()
         ]
         return sorted(rows, key=lambda row: -row["us"])
 
@@ -99,6 +109,7 @@ class EngineWorker(RandomWeights):
 
 
 _replayed: list[Any] = []
+_profiles: list[Any] = []
 
 
 def _count_stock_norm_fusions() -> None:

@@ -58,6 +58,10 @@ class Settings(BaseModel):
     """The block GEMM that quantises inside, vLLM's default on Hopper where FlashInfer is usable, becomes a quantiser, which
     fuses with what is before it, and the same GEMM; same bytes."""
 
+    block_gemm: Literal["vllm", "fastest"] = "vllm"
+    """Which kernel that GEMM then runs: vLLM's choice by the number of rows, with the bytes of vLLM's op, or the faster of
+    the two by rows, shape and GPU, as timed (kernels/block_gemm_table.py): sums in another order, so last bits differ."""
+
     lone_group_quant: bool = True
     """Group FP8 quantisers that are fused with nothing run this package's kernel instead of vLLM's; same bytes."""
 

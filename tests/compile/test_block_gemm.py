@@ -31,6 +31,7 @@ from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul  # noqa
 from vllm.model_executor.layers.layernorm import RMSNorm  # noqa: E402
 
 from vllm_fusion_plugin import compat, report, roundings  # noqa: E402
+from vllm_fusion_plugin.kernels import block_gemm as kernels  # noqa: E402
 from vllm_fusion_plugin.kernels.rounding import FLASHINFER_ROWS  # noqa: E402
 from vllm_fusion_plugin.passes import block_gemm  # noqa: E402
 from vllm_fusion_plugin.tracing.subgraphs import count_ops  # noqa: E402
@@ -325,8 +326,25 @@ def test_batch_invariant_runs_one_kernel(monkeypatch):
     assert {"group128[split,tma,ue8m0]", "group128[split,tma]"} < {pattern for _, pattern in found()}
 
 
+def test_fastest_goes_by_what_was_timed(monkeypatch):
+    """A shape that was timed on this GPU changes to DeepGEMM where the table says; the quantisers stay as they are."""
+    monkeypatch.setitem(kernels.DEEPGEMM_FROM, kernels.gpu_name(compat.device_name()), {(COLUMNS, WIDTH): 8})
+    makers = [functools.partial(Gemm, make) for make in (SiluAndMul, norm)]
+    recording = trace(*makers, settings={"block_gemm": "fastest"}, keep_passes=False)
+    assert counts(recording, SILU_MUL, RMS_NORM, GEMM, VLLM_OP) == [1, 1, 2, 0]
+    changes = {tuple(node.args[2].meta["val"].shape): node.args[5] for node in nodes(recording, GEMM)}
+    assert changes == {(COLUMNS, WIDTH): 8, (COLUMNS, 2 * WIDTH): FLASHINFER_ROWS}
+    assert {arguments.get("quant_rounding") for op, arguments in our_ops(recording) if op != "block_fp8_gemm"} == {
+        rounding()
+    }
+    notes = [note for note in report.RECORDER.report.notes if "block_gemm" in note]
+    assert len(notes) == 2
+    assert sum(f"{COLUMNS} rows, {WIDTH} wide, run DeepGEMM from 8 rows on; vLLM does from 32" in n for n in notes) == 1
+    assert sum(f"{2 * WIDTH} wide, run vLLM's choice of kernel: not timed on NVIDIA H" in n for n in notes) == 1
+
+
 def test_a_pass_that_fails_is_the_reason(monkeypatch):
-    def fail(graph, gemm, quantised):
+    def fail(*arguments):
         raise KeyError("no such thing")
 
     monkeypatch.setattr(block_gemm, "split", fail)

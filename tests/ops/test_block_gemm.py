@@ -101,5 +101,5 @@ def test_wrong_arguments_are_named(position: int, change: Any, message: str) -> 
 
 
 def test_wrong_threshold_is_named() -> None:
-    with pytest.raises(ValueError, match="flashinfer_rows=16; allowed: 0, 32"):
-        block_fp8_gemm(*operands(5), flashinfer_rows=16)
+    with pytest.raises(ValueError, match="flashinfer_rows=33; allowed: 0 to 32"):
+        block_fp8_gemm(*operands(5), flashinfer_rows=33)

@@ -11,6 +11,19 @@ from collections.abc import Callable
 
 import torch
 
+from .block_gemm_table import DEEPGEMM_FROM
+
+
+def gpu_name(device_name: str) -> str:
+    """A GPU's name in the table: "h100" of "NVIDIA H100 80GB HBM3"."""
+    return device_name.lower().removeprefix("nvidia ").split()[0]
+
+
+def fastest_change(device_name: str, columns: int, width: int) -> int | None:
+    """From how many rows on DeepGEMM is the faster of the two for a weight [columns, width], as measured; None for a GPU or
+    a shape that was not."""
+    return DEEPGEMM_FROM.get(gpu_name(device_name), {}).get((columns, width))
+
 
 def block_gemm(
     codes: torch.Tensor,

@@ -4,6 +4,7 @@
 vLLM's `dynamic_flashinfer_deepgemm_blockscale_gemm` takes bf16 rows, and quantises them inside. This op takes what such a
 quantiser writes and runs the kernel that vLLM's op would have run for that many rows: FlashInfer's below 32, DeepGEMM's from
 there on. With codes and scales of `quant_rounding="..._or_flashinfer"` (ops/quant.py) the result has the bytes of vLLM's op.
+DeepGEMM's kernel may also run for fewer rows; the sums are then rounded in another order.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def _check(
     if tuple(weight_scales.shape) != blocks or not weight_scales.is_contiguous():
         found = f"shape {tuple(weight_scales.shape)} and strides {weight_scales.stride()}"
         raise ValueError(f"weight_scales have {found}; allowed: {blocks}, contiguous")
-    if flashinfer_rows not in (0, FLASHINFER_ROWS):
-        raise ValueError(f"flashinfer_rows={flashinfer_rows}; allowed: 0, {FLASHINFER_ROWS}")
+    if not 0 <= flashinfer_rows <= FLASHINFER_ROWS:
+        raise ValueError(f"flashinfer_rows={flashinfer_rows}; allowed: 0 to {FLASHINFER_ROWS}")
     return rows, columns
 
 
@@ -115,7 +116,8 @@ def block_fp8_gemm(
         weight: [N, K] float8_e4m3fn, contiguous, N a multiple of 64.
         weight_scales: [N / 128 rounded up, K / 128] fp32.
         use_ue8m0: whether scales of 32 rows and more are powers of two.
-        flashinfer_rows: 32; 0 if DeepGEMM's kernel is to run for any number of rows, as with VLLM_BATCH_INVARIANT.
+        flashinfer_rows: FlashInfer's kernel runs for fewer rows: 32, vLLM's number, or less, if DeepGEMM's is the faster;
+            0 as with VLLM_BATCH_INVARIANT.
 
     Returns:
         [M, N] bf16.

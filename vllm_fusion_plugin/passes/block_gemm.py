@@ -14,8 +14,9 @@ import torch
 from torch import fx
 from vllm.config import VllmConfig
 
-from .. import compat, roundings
+from .. import compat, report, roundings
 from ..graph import arguments_of, called_op
+from ..kernels import block_gemm as kernels
 from ..kernels.rounding import FLASHINFER_ROWS
 from ..ops import block_gemm, group_quant  # noqa: F401  (registers the ops)
 from . import quantisers, splits
@@ -45,7 +46,7 @@ class SplitBlockGemmPass(FusionPass):
                 self.refused[node] = reason
                 self.seen_in_refused[node] = node
             else:
-                split(graph, node, quantised)
+                split(graph, node, quantised, self._flashinfer_rows(node))
 
     def _inexact(self) -> str:
         """Why the split would not have the bytes of vLLM's op, if the settings want it left alone then."""
@@ -53,6 +54,22 @@ class SplitBlockGemmPass(FusionPass):
         if reason and self.settings.inexact == "leave":
             return f"{reason}, and the setting inexact is 'leave'"
         return ""
+
+    def _flashinfer_rows(self, gemm: fx.Node) -> int:
+        """For fewer rows than that FlashInfer's kernel runs: vLLM's number, or, where the setting block_gemm asks for the
+        fastest and times are known, theirs, which is reported."""
+        if compat.batch_invariant():
+            return 0
+        if self.settings.block_gemm == "vllm":
+            return FLASHINFER_ROWS
+        gpu, (columns, width) = compat.device_name(), arguments_of(gemm)["weight"].meta["val"].shape
+        change = kernels.fastest_change(gpu, columns, width)
+        what = f"block_gemm='fastest': weights of {columns} rows, {width} wide"
+        if change is None:
+            report.RECORDER.note(f"{what}, run vLLM's choice of kernel: not timed on {gpu}")
+        elif change != FLASHINFER_ROWS:
+            report.RECORDER.note(f"{what}, run DeepGEMM from {change} rows on; vLLM does from {FLASHINFER_ROWS}")
+        return FLASHINFER_ROWS if change is None else change
 
 
 def _refuse(gemm: fx.Node) -> str | None:
@@ -63,17 +80,18 @@ def _refuse(gemm: fx.Node) -> str | None:
     if given["group_size"] != block_gemm.GROUP_SIZE:
         return f"the block GEMM quantises groups of {given['group_size']}; split for {block_gemm.GROUP_SIZE}"
     try:
-        _values(given)
+        _values(given, FLASHINFER_ROWS)
     except ValueError as e:
         return f"the block GEMM is not split: {e}"
     return None
 
 
-def _values(given: dict[str, Any]) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+def _values(given: dict[str, Any], flashinfer_rows: int) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
     """What quantiser and GEMM write, as fake tensors. Raises ValueError on what they do not take."""
     x, weight, weight_scales = (given[name].meta["val"] for name in ("input", "weight", "weight_scale"))
     codes, scales = ops.group_fp8_quant.default(x, *_quantiser(given))
-    return (codes, scales), ops.block_fp8_gemm.default(codes, scales, weight, weight_scales, *_gemm(given))
+    how = (given["use_deep_gemm_e8m0"], flashinfer_rows)
+    return (codes, scales), ops.block_fp8_gemm.default(codes, scales, weight, weight_scales, *how)
 
 
 def _quantiser(given: dict[str, Any]) -> tuple[Any, ...]:
@@ -81,19 +99,16 @@ def _quantiser(given: dict[str, Any]) -> tuple[Any, ...]:
     return *scales, quantisers.split_rounding()
 
 
-def _gemm(given: dict[str, Any]) -> tuple[Any, ...]:
-    return given["use_deep_gemm_e8m0"], 0 if compat.batch_invariant() else FLASHINFER_ROWS
-
-
-def split(graph: fx.Graph, gemm: fx.Node, quantised: dict[Any, tuple[fx.Node, fx.Node]]) -> None:
+def split(graph: fx.Graph, gemm: fx.Node, quantised: dict[Any, tuple[fx.Node, fx.Node]], flashinfer_rows: int) -> None:
     """Replace vLLM's op by a quantiser, or by the one that is in `quantised` for the same input, and a GEMM."""
     given = arguments_of(gemm)
-    written, product = _values(given)
+    written, product = _values(given, flashinfer_rows)
     key = (given["input"], given["use_deep_gemm_e8m0"])
     if key not in quantised:
         arguments = (given["input"], *_quantiser(given))
         quantised[key] = splits.insert_quantiser(gemm, arguments, written, quantisers.SPLIT_GEMM)
-    arguments = (*quantised[key], given["weight"], given["weight_scale"], *_gemm(given))
+    how = (given["use_deep_gemm_e8m0"], flashinfer_rows)
+    arguments = (*quantised[key], given["weight"], given["weight_scale"], *how)
     splits.replace(gemm, ops.block_fp8_gemm.default, arguments, {"val": product})
 
 
