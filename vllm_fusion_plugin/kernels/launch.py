@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import triton.language as tl
 
+from . import watch
 from .backend import INTERPRETED, warp_size
 
 
@@ -40,7 +41,7 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]
 # ---- compile-time constants ------------------------------------------------------------------------------------------
 
 
-class _Constants:
+class Constants:
     """A named tuple as a compile-time constant whose fields are constexprs. Inside of a kernel, Triton up to 3.7 takes the
     fields of a named tuple itself for plain numbers, which tensors cannot be multiplied by."""
 
@@ -50,7 +51,7 @@ class _Constants:
         self._values, self._hash, self._repr = values, hash(values), repr(values)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Constants) and self._values == other._values
+        return isinstance(other, Constants) and self._values == other._values
 
     def __hash__(self) -> int:
         return self._hash
@@ -59,7 +60,7 @@ class _Constants:
         return self._repr
 
 
-_constants = functools.cache(_Constants)
+_constants = functools.cache(Constants)
 
 
 # ---- what is launched ------------------------------------------------------------------------------------------------
@@ -105,6 +106,7 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, /, *args: A
         if not INTERPRETED:
             kwargs = {name: _constants(v) if isinstance(v, tuple) else v for name, v in kwargs.items()}
         with on_device(device):
-            kernel[grid](*args, **kwargs)
+            compiled = kernel[grid](*args, **kwargs)
+        watch.note(kernel, compiled, grid, args, kwargs)
     elif _plan is not None:
         _plan.launches.append((kernel, args, kwargs))

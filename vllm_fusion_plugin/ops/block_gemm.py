@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from ..kernels.rounding import FLASHINFER_ROWS
+from . import repeats
 from .quant import FP8_DTYPE, GroupScales, padded_rows
 from .registry import register
 
@@ -75,6 +76,10 @@ def block_fp8_gemm_reference(
     return (x @ (weight.float() * of_rows).T).to(OUT_DTYPE)
 
 
+_CHECKED: set[tuple[object, ...]] = set()
+"""Calls that were checked: half the time of a call on the host."""
+
+
 def _fake(codes, scales, weight, weight_scales, use_ue8m0, flashinfer_rows):
     rows, columns = _check(codes, scales, weight, weight_scales, flashinfer_rows)
     return codes.new_empty((rows, columns), dtype=OUT_DTYPE)
@@ -83,7 +88,13 @@ def _fake(codes, scales, weight, weight_scales, use_ue8m0, flashinfer_rows):
 def _cuda(codes, scales, weight, weight_scales, use_ue8m0, flashinfer_rows):
     from ..kernels.block_gemm import block_gemm as launch
 
-    out = _fake(codes, scales, weight, weight_scales, use_ue8m0, flashinfer_rows)
+    key = repeats.key_of((codes, scales, weight, weight_scales, flashinfer_rows))
+    if key not in _CHECKED:
+        _check(codes, scales, weight, weight_scales, flashinfer_rows)
+        if len(_CHECKED) >= repeats.MOST:
+            _CHECKED.clear()
+        _CHECKED.add(key)
+    out = codes.new_empty((codes.shape[0], weight.shape[0]), dtype=OUT_DTYPE)
     launch(codes, scales, weight, weight_scales, out, use_ue8m0, flashinfer_rows)
     return out
 

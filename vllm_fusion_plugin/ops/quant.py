@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..kernels import watch
 from ..kernels.fp8 import FORMATS, OCP
 from ..kernels.rounding import (
     AITER,
@@ -146,6 +147,8 @@ class GroupScales(NamedTuple):
             # the other way in which vLLM rounds up: see `padded_rows`
             words, stride = -(-groups // PACKED), (rows + TMA_ALIGNMENT - 1) // TMA_ALIGNMENT * TMA_ALIGNMENT
             make = x.new_zeros if groups % PACKED else x.new_empty
+            if groups % PACKED:
+                watch.note_other_work()
             return make((words, stride), dtype=torch.int32).as_strided((rows, words), (1, stride))
         stride = padded_rows(rows) if self.layout == "tma" else rows
         storage = x.new_empty((groups, stride), dtype=torch.float32)

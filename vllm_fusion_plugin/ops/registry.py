@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import calls
+from . import calls, repeats
 
 NAMESPACE = "vllm_fusion_plugin"
 
@@ -62,7 +62,8 @@ def register(
     if not hasattr(getattr(torch.ops, NAMESPACE), name):
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
         SIGNATURES[name] = _signature(name, per_row, rows_by)
-        LIBRARY.impl(name, calls.remembering(SIGNATURES[name], cuda), "CUDA")
+        launched = cuda if kernels_of_others else repeats.repeating(cuda)
+        LIBRARY.impl(name, calls.remembering(SIGNATURES[name], launched), "CUDA")
         LIBRARY.impl(name, cpu, "CPU")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
