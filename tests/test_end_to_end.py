@@ -177,7 +177,11 @@ def test_the_command_line_says_what_vllm_is_called_with(monkeypatch):
     args = parsed(monkeypatch, model, *options)
     found = {name: engine_arguments(name, args) for name in CONFIGS}
     assert json.loads(json.dumps(found)) == found  # an engine's process gets it as JSON
-    assert {name for name, of in found.items() if of["additional_config"]} == {"ours_act"}
+    assert {name for name, of in found.items() if of["additional_config"]} == {
+        "ours_act",
+        "ours_fastest",
+        "ours_experts",
+    }
     untouched = found.pop("untouched")["compilation_config"]
     assert untouched["pass_config"] == {}
     assert "use_inductor_graph_partition" not in untouched

@@ -43,8 +43,10 @@ def test_deepgemm_runs_from_where_all_rows_together_take_least(tune, deepgemm, c
     assert tune.table_of(rows) == {(64, 128): change}
 
 
-def test_the_table_keeps_other_gpus(tune, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(tune.block_gemm_table, "DEEPGEMM_FROM", {"h200": {(64, 128): 8}, "h100": {(64, 128): 4}})
+def test_the_table_keeps_other_gpus_and_shapes(tune, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(
+        tune.block_gemm_table, "DEEPGEMM_FROM", {"h200": {(64, 128): 8}, "h100": {(64, 128): 4, (8, 128): 1}}
+    )
     tune.write_table(tmp_path / "table.py", "h100", {(128, 256): 16, (64, 128): 32})
     written = runpy.run_path(str(tmp_path / "table.py"))["DEEPGEMM_FROM"]
-    assert written == {"h100": {(64, 128): 32, (128, 256): 16}, "h200": {(64, 128): 8}}
+    assert written == {"h100": {(8, 128): 1, (64, 128): 32, (128, 256): 16}, "h200": {(64, 128): 8}}

@@ -52,6 +52,22 @@ def test_an_op_that_is_repeated_only_allocates_and_launches(op: str) -> None:
     assert ops.names <= ALLOCATING and seen.all
 
 
+@pytest.mark.parametrize("op", sorted(registry.CUDA_IMPLEMENTATIONS.keys()))
+def test_no_tensor_is_left_out_where_torch_leaves_out_defaults(op: str) -> None:
+    arguments = getattr(torch.ops.vllm_fusion_plugin, op).default._schema.arguments
+    tensors = [a for a in arguments if "Tensor" in str(a.type)]
+    assert [arguments[i] for i in registry._tensors(op)] == tensors
+    assert not any(a.has_default_value() for a in tensors)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_allocating(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not known:
+        monkeypatch.delattr(torch._C._dynamo.guards, "_empty_strided_cpu")
+    t = repeats.allocating(torch.device("cpu"))((3, 4), (1, 8), torch.bfloat16)
+    assert (t.shape, t.stride(), t.dtype, t.device.type) == ((3, 4), (1, 8), torch.bfloat16, "cpu")
+
+
 def test_scales_that_are_zeroed_are_not_repeated() -> None:
     for width, repeated in ((512, True), (640, False)):
         with watch.watching() as seen:
@@ -107,7 +123,7 @@ def rows(count: int) -> torch.Tensor:
 
 def test_a_call_of_the_same_shape_launches_at_once() -> None:
     op = Op()
-    run = repeats.repeating(op)
+    run = repeats.repeating(op, (0,))
     first, x = run(rows(5), 0.5), rows(5)
     codes, scales = run(x, 0.5)
     assert op.calls == 1
@@ -131,7 +147,7 @@ def test_a_call_of_the_same_shape_launches_at_once() -> None:
 )
 def test_another_call_is_thought_through(other: Any) -> None:
     op = Op()
-    run = repeats.repeating(op)
+    run = repeats.repeating(op, (0,))
     run(rows(5), 0.5)
     run(*other())
     assert op.calls == 2 and not op.compiled.runs
@@ -139,7 +155,7 @@ def test_another_call_is_thought_through(other: Any) -> None:
 
 def test_part_of_an_argument_is_found_again() -> None:
     op = Op(x=lambda x, codes, scales: x[:, 64:])
-    run = repeats.repeating(op)
+    run = repeats.repeating(op, (0,))
     run(rows(5), 0.5)
     x = rows(5)
     run(x, 0.5)
@@ -158,7 +174,7 @@ NOT_CLEAR = {
 @pytest.mark.parametrize("changes", NOT_CLEAR.values(), ids=NOT_CLEAR)
 def test_what_is_not_clear_is_not_repeated(changes: dict[str, Any]) -> None:
     op = Op(**changes)
-    run = repeats.repeating(op)
+    run = repeats.repeating(op, (0,))
     for _ in range(3):
         run(rows(5), 0.5)
     assert op.calls == 3 and not op.compiled.runs and not repeats.broken
@@ -174,7 +190,7 @@ def test_two_parts_of_one_buffer_are_not_mixed_up() -> None:
         return out
 
     calls, compiled = [], Compiled()
-    run = repeats.repeating(implementation)
+    run = repeats.repeating(implementation, (0, 1))
     for _ in range(2):
         both = torch.ones(4, 8)
         run(both[:, :4], both[:, 4:])
@@ -183,7 +199,7 @@ def test_two_parts_of_one_buffer_are_not_mixed_up() -> None:
 
 def test_a_launch_that_fails_ends_repeating(caplog: pytest.LogCaptureFixture) -> None:
     op = Op()
-    run = repeats.repeating(op)
+    run = repeats.repeating(op, (0,))
     run(rows(5), 0.5)
 
     def fail(self: Any, arguments: Any) -> None:
@@ -200,7 +216,7 @@ def test_a_launch_that_fails_ends_repeating(caplog: pytest.LogCaptureFixture) ->
 def test_no_more_calls_are_kept_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repeats, "MOST", 2)
     op = Op()
-    run = repeats.repeating(op)
+    run = repeats.repeating(op, (0,))
     for count in (1, 2, 3, 3, 1):
         run(rows(count), 0.5)
     assert op.calls == 4

@@ -88,7 +88,7 @@ def _fake(codes, scales, weight, weight_scales, use_ue8m0, flashinfer_rows):
 def _cuda(codes, scales, weight, weight_scales, use_ue8m0, flashinfer_rows):
     from ..kernels.block_gemm import block_gemm as launch
 
-    key = repeats.key_of((codes, scales, weight, weight_scales, flashinfer_rows))
+    key = repeats.key_of((codes, scales, weight, weight_scales, flashinfer_rows), range(4))
     if key not in _CHECKED:
         _check(codes, scales, weight, weight_scales, flashinfer_rows)
         if len(_CHECKED) >= repeats.MOST:

@@ -62,11 +62,17 @@ def register(
     if not hasattr(getattr(torch.ops, NAMESPACE), name):
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
         SIGNATURES[name] = _signature(name, per_row, rows_by)
-        launched = cuda if kernels_of_others else repeats.repeating(cuda)
+        launched = cuda if kernels_of_others else repeats.repeating(cuda, _tensors(name))
         LIBRARY.impl(name, calls.remembering(SIGNATURES[name], launched), "CUDA")
         LIBRARY.impl(name, cpu, "CPU")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _tensors(name: str) -> tuple[int, ...]:
+    """Positions of the arguments that are tensors or None."""
+    arguments = getattr(getattr(torch.ops, NAMESPACE), name).default._schema.arguments
+    return tuple(i for i, argument in enumerate(arguments) if str(argument.type) in ("Tensor", "Optional[Tensor]"))
 
 
 def _signature(name: str, per_row: tuple[str, ...], rows_by: str | None) -> calls.Signature:
