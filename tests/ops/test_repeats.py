@@ -64,7 +64,7 @@ def test_no_tensor_is_left_out_where_torch_leaves_out_defaults(op: str) -> None:
 def test_allocating(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not known:
         monkeypatch.delattr(torch._C._dynamo.guards, "_empty_strided_cpu")
-    t = repeats.allocating(torch.device("cpu"))((3, 4), (1, 8), torch.bfloat16)
+    t = repeats.allocating.__wrapped__("cpu")((3, 4), (1, 8), torch.bfloat16)
     assert (t.shape, t.stride(), t.dtype, t.device.type) == ((3, 4), (1, 8), torch.bfloat16, "cpu")
 
 

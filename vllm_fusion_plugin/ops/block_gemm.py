@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from ..kernels import block_gemm as kernels
 from ..kernels.rounding import FLASHINFER_ROWS
 from . import repeats
 from .quant import FP8_DTYPE, GroupScales, padded_rows
@@ -86,8 +87,6 @@ def _fake(codes, scales, weight, weight_scales, use_ue8m0, flashinfer_rows):
 
 
 def _cuda(codes, scales, weight, weight_scales, use_ue8m0, flashinfer_rows):
-    from ..kernels.block_gemm import block_gemm as launch
-
     key = repeats.key_of((codes, scales, weight, weight_scales, flashinfer_rows), range(4))
     if key not in _CHECKED:
         _check(codes, scales, weight, weight_scales, flashinfer_rows)
@@ -95,7 +94,7 @@ def _cuda(codes, scales, weight, weight_scales, use_ue8m0, flashinfer_rows):
             _CHECKED.clear()
         _CHECKED.add(key)
     out = codes.new_empty((codes.shape[0], weight.shape[0]), dtype=OUT_DTYPE)
-    launch(codes, scales, weight, weight_scales, out, use_ue8m0, flashinfer_rows)
+    kernels.block_gemm(codes, scales, weight, weight_scales, out, use_ue8m0, flashinfer_rows)
     return out
 
 

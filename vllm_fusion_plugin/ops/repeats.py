@@ -36,16 +36,14 @@ broken = ""
 Allocate = Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor]
 
 
-def allocating(device: torch.device) -> Allocate:
-    """`torch.empty_strided` on a device, the current one of its kind; as Inductor's code calls it, in half the time."""
-    name = f"_empty_strided_{device.type}"
-    return getattr(torch._C._dynamo.guards, name, None) or functools.partial(_empty_strided, device)
+@functools.cache
+def allocating(device_type: str) -> Allocate:
+    """`torch.empty_strided` on the current device of a type; if it can be, as Inductor's code calls it, in half the time."""
 
+    def empty_strided(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty_strided(shape, strides, dtype=dtype, device=device_type)
 
-def _empty_strided(
-    device: torch.device, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
-) -> torch.Tensor:
-    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    return getattr(torch._C._dynamo.guards, f"_empty_strided_{device_type}", empty_strided)
 
 
 class Output(NamedTuple):
@@ -183,7 +181,7 @@ def _repeat(arguments: Sequence[Any], result: Any, launches: Sequence[watch.Laun
         made.append(Launch(compiled[(*grid, 1, 1)[:3]], fixed, tuple(pointers)))
     device = next(iter(inputs.values())).device
     outputs_of = tuple(map(_output, written))
-    return Repeat(device.index, allocating(device), tuple(inputs), outputs_of, tuple(made), _result(result))
+    return Repeat(device.index, allocating(device.type), tuple(inputs), outputs_of, tuple(made), _result(result))
 
 
 def _output(t: torch.Tensor) -> Output:
