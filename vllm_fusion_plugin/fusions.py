@@ -29,7 +29,14 @@ class Fusion(NamedTuple):
 FUSIONS = (
     Fusion("SplitBlockGemmPass", "block_gemm", "first", "split_block_gemm", ("block_gemm", "group_quant")),
     Fusion("SplitExpertsPass", "experts_input_quant", "first", "experts_input_quant", ("group_quant",)),
-    Fusion("ActivationQuantFusionPass", "silu_mul_quant", "pass", "fuse_act_quant", ("silu_mul_quant",), on_cpu=True),
+    Fusion(
+        "ActivationQuantFusionPass",
+        "silu_mul_quant",
+        "pass",
+        "fuse_act_quant",
+        ("silu_mul_quant", "sigmoid_mul_quant"),
+        on_cpu=True,
+    ),
     Fusion(
         "RMSNormQuantFusionPass",
         "rms_norm_quant",

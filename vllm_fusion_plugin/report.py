@@ -87,6 +87,7 @@ PASS_WORDS = {
 # Parts of a pattern's key.
 _PRODUCERS = {
     "silu_mul": "SiLU·mul",
+    "sigmoid_mul": "attention's sigmoid gate",
     "situ_mul": "SiTU·mul",
     "relu2": "relu2",
     "rms_norm": "RMS norm",

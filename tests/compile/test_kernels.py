@@ -26,6 +26,7 @@ from vllm_fusion_plugin.kernels import (  # noqa: E402
     mla_dual_rms_norm_quant,
     mla_v_up_quant,
     rms_norm_quant,
+    sigmoid_mul_quant,
     silu_mul_quant,
 )
 from vllm_fusion_plugin.ops.quant import GroupScales  # noqa: E402
@@ -107,6 +108,14 @@ def test_group(dtype, compiled):
     x = rows_of(2048, dtype)
     for quant_rounding in ("custom_op", "native_floored"):
         group_quant.group_fp8_quant(x, *outputs(x, 2048), 128, True, quant_rounding, pdl=True)
+    check(compiled, 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sigmoid_mul(dtype, compiled):
+    x = rows_of(2048, dtype)
+    for quant_rounding in ("custom_op", "native_floored"):
+        sigmoid_mul_quant.sigmoid_mul_group_fp8_quant(x, x, *outputs(x, 2048), 128, True, quant_rounding, pdl=True)
     check(compiled, 2)
 
 

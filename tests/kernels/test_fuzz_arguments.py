@@ -40,6 +40,7 @@ def right(name: str, op: str) -> Any:
     shapes = {
         "x": (ROWS * 2, 128) if op.startswith("gated") else (ROWS, 256),
         "z": (ROWS * 2, 128),
+        "gate": (ROWS, 256),
         "q": (ROWS, 256),
         "kv": (ROWS, 64),
         "weight": (128,) if op.startswith("gated") else (256,),

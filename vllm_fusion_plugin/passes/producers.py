@@ -12,7 +12,7 @@ from torch import fx
 
 from .. import compat
 from ..graph import CONVERT, called_op
-from . import gated_rms_norm_quant, norms
+from . import gated_rms_norm_quant, norms, sigmoid_mul_quant
 from .quantiser_nodes import VIEWS, find
 
 aten = torch.ops.aten
@@ -20,6 +20,7 @@ aten = torch.ops.aten
 # What a pass of ours fuses with which quantisers: a producer's kind -> (pass, kinds of quantisers.WORDS).
 FUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "silu_mul": ("ActivationQuantFusionPass", ("group", "packed", "token", "static", "nvfp4")),
+    "sigmoid_mul": ("ActivationQuantFusionPass", ("group", "packed")),
     "norm": ("RMSNormQuantFusionPass", ("group", "packed", "token", "static")),
     "gated_norm": ("RMSNormQuantFusionPass", ("group", "packed")),
     "attention": ("AttnQuantFusionPass", ("static", "nvfp4")),
@@ -122,6 +123,8 @@ def _describe(node: fx.Node, chain: list[fx.Node]) -> tuple[str, str]:
         return "", compat.ACTIVATION_OPS[name]
     if node.target is aten.mul.Tensor and (halves := _silu_mul(node)):
         return halves
+    if sigmoid_mul_quant.is_gate(node):
+        return "sigmoid_mul", "attention's sigmoid gate" if "Attention" in layer else "a sigmoid gate"
     if node.target is CONVERT:
         return "gated_norm", "a gated RMS norm"
     if layer in _LAYERS:

@@ -18,7 +18,7 @@ from .. import report, roundings
 from ..graph import OpIndex, called_op
 from ..ops import silu_mul_quant  # noqa: F401  (registers the ops)
 from ..ops.quant import GROUP_SIZES
-from . import producers, quantisers
+from . import producers, quantisers, sigmoid_mul_quant
 from .base import FusionPass
 from .pattern import PatternReplacement, empty, functionalized, has_op
 
@@ -209,7 +209,8 @@ class SiluMulNvfp4Quant(SiluMulQuant):
 
 
 class ActivationQuantFusionPass(FusionPass):
-    """Fuses SiLU·mul with the FP8 quantiser (group, token or static) or NVFP4 quantiser after it.
+    """Fuses SiLU·mul with the FP8 (group, token or static) or NVFP4 quantiser after it, and attention's sigmoid gate
+    with the FP8 group quantiser after it.
 
     Both SiLU·mul and the quantiser may be vLLM's custom ops or decomposed to aten. Takes a VllmConfig, as stock does.
     """
@@ -231,6 +232,8 @@ class ActivationQuantFusionPass(FusionPass):
             for nvfp4_quant in quantisers.nvfp4_quants():
                 kernel = self.settings.nvfp4_kernel
                 self.register(SiluMulNvfp4Quant(variant, nvfp4_quant, dtype, precision_casts, kernel))
+        for gate in sigmoid_mul_quant.patterns(dtype, precision_casts):
+            self.register(gate)
         self.dump(config)
 
     def explain(self, graph: fx.Graph) -> None:
