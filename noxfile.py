@@ -198,6 +198,15 @@ def fuzz_at_length(session: nox.Session, folder: str) -> None:
 
 
 @nox.session(python=PYTHON)
+def wheel(session: nox.Session) -> None:
+    """Not in `nox`: the wheel with CUDA kernels, into dist/, and what it asks of torch. Needs nvcc; `-- 90` for one GPU."""
+    session.install("build", "hatchling>=1.25")
+    archs = {"VLLM_FUSION_PLUGIN_BUILD_CUDA_ARCHS": " ".join(session.posargs)} if session.posargs else {}
+    session.run("python", "-m", "build", "--wheel", "--no-isolation", env={"VLLM_FUSION_PLUGIN_BUILD_CUDA": "1", **archs})
+    session.run("python", "csrc/check_wheel.py", *map(str, sorted(Path("dist").glob("*-py3-none-linux_*.whl"))))
+
+
+@nox.session(python=PYTHON)
 def demo(session: nox.Session) -> None:
     """vLLM's CPU engine with fusions on and with fusions off: the same tokens?"""
     install_cpu(session)

@@ -1,0 +1,308 @@
+// SPDX-License-Identifier: Apache-2.0
+// Group FP8 quantisers for the end of a kernel, and the kernel around them: load, compute, store.
+//
+// A thread has kWide neighbouring numbers of a group, kLoads times; the threads of a group are neighbours in a warp. What is
+// computed before the quantiser is a Source: it loads a thread's numbers and rounds them to 16 bits, two in a register.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "launch.h"
+#include "numerics.cuh"
+
+namespace vfp {
+
+constexpr float kEps = 1e-10f;       // floor of a group's maximum in vLLM's op
+constexpr float kMinPower = 1e-10f;  // and of its scale, before that is rounded up to a power of two
+constexpr int kMaxThreads = 256;
+
+// kWide 16-bit numbers.
+template <int kWide>
+struct Numbers {
+  uint32_t pairs[kWide / 2];
+};
+
+template <int kWide>
+__device__ __forceinline__ Numbers<kWide> load(const uint16_t* from) {
+  Numbers<kWide> n;
+  // volatile: after the wait for the producer. Not .nc, which the wait says nothing about.
+  if constexpr (kWide == 8) {
+    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(n.pairs[0]), "=r"(n.pairs[1]), "=r"(n.pairs[2]), "=r"(n.pairs[3])
+                 : "l"(from));
+  } else {
+    static_assert(kWide == 4);
+    asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(n.pairs[0]), "=r"(n.pairs[1]) : "l"(from));
+  }
+  return n;
+}
+
+template <int kWide>
+__device__ __forceinline__ void store(uint16_t* to, const Numbers<kWide>& n) {
+  if constexpr (kWide == 8) {
+    *reinterpret_cast<uint4*>(to) = make_uint4(n.pairs[0], n.pairs[1], n.pairs[2], n.pairs[3]);
+  } else {
+    *reinterpret_cast<uint2*>(to) = make_uint2(n.pairs[0], n.pairs[1]);
+  }
+}
+
+// Nothing before this reads what another kernel writes, or writes what another reads.
+__device__ __forceinline__ void wait_for_producer() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// ---- maximum, scale, codes -------------------------------------------------------------------------------------------
+
+// The largest magnitude of a group, in all of its 2**log2_threads threads; ignores NaN, and is NaN or 0 of nothing else.
+template <class Number, int kWide>
+__device__ __forceinline__ float group_maximum(const Numbers<kWide>& y, int log2_threads) {
+  uint32_t top = y.pairs[0] & 0x7fff7fffu;
+#pragma unroll
+  for (int i = 1; i < kWide / 2; ++i) top = Number::larger(top, y.pairs[i] & 0x7fff7fffu);
+  if (kWide == 4 && log2_threads == 5) {
+    // A whole warp: bits of magnitudes have the order of the magnitudes, and a warp finds the largest in one instruction.
+    float2 both = Number::widen(top);
+    float mine = fmaxf(fmaxf(both.x, both.y), 0.0f);
+    return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(mine)));
+  }
+  constexpr int kMaxLog2 = kWide == 4 ? 5 : 4;
+#pragma unroll
+  for (int i = kMaxLog2 - 1; i >= 0; --i) {
+    if (i < log2_threads) top = Number::larger(top, __shfl_xor_sync(0xffffffffu, top, 1 << i));
+  }
+  float2 both = Number::widen(top);
+  return fmaxf(both.x, both.y);
+}
+
+// A group's scale, and what its numbers become before they are codes.
+template <Rounding kRounding>
+struct Quantiser;
+
+template <>
+struct Quantiser<Rounding::custom_op> {
+  float scale;
+  TwoPartReciprocal inverse;
+  __device__ __forceinline__ explicit Quantiser(float top)
+      : scale(divide_by_maximum(fmaxf(top, kEps))), inverse(scale) {}
+  __device__ __forceinline__ float times(float y) const { return fmaxf(inverse.times(y), -kMax); }  // NaN becomes -448
+};
+
+template <>
+struct Quantiser<Rounding::reciprocal> {
+  float scale, inverse;
+  __device__ __forceinline__ explicit Quantiser(float top)
+      : scale(divide_by_maximum(fmaxf(top, kEps))), inverse(rounded_reciprocal(scale)) {}
+  __device__ __forceinline__ float times(float y) const { return fmaxf(__fmul_rn(y, inverse), -kMax); }
+};
+
+template <>
+struct Quantiser<Rounding::power> {
+  float scale, inverse;
+  __device__ __forceinline__ explicit Quantiser(float top)
+      : scale(round_up_to_power_of_two(fmaxf(divide_by_maximum(fmaxf(top, kEps)), kMinPower))),
+        inverse(reciprocal(scale)) {}  // exact
+  __device__ __forceinline__ float times(float y) const { return fmaxf(__fmul_rn(y, inverse), -kMax); }
+};
+
+template <>
+struct Quantiser<Rounding::flashinfer> {
+  float factor, scale;
+  __device__ __forceinline__ explicit Quantiser(float top)
+      : factor(flashinfer_factor(fmaxf(top, 0.0f))), scale(reciprocal(factor)) {}
+  __device__ __forceinline__ float times(float y) const { return flushing_product(y, factor); }  // NaN stays NaN
+};
+
+template <class Number, int kWide, class Q>
+__device__ __forceinline__ void store_codes(uint8_t* to, const Numbers<kWide>& y, const Q& quantiser) {
+  uint32_t codes[kWide / 4];
+#pragma unroll
+  for (int i = 0; i < kWide / 4; ++i) {
+    float2 first = Number::widen(y.pairs[2 * i]), second = Number::widen(y.pairs[2 * i + 1]);
+    uint32_t low = e4m3_pair(quantiser.times(first.x), quantiser.times(first.y));
+    uint32_t high = e4m3_pair(quantiser.times(second.x), quantiser.times(second.y));
+    codes[i] = low | high << 16;
+  }
+  if constexpr (kWide == 8) {
+    *reinterpret_cast<uint2*>(to) = make_uint2(codes[0], codes[1]);
+  } else {
+    *reinterpret_cast<uint32_t*>(to) = codes[0];
+  }
+}
+
+// Of packed scales the exponent's byte in an int32 of four groups.
+__device__ __forceinline__ void store_scale(const Scales& scales, int64_t row, int64_t group, float scale) {
+  if (scales.packed) {
+    int64_t word = row * scales.row_stride + group / 4 * scales.group_stride;
+    static_cast<uint8_t*>(scales.data)[4 * word + group % 4] = __float_as_uint(scale) >> 23;
+  } else {
+    static_cast<float*>(scales.data)[row * scales.row_stride + group * scales.group_stride] = scale;
+  }
+}
+
+// ---- the kernel ------------------------------------------------------------------------------------------------------
+
+// How a block's threads share its tile of rows and groups, which are powers of two.
+struct Share {
+  int log2_threads;  // of a group
+  int log2_groups;   // of the tile
+  int rows;          // of the tile
+  bool rows_first;   // neighbouring blocks have neighbouring rows, not groups
+};
+
+template <class Source, Rounding kRounding, int kWide, int kLoads>
+__global__ void __launch_bounds__(kMaxThreads) group_kernel(Source source, GroupQuant quant, Share share) {
+  using Number = typename Source::Number;
+  const int tile_groups = 1 << share.log2_groups;
+  const int64_t first_row = static_cast<int64_t>(share.rows_first ? blockIdx.x : blockIdx.y) * share.rows;
+  const int64_t first_group = static_cast<int64_t>(share.rows_first ? blockIdx.y : blockIdx.x) << share.log2_groups;
+  const int groups = static_cast<int>(quant.width / quant.group_size);
+  const int lane = threadIdx.x & ((1 << share.log2_threads) - 1);
+  const int at_once = blockDim.x >> share.log2_threads;  // groups that the block has in one load
+
+  int64_t row[kLoads], group[kLoads];
+  bool here[kLoads];
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    const int slot = i * at_once + (threadIdx.x >> share.log2_threads);
+    row[i] = first_row + (slot >> share.log2_groups);
+    group[i] = first_group + (slot & (tile_groups - 1));
+    here[i] = row[i] < quant.rows && group[i] < groups;
+  }
+  wait_for_producer();
+
+  typename Source::template Loaded<kWide> loaded[kLoads];
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    const int64_t column = group[i] * quant.group_size + lane * kWide;
+    if (here[i]) {
+      loaded[i] = source.template load_from<kWide>(quant, row[i], column);
+    } else {
+      loaded[i] = {};
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    const Numbers<kWide> y = source.rounded(loaded[i]);
+    const Quantiser<kRounding> quantiser(group_maximum<Number>(y, share.log2_threads));
+    if (here[i]) {
+      const int64_t at = row[i] * quant.width + group[i] * quant.group_size + lane * kWide;
+      store_codes<Number>(quant.codes + at, y, quantiser);
+      source.keep(at, y);
+      if (lane == 0) store_scale(quant.scales, row[i], group[i], quantiser.scale);
+    }
+  }
+
+  if (quant.scales.rows > quant.rows && first_row + share.rows >= quant.rows) {
+    for (int g = threadIdx.x; g < tile_groups && first_group + g < groups; g += blockDim.x) {
+      for (int64_t pad = quant.rows; pad < quant.scales.rows; ++pad) {
+        store_scale(quant.scales, pad, first_group + g, 0.0f);
+      }
+    }
+  }
+}
+
+// ---- its launch ------------------------------------------------------------------------------------------------------
+
+inline int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int log2_of(int64_t power) {
+  int log2 = 0;
+  while ((int64_t{1} << log2) < power) ++log2;
+  return log2;
+}
+
+// More rows instead of groups that there are not.
+inline Tile fitting(Tile tile, int64_t groups) {
+  int fit = tile.groups;
+  while (fit > 1 && fit / 2 >= groups) fit /= 2;
+  return {tile.rows * tile.groups / fit, fit, tile.warps};
+}
+
+template <class Source, Rounding kRounding, int kWide, int kLoads>
+int launch_kernel(const Source& source, const GroupQuant& quant, const Tile& tile, const Where& where) {
+  const int64_t groups = quant.width / quant.group_size;
+  const int64_t row_tiles = cdiv(quant.rows, tile.rows), group_tiles = cdiv(groups, tile.groups);
+  Share share{log2_of(quant.group_size / kWide), log2_of(tile.groups), tile.rows, row_tiles > 65535};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = share.rows_first ? dim3(row_tiles, group_tiles) : dim3(group_tiles, row_tiles);
+  config.blockDim = dim3(32 * tile.warps);
+  config.stream = static_cast<cudaStream_t>(where.stream);
+  cudaLaunchAttribute attribute = {};
+  if (where.pdl) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  return cudaLaunchKernelEx(&config, group_kernel<Source, kRounding, kWide, kLoads>, source, quant, share);
+}
+
+// By how many numbers of the tile a thread has: 4, 8, 16 or 32.
+template <class Source, Rounding kRounding>
+int launch_tile(const Source& source, const GroupQuant& quant, Tile tile, const Where& where) {
+  tile = fitting(tile, quant.width / quant.group_size);
+  switch (tile.rows * tile.groups * quant.group_size / (32 * tile.warps)) {
+    case 4:
+      return launch_kernel<Source, kRounding, 4, 1>(source, quant, tile, where);
+    case 8:
+      return launch_kernel<Source, kRounding, 8, 1>(source, quant, tile, where);
+    case 16:
+      return launch_kernel<Source, kRounding, 8, 2>(source, quant, tile, where);
+    case 32:
+      return launch_kernel<Source, kRounding, 8, 4>(source, quant, tile, where);
+  }
+  return cudaErrorInvalidConfiguration;
+}
+
+template <class Source, Rounding kRounding>
+int load_kernels() {
+  cudaFuncAttributes attributes;
+  int error = cudaFuncGetAttributes(&attributes, group_kernel<Source, kRounding, 4, 1>);
+  if (!error) error = cudaFuncGetAttributes(&attributes, group_kernel<Source, kRounding, 8, 1>);
+  if (!error) error = cudaFuncGetAttributes(&attributes, group_kernel<Source, kRounding, 8, 2>);
+  if (!error) error = cudaFuncGetAttributes(&attributes, group_kernel<Source, kRounding, 8, 4>);
+  return error;
+}
+
+// `call.template operator()<rounding>()` with the rounding as a constant. FlashInfer's is for bf16 alone.
+template <bool kBf16, class Call>
+int with_rounding(Rounding rounding, const Call& call) {
+  switch (rounding) {
+    case Rounding::custom_op:
+      return call(std::integral_constant<Rounding, Rounding::custom_op>{});
+    case Rounding::reciprocal:
+      return call(std::integral_constant<Rounding, Rounding::reciprocal>{});
+    case Rounding::power:
+      return call(std::integral_constant<Rounding, Rounding::power>{});
+    case Rounding::flashinfer:
+      if constexpr (kBf16) return call(std::integral_constant<Rounding, Rounding::flashinfer>{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <class Source>
+int launch_group(const Source& source, const GroupQuant& quant, const Tile& tile, const Where& where) {
+  if (quant.rows == 0) return cudaSuccess;
+  constexpr bool kBf16 = std::is_same_v<typename Source::Number, Bf16>;
+  return with_rounding<kBf16>(quant.rounding, [&](auto rounding) {
+    return launch_tile<Source, rounding.value>(source, quant, tile, where);
+  });
+}
+
+template <class Source>
+int load_group() {
+  constexpr bool kBf16 = std::is_same_v<typename Source::Number, Bf16>;
+  int error = cudaSuccess;
+  for (Rounding rounding : {Rounding::custom_op, Rounding::reciprocal, Rounding::power, Rounding::flashinfer}) {
+    if (error || (rounding == Rounding::flashinfer && !kBf16)) continue;
+    error = with_rounding<kBf16>(rounding, [](auto r) { return load_kernels<Source, r.value>(); });
+  }
+  return error;
+}
+
+}  // namespace vfp
