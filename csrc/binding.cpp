@@ -209,6 +209,8 @@ bool read_rounding(const How& how, int64_t rows, bool fp16, vfp::Rounding& round
 }
 
 bool read_how(const How& how, const Input& input, int64_t width, vfp::GroupQuant& quant) {
+  constexpr int64_t kMost = int64_t{1} << 30;  // of an int, with room for a tile
+  if (input.rows > kMost || input.columns > kMost) return false;
   const bool sizes = (how.group_size == 128 || how.group_size == 64) && width > 0 && width % how.group_size == 0;
   if (!sizes || how.fp8 != "e4m3fn" || !read_rounding(how, input.rows, input.fp16, quant.rounding)) return false;
   const int64_t groups = width / how.group_size;

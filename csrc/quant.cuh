@@ -69,11 +69,10 @@ __device__ __forceinline__ float group_maximum(const Numbers<kWide>& y, int log2
     float mine = fmaxf(fmaxf(both.x, both.y), 0.0f);
     return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(mine)));
   }
-  constexpr int kMaxLog2 = kWide == 4 ? 5 : 4;
+  // 16 threads, or, of 64 numbers by eights, 8.
+  if (kWide == 4 || log2_threads == 4) top = Number::larger(top, __shfl_xor_sync(0xffffffffu, top, 8));
 #pragma unroll
-  for (int i = kMaxLog2 - 1; i >= 0; --i) {
-    if (i < log2_threads) top = Number::larger(top, __shfl_xor_sync(0xffffffffu, top, 1 << i));
-  }
+  for (int i = 4; i > 0; i /= 2) top = Number::larger(top, __shfl_xor_sync(0xffffffffu, top, i));
   float2 both = Number::widen(top);
   return fmaxf(both.x, both.y);
 }
@@ -133,75 +132,80 @@ __device__ __forceinline__ void store_codes(uint8_t* to, const Numbers<kWide>& y
   }
 }
 
-// Of packed scales the exponent's byte in an int32 of four groups.
-__device__ __forceinline__ void store_scale(const Scales& scales, int64_t row, int64_t group, float scale) {
-  if (scales.packed) {
-    int64_t word = row * scales.row_stride + group / 4 * scales.group_stride;
-    static_cast<uint8_t*>(scales.data)[4 * word + group % 4] = __float_as_uint(scale) >> 23;
+// ---- the kernel ------------------------------------------------------------------------------------------------------
+
+// What the kernel takes of a GroupQuant and of the tile, so that threads divide nothing. Rows and groups of the tile, and
+// threads of a group, are powers of two.
+struct Job {
+  const uint16_t* x;
+  int64_t x_stride;
+  uint8_t* codes;
+  void* scales;
+  int64_t scale_row_stride, scale_group_stride;
+  int rows, padded_rows, width, groups;
+  int log2_group_size, log2_threads, log2_tile_groups, tile_rows;
+  bool packed;
+  bool rows_first;  // neighbouring blocks have neighbouring rows, not groups
+};
+
+// Of packed scales, which are powers of two, the exponent's byte in an int32 of four groups.
+template <bool kPower>
+__device__ __forceinline__ void store_scale(const Job& job, int row, int group, float scale) {
+  if (kPower && job.packed) {
+    const int64_t word = row * job.scale_row_stride + (group >> 2) * job.scale_group_stride;
+    static_cast<uint8_t*>(job.scales)[4 * word + (group & 3)] = __float_as_uint(scale) >> 23;
   } else {
-    static_cast<float*>(scales.data)[row * scales.row_stride + group * scales.group_stride] = scale;
+    static_cast<float*>(job.scales)[row * job.scale_row_stride + group * job.scale_group_stride] = scale;
   }
 }
 
-// ---- the kernel ------------------------------------------------------------------------------------------------------
-
-// How a block's threads share its tile of rows and groups, which are powers of two.
-struct Share {
-  int log2_threads;  // of a group
-  int log2_groups;   // of the tile
-  int rows;          // of the tile
-  bool rows_first;   // neighbouring blocks have neighbouring rows, not groups
-};
-
 template <class Source, Rounding kRounding, int kWide, int kLoads>
-__global__ void __launch_bounds__(kMaxThreads) group_kernel(Source source, GroupQuant quant, Share share) {
+__global__ void __launch_bounds__(kMaxThreads) group_kernel(const Source source, const Job job) {
   using Number = typename Source::Number;
-  const int tile_groups = 1 << share.log2_groups;
-  const int64_t first_row = static_cast<int64_t>(share.rows_first ? blockIdx.x : blockIdx.y) * share.rows;
-  const int64_t first_group = static_cast<int64_t>(share.rows_first ? blockIdx.y : blockIdx.x) << share.log2_groups;
-  const int groups = static_cast<int>(quant.width / quant.group_size);
-  const int lane = threadIdx.x & ((1 << share.log2_threads) - 1);
-  const int at_once = blockDim.x >> share.log2_threads;  // groups that the block has in one load
+  constexpr bool kPower = kRounding == Rounding::power;
+  const int tile_groups = 1 << job.log2_tile_groups;
+  const int first_row = (job.rows_first ? blockIdx.x : blockIdx.y) * job.tile_rows;
+  const int first_group = (job.rows_first ? blockIdx.y : blockIdx.x) << job.log2_tile_groups;
+  const int lane = threadIdx.x & ((1 << job.log2_threads) - 1);
+  const int first_slot = threadIdx.x >> job.log2_threads;  // of the tile's groups of all its rows
+  const int slots = blockDim.x >> job.log2_threads;        // that the block has in one load
 
-  int64_t row[kLoads], group[kLoads];
+  int row[kLoads], group[kLoads], column[kLoads];
   bool here[kLoads];
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
-    const int slot = i * at_once + (threadIdx.x >> share.log2_threads);
-    row[i] = first_row + (slot >> share.log2_groups);
+    const int slot = first_slot + i * slots;
+    row[i] = first_row + (slot >> job.log2_tile_groups);
     group[i] = first_group + (slot & (tile_groups - 1));
-    here[i] = row[i] < quant.rows && group[i] < groups;
+    column[i] = (group[i] << job.log2_group_size) + lane * kWide;
+    here[i] = row[i] < job.rows && group[i] < job.groups;
   }
   wait_for_producer();
 
   typename Source::template Loaded<kWide> loaded[kLoads];
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
-    const int64_t column = group[i] * quant.group_size + lane * kWide;
-    if (here[i]) {
-      loaded[i] = source.template load_from<kWide>(quant, row[i], column);
-    } else {
-      loaded[i] = {};
-    }
+    loaded[i] = {};
+    if (here[i]) loaded[i] = source.template load_from<kWide>(job.x + row[i] * job.x_stride + column[i], job.width);
   }
 
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
     const Numbers<kWide> y = source.rounded(loaded[i]);
-    const Quantiser<kRounding> quantiser(group_maximum<Number>(y, share.log2_threads));
+    const Quantiser<kRounding> quantiser(group_maximum<Number>(y, job.log2_threads));
     if (here[i]) {
-      const int64_t at = row[i] * quant.width + group[i] * quant.group_size + lane * kWide;
-      store_codes<Number>(quant.codes + at, y, quantiser);
+      const int64_t at = static_cast<int64_t>(row[i]) * job.width + column[i];
+      store_codes<Number>(job.codes + at, y, quantiser);
       source.keep(at, y);
-      if (lane == 0) store_scale(quant.scales, row[i], group[i], quantiser.scale);
+      if (lane == 0) store_scale<kPower>(job, row[i], group[i], quantiser.scale);
     }
   }
 
-  if (quant.scales.rows > quant.rows && first_row + share.rows >= quant.rows) {
-    for (int g = threadIdx.x; g < tile_groups && first_group + g < groups; g += blockDim.x) {
-      for (int64_t pad = quant.rows; pad < quant.scales.rows; ++pad) {
-        store_scale(quant.scales, pad, first_group + g, 0.0f);
-      }
+  // Three rows at most, by the block of the last ones.
+  if (job.padded_rows > job.rows && first_row + job.tile_rows >= job.rows) {
+    for (int g = threadIdx.x; g < tile_groups && first_group + g < job.groups; g += blockDim.x) {
+#pragma unroll 1
+      for (int pad = job.rows; pad < job.padded_rows; ++pad) store_scale<kPower>(job, pad, first_group + g, 0.0f);
     }
   }
 }
@@ -227,9 +231,26 @@ template <class Source, Rounding kRounding, int kWide, int kLoads>
 int launch_kernel(const Source& source, const GroupQuant& quant, const Tile& tile, const Where& where) {
   const int64_t groups = quant.width / quant.group_size;
   const int64_t row_tiles = cdiv(quant.rows, tile.rows), group_tiles = cdiv(groups, tile.groups);
-  Share share{log2_of(quant.group_size / kWide), log2_of(tile.groups), tile.rows, row_tiles > 65535};
+  const bool rows_first = row_tiles > 65535;
+  Job job = {};
+  job.x = static_cast<const uint16_t*>(quant.x);
+  job.x_stride = quant.x_stride;
+  job.codes = quant.codes;
+  job.scales = quant.scales.data;
+  job.scale_row_stride = quant.scales.row_stride;
+  job.scale_group_stride = quant.scales.group_stride;
+  job.rows = static_cast<int>(quant.rows);
+  job.padded_rows = static_cast<int>(quant.scales.rows);
+  job.width = static_cast<int>(quant.width);
+  job.groups = static_cast<int>(groups);
+  job.log2_group_size = log2_of(quant.group_size);
+  job.log2_threads = log2_of(quant.group_size / kWide);
+  job.log2_tile_groups = log2_of(tile.groups);
+  job.tile_rows = tile.rows;
+  job.packed = quant.scales.packed;
+  job.rows_first = rows_first;
   cudaLaunchConfig_t config = {};
-  config.gridDim = share.rows_first ? dim3(row_tiles, group_tiles) : dim3(group_tiles, row_tiles);
+  config.gridDim = rows_first ? dim3(row_tiles, group_tiles) : dim3(group_tiles, row_tiles);
   config.blockDim = dim3(32 * tile.warps);
   config.stream = static_cast<cudaStream_t>(where.stream);
   cudaLaunchAttribute attribute = {};
@@ -239,7 +260,7 @@ int launch_kernel(const Source& source, const GroupQuant& quant, const Tile& til
     config.attrs = &attribute;
     config.numAttrs = 1;
   }
-  return cudaLaunchKernelEx(&config, group_kernel<Source, kRounding, kWide, kLoads>, source, quant, share);
+  return cudaLaunchKernelEx(&config, group_kernel<Source, kRounding, kWide, kLoads>, source, job);
 }
 
 // By how many numbers of the tile a thread has: 4, 8, 16 or 32.

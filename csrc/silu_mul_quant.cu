@@ -16,9 +16,8 @@ struct SiluMul {
   };
 
   template <int kWide>
-  __device__ __forceinline__ Loaded<kWide> load_from(const GroupQuant& quant, int64_t row, int64_t column) const {
-    const uint16_t* gate = static_cast<const uint16_t*>(quant.x) + row * quant.x_stride + column;
-    return {load<kWide>(gate), load<kWide>(gate + quant.width)};
+  __device__ __forceinline__ Loaded<kWide> load_from(const uint16_t* gate, int width) const {
+    return {load<kWide>(gate), load<kWide>(gate + width)};
   }
 
   template <int kWide>

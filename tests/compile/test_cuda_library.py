@@ -26,8 +26,9 @@ CHILD = Path(__file__).with_name("cuda_library_child.py")
 OPS = {"silu_mul_group_fp8_quant", "group_fp8_quant"}
 
 
-def build_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
+def csrc(name: str) -> ModuleType:
+    """A script of csrc/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"csrc_{name}", ROOT / "csrc" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -35,7 +36,7 @@ def build_module() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def nvcc() -> str:
-    found = build_module().find_nvcc()
+    found = csrc("build").find_nvcc()
     if found is None:
         pytest.skip("no nvcc")
     return found
@@ -45,7 +46,7 @@ def nvcc() -> str:
 def library(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Machine code for sm_90 alone: 15 s."""
     out = tmp_path_factory.mktemp("csrc") / "_C.so"
-    build_module().build(nvcc, out, archs=("90",), ptx=None)
+    csrc("build").build(nvcc, out, archs=("90",), ptx=None)
     return out
 
 
@@ -53,15 +54,17 @@ def library(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_nothing_of_torch_but_its_stable_abi(library: Path) -> None:
-    """Nor of a newer C library than vLLM's own wheels ask for."""
-    listed = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
-    symbols = [line.split()[-1] for line in listed.splitlines() if line.split()[0] != "w"]
-    of_torch = {s for s in symbols if "@" not in s}
-    assert "torch_call_dispatcher" in of_torch
-    assert {s for s in of_torch if not s.startswith(("aoti_torch_", "torch_"))} == set()
-    assert {s for s in symbols if "libcudart" in s and not re.match(r"(__)?cuda[A-Z]\w+@libcudart\.so\.\d+$", s)} == set()
-    newest = max(tuple(map(int, v.split("."))) for v in re.findall(r"@GLIBC_([\d.]+)", listed))
-    assert newest <= (2, 28)
+    """Nor of a newer C library than torch's own wheels ask for."""
+    assert csrc("check_wheel").problems_of(library) == []
+
+
+def test_a_symbol_of_torch_outside_its_stable_abi_is_found(tmp_path: Path) -> None:
+    source, out = tmp_path / "bad.cpp", tmp_path / "bad.so"
+    source.write_text("namespace c10 { void f(); } void g() { c10::f(); }")
+    compiler = shutil.which("g++") or pytest.skip("no g++")
+    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-lm", "-o", str(out)], check=True)
+    [problem] = csrc("check_wheel").problems_of(out)
+    assert problem.startswith("_ZN3c101fEv: ")
 
 
 def test_what_it_declares_of_torch_is_torchs(nvcc: str, tmp_path: Path) -> None:
