@@ -24,7 +24,9 @@ class CudaKernels(BuildHookInterface):
             return
         wanted = os.environ.get(SWITCH, "")
         if wanted not in ("", "0", "1"):
-            raise ValueError(f"{SWITCH}={wanted!r}; allowed: 1 (with CUDA kernels), 0 (without), or unset (if nvcc is there)")
+            raise ValueError(
+                f"{SWITCH}={wanted!r}; allowed: 1 (with CUDA kernels), 0 (without), or unset (if nvcc is there)"
+            )
         build = _csrc_build(Path(self.root))
         nvcc = build.find_nvcc()
         if wanted == "1" and nvcc is None:

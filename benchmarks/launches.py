@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a call costs on the host, outputs and launch included: our ops with CUDA's kernels, with Triton's, and vLLM's unfused ones.
+"""What a call costs on the host, outputs and launch included: our ops with CUDA's kernels, with Triton's, and vLLM's own.
 
 python benchmarks/launches.py               # to results/<gpu>/<vllm>/launches.json
 python benchmarks/launches.py --rows 1 600  # prompts

@@ -22,7 +22,7 @@ OUT = HERE.parent / "vllm_fusion_plugin" / "_C.so"
 # in "90a" or "100a".
 ARCHS = ("80", "89", "90", "100", "120")
 PTX = "90"  # what the driver compiles for all other, later GPUs
-# The CUDA runtime is the process's own, torch's: the two share its state, and a torch for another CUDA cannot load the library.
+# The CUDA runtime is torch's, which shares its state: a torch for another CUDA cannot load the library.
 TORCH = ("torch_cpu", "torch_cuda")
 
 
@@ -55,7 +55,7 @@ def build(nvcc: str, out: Path, archs: tuple[str, ...] = ARCHS, ptx: str | None 
             jobs.append([nvcc, *compile_options(), *code(archs, ptx), "-c", str(source), "-o", objects[-1]])
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(functools.partial(subprocess.run, check=True), jobs))
-        # By their names alone, the loader finds torch's libraries in the process; empty ones of these names stand in for them.
+        # The loader finds torch's libraries in the process, by name; empty ones of these names stand in for them here.
         for name in TORCH:
             stand_in = ["-Xlinker", f"-soname=lib{name}.so", "-o", f"{folder}/lib{name}.so"]
             Path(f"{folder}/empty.cpp").touch()

@@ -34,9 +34,11 @@ def problems_of(library: Path) -> list[str]:
     command = ["nm", "-D", "--undefined-only", str(library)]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     symbols = [line.split()[-1] for line in listed.splitlines() if line.split()[0] != "w"]
-    allowed = re.compile(r"(aoti_)?torch_\w+$|(__)?cuda[A-Z]\w+@libcudart\.so\.\d+$|.*@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+$")
+    allowed = re.compile(
+        r"(aoti_)?torch_\w+$|(__)?cuda[A-Z]\w+@libcudart\.so\.\d+$|.*@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+$"
+    )
     found = [f"{s}: neither torch's stable ABI nor the C, C++ or CUDA runtime" for s in symbols if not allowed.match(s)]
-    newest = max(tuple(map(int, v.split("."))) for v in re.findall(r"@GLIBC_([\d.]+)", listed))
+    newest = max((tuple(map(int, v.split("."))) for v in re.findall(r"@GLIBC_([\d.]+)", listed)), default=(0,))
     if newest > NEWEST_LIBC:
         found.append(f"needs glibc {'.'.join(map(str, newest))}; allowed: up to {'.'.join(map(str, NEWEST_LIBC))}")
     return found

@@ -25,8 +25,7 @@ def runs_in_python() -> bool:
 
 def same(outputs: Any, expected: Any) -> list[bool]:
     return [
-        torch.equal(a.float(), b.float()) and a.stride() == b.stride()
-        for a, b in zip(outputs, expected, strict=True)
+        torch.equal(a.float(), b.float()) and a.stride() == b.stride() for a, b in zip(outputs, expected, strict=True)
     ]
 
 
@@ -58,13 +57,14 @@ def main() -> dict[str, Any]:
         library.bind(cuda_library.NAMESPACE, name, "CPU")
     x = torch.randn(5, 1024, dtype=torch.bfloat16)
     arguments = (128, "tma", True, "eager", "custom_op")
-    reference = registry.REFERENCES[SILU_MUL]
+    in_groups = (64, "row", False, "custom_op")
+    silu_mul, group = registry.REFERENCES[SILU_MUL], registry.REFERENCES[GROUP]
     return {
         "schemas": {name: str(op._schema).partition("::")[2] for name, op in ops.items()},
         "bound": bound,
         "in_python": in_python,
-        "silu_mul": same(ops[SILU_MUL](x, *arguments, keep_act=True), reference(x, *arguments, True, "e4m3fn")),
-        "group": same(ops[GROUP](x, 64, "row", False, "custom_op"), registry.REFERENCES[GROUP](x, 64, "row", False, "custom_op")),
+        "silu_mul": same(ops[SILU_MUL](x, *arguments, keep_act=True), silu_mul(x, *arguments, True)),
+        "group": same(ops[GROUP](x, *in_groups), group(x, *in_groups)),
         "errors": [
             error_of(lambda: ops[GROUP](x, 7, "row", False, "custom_op")),
             error_of(lambda: ops[GROUP](x, 7, "something else", False, "custom_op")),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of csrc/, built for one GPU that is not here: what they ask of torch and of a GPU, and their binding. What
-they compute is for tests/kernels/test_cuda_kernels_gpu.py."""
+"""The CUDA kernels of csrc/, built for one GPU that is not here: what they need of torch and GPU, and how they are bound.
+What they compute is for tests/kernels/test_cuda_kernels_gpu.py."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def test_kernels_spill_nothing(library: Path) -> None:
         pytest.skip(f"Triton has no {tool.name}")
     run = subprocess.run([tool, "--dump-resource-usage", library], capture_output=True, text=True, check=True)
     used = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", run.stdout)
-    assert len(used) == 4 * (3 + 1) * (4 + 3)  # widths and loads, three SiLU·mul and none, roundings of bf16 and of fp16
+    # by what a thread loads, three of SiLU·mul and one without, roundings of bf16 and of fp16
+    assert len(used) == 4 * (3 + 1) * (4 + 3)
     assert {(stack, local) for _, stack, local in used} == {("0", "0")}
     assert max(int(registers) for registers, _, _ in used) <= 96
 

@@ -107,7 +107,11 @@ def test_shapes(library: cuda_library.Library, width: int, device: torch.device)
     """Every tile there is, filled and not; contiguous rows and strided ones."""
     for rows in (*ROWS, *(r for r in (5000, 9000) if width <= 14336)):
         x = random_input(rows, width, torch.bfloat16, device, seed=rows)
-        for form in ((128, "tma", False, "reciprocal"), (64, "column", True, "custom_op"), (128, "row", False, "custom_op")):
+        for form in (
+            (128, "tma", False, "reciprocal"),
+            (64, "column", True, "custom_op"),
+            (128, "row", False, "custom_op"),
+        ):
             if not fits(width, form):
                 continue
             for source in (x, strided(x)) if rows else (x,):
@@ -220,5 +224,5 @@ def test_errors_are_those_of_python(bound: None, device: torch.device) -> None:
         SILU_MUL(x, 7, "row", False, "native", "reciprocal")
     with pytest.raises(ValueError, match="quant_rounding='no' is not known; allowed"):
         GROUP(x, 128, "row", False, "no")
-    with pytest.raises(ValueError, match="x has dtype torch.float32; allowed"):
+    with pytest.raises(ValueError, match=r"x has dtype torch\.float32; allowed"):
         GROUP(x.float(), 128, "row", False, "reciprocal")
