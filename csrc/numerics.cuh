@@ -5,67 +5,11 @@
 // Products and sums are spelled __fmul_rn and __fadd_rn, which the compiler fuses with nothing.
 #pragma once
 
-#include <cstdint>
-#include <cuda_fp8.h>
-#include <cuda_runtime.h>
+#include "ptx.cuh"
 
 namespace vfp {
 
 constexpr float kMax = 448.0f;  // the largest e4m3fn code
-
-// Two bf16 numbers in 32 bits, the first in the lower half.
-struct Bf16 {
-  static constexpr bool kExactSilu = false;  // IEEE division shows no other bits after rounding
-
-  static __device__ __forceinline__ float2 widen(uint32_t both) {
-    return make_float2(__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u));
-  }
-
-  static __device__ __forceinline__ uint32_t round(float low, float high) {
-    uint32_t both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-  }
-
-  // Of each of two numbers the larger; of NaN and a number the number.
-  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
-    uint32_t both;
-    asm("max.bf16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
-    return both;
-  }
-};
-
-// Likewise of fp16.
-struct Fp16 {
-  static constexpr bool kExactSilu = true;
-
-  static __device__ __forceinline__ float2 widen(uint32_t both) {
-    float2 wide;
-    asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
-        : "=f"(wide.x), "=f"(wide.y)
-        : "r"(both));
-    return wide;
-  }
-
-  static __device__ __forceinline__ uint32_t round(float low, float high) {
-    uint32_t both;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-  }
-
-  static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b) {
-    uint32_t both;
-    asm("max.f16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
-    return both;
-  }
-};
-
-// 1 / x within 1 ulp; flushes to zero above 2**126.
-__device__ __forceinline__ float reciprocal(float x) {
-  float inverse;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
-  return inverse;
-}
 
 __device__ __forceinline__ float finite_or_zero(float x) { return x == INFINITY ? 0.0f : x; }
 
@@ -73,28 +17,6 @@ __device__ __forceinline__ float finite_or_zero(float x) { return x == INFINITY 
 __device__ __forceinline__ float rounded_reciprocal(float x) {
   float near = reciprocal(x);
   return __fmaf_rn(__fmaf_rn(-finite_or_zero(x), near, 1.0f), near, near);
-}
-
-// expf(-x) of CUDA's library.
-__device__ __forceinline__ float exp_of_negative(float x) {
-  float p, power;
-  asm("{\n"
-      ".reg .f32 exponent, shifted, fraction;\n"
-      ".reg .b32 bits;\n"
-      "fma.rn.ftz.sat.f32 exponent, %2, 0fBBBB989D, 0f3F000000;\n"
-      "fma.rm.ftz.f32 shifted, exponent, 0f437C0000, 0f4B400001;\n"
-      "add.rn.f32 exponent, shifted, 0fCB40007F;\n"
-      "neg.f32 exponent, exponent;\n"
-      "fma.rn.ftz.f32 fraction, %2, 0fBFB8AA3B, exponent;\n"
-      "fma.rn.ftz.f32 fraction, %2, 0fB2A57060, fraction;\n"
-      "mov.b32 bits, shifted;\n"
-      "shl.b32 bits, bits, 23;\n"
-      "mov.b32 %1, bits;\n"
-      "ex2.approx.ftz.f32 %0, fraction;\n"
-      "}"
-      : "=&f"(p), "=&f"(power)
-      : "f"(x));
-  return __fmul_rn(p, power);
 }
 
 // gate / (1 + exp(-gate)). Exact: with the bits of IEEE division after rounding to fp16.
@@ -140,26 +62,7 @@ struct TwoPartReciprocal {
 
 // 448 / top as nvcc's fast math divides; 1 for 0.
 __device__ __forceinline__ float flashinfer_factor(float top) {
-  float factor;
-  asm("div.approx.ftz.f32 %0, 0f43E00000, %1;" : "=f"(factor) : "f"(top));
-  return top == 0.0f ? 1.0f : factor;
-}
-
-__device__ __forceinline__ float flushing_product(float x, float y) {
-  float product;
-  asm("mul.rn.ftz.f32 %0, %1, %2;" : "=f"(product) : "f"(x), "f"(y));
-  return product;
-}
-
-// Two e4m3fn codes, the first in the lower byte; saturates, keeps NaN.
-__device__ __forceinline__ uint32_t e4m3_pair(float low, float high) {
-#if __CUDA_ARCH__ >= 890
-  uint16_t codes;
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
-  return codes;
-#else
-  return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
-#endif
+  return top == 0.0f ? 1.0f : fast_448_over(top);
 }
 
 }  // namespace vfp

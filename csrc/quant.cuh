@@ -18,27 +18,6 @@ constexpr float kEps = 1e-10f;       // floor of a group's maximum in vLLM's op
 constexpr float kMinPower = 1e-10f;  // and of its scale, before that is rounded up to a power of two
 constexpr int kMaxThreads = 256;
 
-// kWide 16-bit numbers.
-template <int kWide>
-struct Numbers {
-  uint32_t pairs[kWide / 2];
-};
-
-template <int kWide>
-__device__ __forceinline__ Numbers<kWide> load(const uint16_t* from) {
-  Numbers<kWide> n;
-  // volatile: after the wait for the producer. Not .nc, which the wait says nothing about.
-  if constexpr (kWide == 8) {
-    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(n.pairs[0]), "=r"(n.pairs[1]), "=r"(n.pairs[2]), "=r"(n.pairs[3])
-                 : "l"(from));
-  } else {
-    static_assert(kWide == 4);
-    asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(n.pairs[0]), "=r"(n.pairs[1]) : "l"(from));
-  }
-  return n;
-}
-
 template <int kWide>
 __device__ __forceinline__ void store(uint16_t* to, const Numbers<kWide>& n) {
   if constexpr (kWide == 8) {
@@ -46,13 +25,6 @@ __device__ __forceinline__ void store(uint16_t* to, const Numbers<kWide>& n) {
   } else {
     *reinterpret_cast<uint2*>(to) = make_uint2(n.pairs[0], n.pairs[1]);
   }
-}
-
-// Nothing before this reads what another kernel writes, or writes what another reads.
-__device__ __forceinline__ void wait_for_producer() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 // ---- maximum, scale, codes -------------------------------------------------------------------------------------------
