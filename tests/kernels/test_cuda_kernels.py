@@ -84,7 +84,7 @@ def check(
     if act or rounding == "flashinfer":
         # Without the approximate instructions SiLU and FlashInfer's scale are an ulp off here and there: ties go otherwise.
         steps = code_steps(codes.tensor, one_nan(expected_codes))
-        assert int(steps.max()) <= 1 and int(steps.count_nonzero()) <= max(2, steps.numel() // 500)
+        assert int(steps.max()) <= 1 and int(steps.count_nonzero()) <= steps.numel() // 100
         expected_codes = codes.tensor
     if rounding == "flashinfer":
         torch.testing.assert_close(scales.tensor, expected_scales, rtol=2**-22, atol=0, equal_nan=True)
