@@ -245,9 +245,9 @@ def _choose_kernels(chosen: settings.Settings, record: EngineRecord) -> None:
     if not current_platform.is_cuda():
         return
     if ops:
-        record.note(f"kernels: CUDA's for {', '.join(sorted(ops))}; Triton's for the others")
+        record.report.kernels = f"CUDA's of {', '.join(sorted(ops))}; Triton's of all other ops"
         return
-    record.note(f"kernels: Triton's, {cuda_library.why_not()}")
+    record.report.kernels = f"Triton's: {cuda_library.why_not()}"
     if chosen.kernels == "cuda":
         _warn(f"kernels=cuda, but {cuda_library.why_not()}: Triton's run")
 
