@@ -13,8 +13,8 @@ struct Given {
   using Loaded = Numbers<kWide>;
 
   template <int kWide>
-  __device__ __forceinline__ Numbers<kWide> load_from(const uint16_t* x, int) const {
-    return load<kWide>(x);
+  __device__ __forceinline__ Numbers<kWide> load_from(const uint16_t* x, int, bool here) const {
+    return load<kWide>(x, here);
   }
 
   template <int kWide>

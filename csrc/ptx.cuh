@@ -115,25 +115,29 @@ struct Numbers {
   uint32_t pairs[kWide / 2];
 };
 
+// Zeros where `here` is false. Without a branch, so that all loads of a thread are under way before one is waited for.
 template <int kWide>
-__device__ __forceinline__ Numbers<kWide> load(const uint16_t* from) {
-  Numbers<kWide> n;
+__device__ __forceinline__ Numbers<kWide> load(const uint16_t* from, bool here) {
+  Numbers<kWide> n = {};
   // volatile: after the wait for the producer. Not .nc, which the wait says nothing about.
   if constexpr (kWide == 8) {
-    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(n.pairs[0]), "=r"(n.pairs[1]), "=r"(n.pairs[2]), "=r"(n.pairs[3])
-                 : "l"(from));
+    asm volatile("{ .reg .pred here; setp.ne.b32 here, %5, 0; @here ld.global.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+                 : "+r"(n.pairs[0]), "+r"(n.pairs[1]), "+r"(n.pairs[2]), "+r"(n.pairs[3])
+                 : "l"(from), "r"(static_cast<int>(here)));
   } else {
     static_assert(kWide == 4);
-    asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(n.pairs[0]), "=r"(n.pairs[1]) : "l"(from));
+    asm volatile("{ .reg .pred here; setp.ne.b32 here, %3, 0; @here ld.global.v2.b32 {%0, %1}, [%2]; }"
+                 : "+r"(n.pairs[0]), "+r"(n.pairs[1])
+                 : "l"(from), "r"(static_cast<int>(here)));
   }
   return n;
 }
 
-// Nothing before this reads what another kernel writes, or writes what another reads.
-__device__ __forceinline__ void wait_for_producer() {
+// Nothing before this reads what another kernel writes, or writes what another reads. `address` is computed before: the
+// assembler, which would do that after the wait, moves no wait across an exit that hangs on it.
+__device__ __forceinline__ void wait_for_producer(const void* address) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("{ .reg .pred never; setp.eq.u64 never, %0, 0; @never exit; griddepcontrol.wait; }" ::"l"(address) : "memory");
 #endif
 }
 

@@ -131,8 +131,10 @@ __device__ __forceinline__ void store_scale(const Job& job, int row, int group, 
   }
 }
 
+// One block to a multiprocessor at least, which is to say: registers for all of a thread's loads at once, where the assembler
+// would otherwise, for more warps, put some of them after the first waits.
 template <class Source, Rounding kRounding, int kWide, int kLoads>
-__global__ void __launch_bounds__(kMaxThreads) group_kernel(const Source source, const Job job) {
+__global__ void __launch_bounds__(kMaxThreads, 1) group_kernel(const Source source, const Job job) {
   using Number = typename Source::Number;
   constexpr bool kPower = kRounding == Rounding::power;
   const int tile_groups = 1 << job.log2_tile_groups;
@@ -142,6 +144,7 @@ __global__ void __launch_bounds__(kMaxThreads) group_kernel(const Source source,
   const int first_slot = threadIdx.x >> job.log2_threads;  // of the tile's groups of all its rows
   const int slots = blockDim.x >> job.log2_threads;        // that the block has in one load
 
+  const uint16_t* from[kLoads];
   int row[kLoads], group[kLoads], column[kLoads];
   bool here[kLoads];
 #pragma unroll
@@ -151,14 +154,14 @@ __global__ void __launch_bounds__(kMaxThreads) group_kernel(const Source source,
     group[i] = first_group + (slot & (tile_groups - 1));
     column[i] = (group[i] << job.log2_group_size) + lane * kWide;
     here[i] = row[i] < job.rows && group[i] < job.groups;
+    from[i] = job.x + row[i] * job.x_stride + column[i];
   }
-  wait_for_producer();
+  wait_for_producer(from[kLoads - 1]);
 
   typename Source::template Loaded<kWide> loaded[kLoads];
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
-    loaded[i] = {};
-    if (here[i]) loaded[i] = source.template load_from<kWide>(job.x + row[i] * job.x_stride + column[i], job.width);
+    loaded[i] = source.template load_from<kWide>(from[i], job.width, here[i]);
   }
 
 #pragma unroll

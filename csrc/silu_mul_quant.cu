@@ -16,8 +16,8 @@ struct SiluMul {
   };
 
   template <int kWide>
-  __device__ __forceinline__ Loaded<kWide> load_from(const uint16_t* gate, int width) const {
-    return {load<kWide>(gate), load<kWide>(gate + width)};
+  __device__ __forceinline__ Loaded<kWide> load_from(const uint16_t* gate, int width, bool here) const {
+    return {load<kWide>(gate, here), load<kWide>(gate + width, here)};
   }
 
   template <int kWide>
