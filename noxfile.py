@@ -198,6 +198,20 @@ def fuzz_at_length(session: nox.Session, folder: str) -> None:
 
 
 @nox.session(python=PYTHON)
+def wheel(session: nox.Session) -> None:
+    """Not in `nox`: the wheel with CUDA kernels, into dist/, and what it asks of torch. Needs nvcc; `-- 90` for one GPU."""
+    session.install("build", "hatchling>=1.25")
+    archs = {"VLLM_FUSION_PLUGIN_BUILD_CUDA_ARCHS": " ".join(session.posargs)} if session.posargs else {}
+    build = ("python", "-m", "build", "--wheel", "--no-isolation")
+    session.run(*build, env={"VLLM_FUSION_PLUGIN_BUILD_CUDA": "1", **archs})
+    [wheel] = map(str, Path("dist").glob("*-py3-none-linux_*.whl"))
+    # With the oldest torch and the newest, where `nox -s versions-0.20.2` and `nox -s compile` have made an environment.
+    installed = (Path.cwd() / ".nox" / name / "bin/python" for name in ("versions-0-20-2", "compile"))
+    pythons = [str(python) for python in installed if python.exists()]
+    session.run("python", "csrc/check_wheel.py", wheel, "--python", *pythons)
+
+
+@nox.session(python=PYTHON)
 def demo(session: nox.Session) -> None:
     """vLLM's CPU engine with fusions on and with fusions off: the same tokens?"""
     install_cpu(session)

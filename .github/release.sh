@@ -23,6 +23,7 @@ trap 'rm -rf "$work"' EXIT
 "${PYTHON:-python3}" -m venv "$work/build"
 "$work/build/bin/pip" install --quiet --disable-pip-version-check build twine
 rm -rf dist
+export VLLM_FUSION_PLUGIN_BUILD_CUDA=0  # the same wheel wherever it is built; `nox -s wheel` makes the one with CUDA kernels
 "$work/build/bin/python" -m build --outdir dist .  # the sdist, and the wheel from it
 "$work/build/bin/twine" check --strict dist/*
 "$work/build/bin/python" -m build --wheel --outdir "$work/tree" .

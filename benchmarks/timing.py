@@ -16,6 +16,7 @@ import torch
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 REPLAYS = 9
+SMALL_SETS = 8  # of inputs, of those that L2 holds
 
 
 def results_folder() -> pathlib.Path:
@@ -52,8 +53,8 @@ def graph_us(launch: Callable[..., Any], input_sets: Sequence[tuple[Any, ...]], 
 
 def set_count(bytes_per_set: int) -> int:
     """How many input sets to go round. Large ones exceed the L2 four times over, so that every byte comes from memory; of
-    those under 2 MiB, which the GEMM before has just written and left in L2 when served, there are 8."""
-    return 8 if bytes_per_set < 2 * 2**20 else max(4, -(-256 * 2**20 // bytes_per_set))
+    those under 2 MiB, which the GEMM before has just written and left in L2 when served, there are SMALL_SETS."""
+    return SMALL_SETS if bytes_per_set < 2 * 2**20 else max(4, -(-256 * 2**20 // bytes_per_set))
 
 
 def copy_bandwidth() -> tuple[float, dict[str, float]]:

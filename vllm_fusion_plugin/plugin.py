@@ -190,9 +190,7 @@ def _why_kernels_cannot_run() -> str:
 def _note_unknown_code(record: EngineRecord, reason: str) -> None:
     text = f"compiled code is not kept for other processes, for the state of this package is not known: {reason}"
     record.note(text)
-    if text not in _warned:
-        _warned.add(text)
-        logger.warning("vllm-fusion-plugin: %s", text)
+    _warn(text)
 
 
 def _register_ops() -> None:
@@ -212,10 +210,12 @@ def _register_ops() -> None:
 
 def _pass_on(chosen: settings.Settings, config: Any, record: EngineRecord) -> None:
     from . import compat, roundings, warmup
-    from .kernels import pdl
+    from .kernels import cuda_library, pdl
     from .layers import experts_input_quant, experts_silu_mul_quant, mla_v_up_quant
 
     os.environ[pdl.ENV] = "1" if chosen.use_pdl else "0"
+    os.environ[cuda_library.ENV] = chosen.kernels
+    _choose_kernels(chosen, record)
     wanted = chosen.mla_v_up_quant and config.compilation_config.pass_config.fuse_attn_quant
     wanted = wanted and "MLAAttnQuantFusionPass" not in chosen.stock_passes
     # The op has the rounding of the quantiser that vLLM would run after attention, or the nearest that is known.
@@ -232,6 +232,31 @@ def _pass_on(chosen: settings.Settings, config: Any, record: EngineRecord) -> No
 
         verify.start(chosen.verify, compat.forward_pass)
     warmup.install(config)
+
+
+def _choose_kernels(chosen: settings.Settings, record: EngineRecord) -> None:
+    """Let them run, and say in the report which those are."""
+    from vllm.platforms import current_platform
+
+    from .kernels import cuda_library
+    from .ops import registry
+
+    ops = registry.bind_all()
+    if not current_platform.is_cuda():
+        return
+    if ops:
+        record.report.kernels = f"CUDA's of {', '.join(sorted(ops))}; Triton's of all other ops"
+        return
+    record.report.kernels = f"Triton's: {cuda_library.why_not()}"
+    if chosen.kernels == "cuda":
+        _warn(f"kernels=cuda, but {cuda_library.why_not()}: Triton's run")
+
+
+def _warn(text: str) -> None:
+    """Once."""
+    if text not in _warned:
+        _warned.add(text)
+        logger.warning("vllm-fusion-plugin: %s", text)
 
 
 def _why_experts_left(chosen: settings.Settings) -> str:

@@ -92,6 +92,8 @@ class RankReport(BaseModel):
     """Stock's pass name -> "ours", or why stock's own runs."""
     linear_kernels: dict[str, int] = Field(default_factory=dict)
     """Kernel class of the quantised linear layers -> number of layers; it decides what there is to fuse."""
+    kernels: str = ""
+    """Which fused ops have CUDA's kernels run on a GPU that has both, and if none, why; "" elsewhere."""
     subgraphs: list[Subgraph] = Field(default_factory=list)
     outside: list[Subgraph] = Field(default_factory=list)
     """What layers fuse, or leave, inside of vLLM's ops and so outside of compiled graphs: one entry a model, index -1."""

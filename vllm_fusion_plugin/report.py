@@ -202,6 +202,10 @@ def _state(rank: RankReport) -> list[tuple[str, str]]:
     return [(rank.manager, ", ".join(f"{count} {name}" for name, count in rank.linear_kernels.items()))]
 
 
+def _kernels(rank: RankReport) -> list[tuple[str, str, str]]:
+    return [("", rank.kernels, "")] if rank.kernels else []
+
+
 def _notes(rank: RankReport) -> list[tuple[str]]:
     return [(reason_words(note),) for note in rank.notes]
 
@@ -378,6 +382,7 @@ class FusionReport(BaseModel):
         notes = [(ranks, "", note, "") for ranks, note in self._by_ranks(_notes)]
         tables = [
             table("State", "rank", "state, and kernels of the quantised linear layers", states),
+            table("Kernels", "rank", "CUDA's or Triton's", self._by_ranks(_kernels)),
             table("Fused", "places", "what and where", self._places(_fused)),
             table("Not fused", "places", "why, and where", self._places(_not_fused)),
             table(

@@ -91,6 +91,10 @@ class Settings(BaseModel):
     use_pdl: bool = True
     """Launch kernels with programmatic dependent launch where the GPU has it (NVIDIA's from compute capability 9.0 on)."""
 
+    kernels: Literal["auto", "triton", "cuda"] = "auto"
+    """Whose kernels ops run on NVIDIA's GPUs that have one in CUDA, too (csrc/): auto, CUDA's where their library is built;
+    same bytes. Without it, `cuda` warns, and Triton's run."""
+
     strict: bool = False
     """An engine in which the plugin is not at work, or in which a fusion flag that is on has fused nothing, does not start:
     see strict.py."""
@@ -101,7 +105,7 @@ class Settings(BaseModel):
 
     def of_compiled_code(self) -> str:
         """Those that decide what vLLM compiles or runs, as JSON."""
-        return self.model_dump_json(exclude={"strict", "verify"})
+        return self.model_dump_json(exclude={"kernels", "strict", "verify"})
 
     @field_validator("stock_passes")
     @classmethod

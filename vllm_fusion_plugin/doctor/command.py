@@ -31,6 +31,7 @@ def diagnose(flags: Sequence[str], gpu: str) -> Diagnosis:
     findings = [
         *installation.libraries(),
         installation.gpus(),
+        installation.kernels(),
         *filter(None, [installation.command()]),
         *installation.plugin(),
     ]

@@ -71,6 +71,17 @@ def _other_python() -> str:
     return f"install this package into the environment that vLLM is in{where}"
 
 
+def kernels() -> Finding:
+    """Whether the package was built with its CUDA kernels. Nothing is loaded."""
+    from ..kernels import cuda_library
+
+    path = cuda_library.path()
+    if path.exists():
+        return Finding(about="CUDA kernels", state="ok", said=str(path))
+    said = f"{cuda_library.NOT_BUILT}, Triton's kernels run"
+    return Finding(about="CUDA kernels", state="note", said=said)
+
+
 def gpus() -> Finding:
     """GPUs and driver, by nvidia-smi, which asks the driver and changes nothing."""
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]

@@ -3,14 +3,20 @@
 
 `custom_op` wraps every call in autograd and version-counter bookkeeping, tens of µs that eager prefill pays on the CPU;
 inference needs none of it. What remains is what the compiler needs: a schema, a fake and one kernel a backend.
+
+For CUDA tensors that is the implementation in Python, which launches Triton's kernels, or the op of the same name in the
+library of CUDA kernels, where there is one. The library's is called by torch's dispatcher without Python, and goes on to the
+one in Python for what it does not do itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from ..kernels import cuda_library
 from . import calls, repeats
 
 NAMESPACE = "vllm_fusion_plugin"
@@ -19,7 +25,8 @@ CPU_IMPLEMENTATIONS: dict[str, Callable[..., object]] = {}
 """Of each op by its name."""
 
 CUDA_IMPLEMENTATIONS: dict[str, Callable[..., object]] = {}
-"""Likewise. They take meta tensors, too, and launch nothing then (kernels/launch.py)."""
+"""Likewise: of those that launch Triton's kernels. They take meta tensors, too, and launch nothing then
+(kernels/launch.py)."""
 
 REFERENCES: dict[str, Callable[..., object]] = {}
 """Likewise: in plain torch, on any device."""
@@ -32,6 +39,11 @@ SIGNATURES: dict[str, calls.Signature] = {}
 
 # Held for the life of the process: the registrations go away with the object.
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+# Of each op what runs it for CUDA tensors: the library of CUDA kernels and its binding, or None and torch's registration of
+# the implementation in Python.
+_bindings: dict[str, tuple[cuda_library.Library | None, Any]] = {}
+_fallbacks = torch.library.Library(cuda_library.FALLBACK, "FRAGMENT")
 
 
 def register(
@@ -62,8 +74,7 @@ def register(
     if not hasattr(getattr(torch.ops, NAMESPACE), name):
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
         SIGNATURES[name] = _signature(name, per_row, rows_by)
-        launched = cuda if kernels_of_others else repeats.repeating(cuda, _tensors(name))
-        LIBRARY.impl(name, calls.remembering(SIGNATURES[name], launched), "CUDA")
+        _bind(name, cuda_library.chosen())
         LIBRARY.impl(name, cpu, "CPU")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -73,6 +84,61 @@ def _tensors(name: str) -> tuple[int, ...]:
     """Positions of the arguments that are tensors or None."""
     arguments = getattr(getattr(torch.ops, NAMESPACE), name).default._schema.arguments
     return tuple(i for i, argument in enumerate(arguments) if str(argument.type) in ("Tensor", "Optional[Tensor]"))
+
+
+def bind_all() -> frozenset[str]:
+    """Let the kernels that are chosen now (cuda_library.py) run all ops; those that have one in CUDA, and it runs them."""
+    for name in list(_bindings):
+        _bind(name, cuda_library.chosen())
+    return frozenset(name for name, (library, _) in _bindings.items() if library is not None)
+
+
+def cuda_implementation(name: str) -> Callable[..., Any]:
+    """What runs an op for CUDA tensors, by other ways than its name."""
+    if _bindings[name][0] is not None:
+        return getattr(getattr(torch.ops, cuda_library.NAMESPACE), name).default
+    return CUDA_IMPLEMENTATIONS[name]
+
+
+def _bind(name: str, library: cuda_library.Library | None) -> None:
+    library = library if library is not None and name in library.ops else None
+    before, binding = _bindings.get(name, (None, None))
+    if binding is not None and before is library:
+        return
+    # First away with the one before: torch warns of every registration that overrides another.
+    if before is not None:
+        before.unbind(binding)
+    elif binding is not None:
+        binding._destroy()
+    launching = CUDA_IMPLEMENTATIONS[name]
+    if name not in OF_OTHERS:
+        launching = repeats.repeating(launching, _tensors(name))
+    run = calls.remembering(SIGNATURES[name], launching)
+    if library is None:
+        registration = torch.library.Library(NAMESPACE, "IMPL")
+        registration.impl(name, run, "CUDA")
+        _bindings[name] = (None, registration)
+        return
+    if not hasattr(getattr(torch.ops, cuda_library.FALLBACK), name):
+        schema = str(getattr(getattr(torch.ops, NAMESPACE), name).default._schema).partition("::")[2]
+        _fallbacks.define(schema)
+        _fallbacks.impl(name, _telling(run, library), "CUDA")
+    _bindings[name] = (library, library.bind(NAMESPACE, name))
+
+
+def _telling(run: Callable[..., Any], library: cuda_library.Library) -> Callable[..., Any]:
+    """`run`, whose errors become those of the library's op, and which warns where the library has no code."""
+
+    def fall_back(*arguments: Any) -> Any:
+        try:
+            if arguments[0].is_cuda:
+                cuda_library.tell_of_missing_code(library, arguments[0].device.index)
+            return run(*arguments)
+        except Exception as e:
+            library.set_error(e)
+            raise
+
+    return fall_back
 
 
 def _signature(name: str, per_row: tuple[str, ...], rows_by: str | None) -> calls.Signature:

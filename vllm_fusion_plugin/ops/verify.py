@@ -125,11 +125,11 @@ def start(calls: int, forward_pass: Callable[[], Any]) -> Verifier:
         _VERIFIER = Verifier(calls, forward_pass)
         library = torch.library.Library(registry.NAMESPACE, "IMPL")
         for op in set(registry.REFERENCES) - registry.OF_OTHERS:
-            for key, implementations in (
-                ("CUDA", registry.CUDA_IMPLEMENTATIONS),
-                ("CPU", registry.CPU_IMPLEMENTATIONS),
+            for key, implementation in (
+                ("CUDA", registry.cuda_implementation(op)),
+                ("CPU", registry.CPU_IMPLEMENTATIONS[op]),
             ):
-                library.impl(op, _verified(op, implementations[op], _VERIFIER), key, allow_override=True)
+                library.impl(op, _verified(op, implementation, _VERIFIER), key, allow_override=True)
         _libraries.append(library)
     return _VERIFIER
 
