@@ -27,6 +27,7 @@ from bench_group_quant import Nothing
 from bench_mla_dual_rms_norm_quant import MLADualRMSNorm
 from bench_mla_v_up_quant import EXACTNESS_MODES, EXACTNESS_TOKENS, HEADS, MLAVUp, V
 from bench_rms_norm_quant import RMSNorm
+from bench_sigmoid_mul_quant import SigmoidGate
 from bench_silu_mul_quant import SiluMul
 from producer import Producer, Tensors, named
 from quantisers import STATIC_SCALE, Group, Static, Token
@@ -36,6 +37,7 @@ QUANTISERS = {"group": Group, "token": Token, "static": Static}
 LAYOUTS = {"group": ("column", "tma,ue8m0", "packed,ue8m0", "group64"), "token": ("",), "static": ("",)}
 PRODUCERS = (
     SiluMul(),
+    SigmoidGate(),
     RMSNorm(add=True),
     RMSNorm(add=True, addend=True),
     RMSNorm(add=True, gemma=True),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import runpy
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -30,9 +31,11 @@ IMPLEMENTATIONS = {
     "inductor_norm": "compiled norm, vLLM's quantiser",
     "inductor": "torch.compile",
     "ours": "this package",
+    "ours_cuda": "its kernel in CUDA",
 }
 COMPILED = ("inductor_norm", "inductor")
 GEMM_TOKENS = (1, 8, 31, 32, 128, 2048)
+CHANGE_TOKENS = (1, 4, 8, 16, 24, 31)
 # Kinds of kernels of a decode step, by what their names have; the first that fits.
 KINDS = {
     "GEMM": "deep_gemm::|cutlass_3x_gemm",
@@ -50,6 +53,8 @@ CONFIGURATIONS = {
     "control": "fusions off, again",
     "ours": "this package",
     "ours_act": "this package, SiLU·mul only",
+    "ours_fastest": 'this package, `block_gemm="fastest"`',
+    "ours_experts": "this package, without experts' input",
 }
 
 Record = dict[str, Any]
@@ -183,6 +188,39 @@ def gemms(name: str) -> str:
     return f"{text}\n\n{table(head, rows, 1)}"
 
 
+def changes(name: str) -> str:
+    """The two kernels of the block GEMM for few rows, and from how many on the second is the faster."""
+    record = load(name)
+    table_of_gpu = block_gemm_table()[record["gpu"].split()[1].lower()]
+    times: dict[tuple[int, int], dict[tuple[str, int], float]] = {}
+    for row in record["rows"]:
+        us = times.setdefault((row["N"], row["H"]), {})
+        us[row["impl"].removeprefix("peer:"), row["M"]] = row["us"]
+    rows = []
+    for shape, us in times.items():
+        cells = [f"{us['flashinfer', m]:.1f} / {us['deepgemm', m]:.1f}" for m in CHANGE_TOKENS]
+        rows.append([f"{shape[0]} × {shape[1]}", *cells, table_of_gpu[shape]])
+    head = ["N × K", *(f"{m} tokens" for m in CHANGE_TOKENS), "DeepGEMM from"]
+    return f"{source(name, record)} µs, FlashInfer / DeepGEMM.\n\n{table(head, rows, 1)}"
+
+
+def block_gemm_table() -> dict[str, dict[tuple[int, int], int]]:
+    """The package's table, read as what it is: a module that needs nothing."""
+    return runpy.run_path(str(HERE.parent / "vllm_fusion_plugin" / "kernels" / "block_gemm_table.py"))["DEEPGEMM_FROM"]
+
+
+def launches(name: str) -> str:
+    """What a call costs on the host."""
+    record = load(name)
+    calls: dict[tuple[str, int], dict[str, float]] = {}
+    for row in record["rows"]:
+        calls.setdefault((row["op"], row["M"]), {})[row["impl"]] = row["host_us"]
+    impls = {"unfused": "vLLM's ops", "ours_triton": "this package, Triton", "ours_cuda": "this package, CUDA"}
+    rows = [[f"`{op}`", m, *(f"{found[impl]:.1f}" for impl in impls)] for (op, m), found in calls.items()]
+    head = ["op", "tokens", *impls.values()]
+    return f"{source(name, record)} µs of the host. Command: `{record['command']}`.\n\n{table(head, rows, 1)}"
+
+
 # ---- exactness -------------------------------------------------------------------------------------------------------
 
 
@@ -298,6 +336,8 @@ def tokens(*names: str) -> str:
 DIRECTIVES: dict[str, Callable[..., str]] = {
     "kernels": kernels,
     "slower": slower,
+    "changes": changes,
+    "launches": launches,
     "gemms": gemms,
     "exactness": exactness,
     "step": step,

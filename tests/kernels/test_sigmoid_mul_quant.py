@@ -2,7 +2,7 @@
 """Sigmoid gate + FP8 group quantiser against its pure-torch reference; here on a GPU, or in Triton's interpreter.
 
 The sigmoid may be a last bit of fp32 off the reference's, by which a product seldom rounds to another number of its dtype:
-`apart` says how many codes may differ. The comparison with Inductor's kernel, byte for byte, is in
+one code in 500 may differ here. The comparison with Inductor's kernel, byte for byte, is in
 test_sigmoid_mul_quant_gpu.py.
 """
 
@@ -19,6 +19,7 @@ from .cases import DTYPES, GROUP_SIZES, short, strided
 from .checks import Guarded, guarded_scales, one_nan
 from .test_group_quant import DEEPSEEK, Mode, activations, modes
 
+ULPS = 4  # of the sigmoid, of the product, and of the scale's own division
 Inputs = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -46,7 +47,11 @@ def check(x: torch.Tensor, gate: torch.Tensor, mode: Mode, **launch: object) -> 
         x, gate, mode.scales, quant_rounding=mode.quant_rounding
     )
     assert apart(one_nan(codes), one_nan(expected_codes)) <= 2e-3
-    assert apart(one_nan(scales), one_nan(expected_scales)) <= 2e-2
+    assert scales.stride() == expected_scales.stride()
+    if scales.dtype == torch.float32:
+        torch.testing.assert_close(scales, expected_scales, rtol=ULPS * 2.0**-23, atol=0.0, equal_nan=True)
+    else:
+        assert torch.equal(scales, expected_scales)
 
 
 def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -57,9 +62,13 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     return int(differ) / max(found.numel(), 1)
 
 
-@pytest.mark.parametrize("mode", modes(), ids=str)
+# What a quantiser does with its rows is the lone one's, which has every mode tested.
+MODES = [mode for mode in modes() if mode.group_size == 128 and mode.scale_layout in ("tma", "packed")]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
 def test_modes(mode: Mode, device: torch.device) -> None:
-    """Every mode. 5 rows: one short of TMA's alignment by 3; 3 groups: no power of two."""
+    """5 rows: one short of TMA's alignment by 3; 3 groups: no power of two."""
     kinds = [
         inputs(rows, 3 * mode.group_size, mode.dtype, device, 1, kind) for rows, kind in ((3, "special"), (2, "normal"))
     ]
