@@ -197,6 +197,23 @@ def test_two_parts_of_one_buffer_are_not_mixed_up() -> None:
     assert len(calls) == 2
 
 
+def test_one_tensor_for_two_arguments_is_not_taken_for_one_argument() -> None:
+    def implementation(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        out = torch.empty(3)
+        watch.note(Kernel, compiled, (1,), (x, residual, out, 1.0), {"TILE": (1,)})
+        return out
+
+    calls, compiled = [], Compiled()
+    run = repeats.repeating(implementation, (0, 1))
+    x, residual = rows(4), rows(4)
+    run(x, x)
+    run(x, residual)
+    for _, arguments in compiled.runs:
+        assert arguments[:2] == (x.data_ptr(), residual.data_ptr())
+    assert len(calls) + len(compiled.runs) == 2
+
+
 def test_a_launch_that_fails_ends_repeating(caplog: pytest.LogCaptureFixture) -> None:
     op = Op()
     run = repeats.repeating(op, (0,))

@@ -200,10 +200,8 @@ def _pointers(values: Sequence[Any], tensors: dict[int, torch.Tensor]) -> list[P
         if not sources:
             storage = value.untyped_storage().data_ptr()
             sources = [i for i, t in tensors.items() if t.untyped_storage().data_ptr() == storage]
-        if len(sources) != 1 and not all(tensors[i] is value for i in sources):
-            return None
-        if not sources:
-            return None  # memory of its own
+        if len(sources) != 1:
+            return None  # memory of its own; or one tensor for two arguments, which are two in another call
         found.append(Pointer(argument, sources[0], value.data_ptr() - tensors[sources[0]].data_ptr()))
     return found
 
