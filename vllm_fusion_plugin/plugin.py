@@ -70,6 +70,7 @@ def _register() -> str:
     seams.hash_into_config(configure_engine, engine_key)
     if reason := seams.install_pass_manager(PASS_MANAGER):
         return _inactive(reason)
+    seams.hook_model_load(_model_loaded, _warmed_up)
     try:
         seams.wrap_flag_defaults(flags.NORM_AND_ACT, turn_on_flag)
     except Exception as e:  # the passes go without it, where flags are on
@@ -83,6 +84,24 @@ def _engine_started(engine_core: Any) -> None:
     with contextlib.suppress(Exception):  # without it, fewer calls are verified
         if settings.read(engine_core.vllm_config.additional_config)[0].verify:
             engine_core.collective_rpc("verify_fusions_again")
+
+
+def _model_loaded(worker: Any) -> None:
+    """A worker has loaded its models: put in place what fuses outside of graphs, also where vLLM compiles nothing."""
+    from . import compat
+    from .layers import silu_mul_quant
+
+    config = worker.vllm_config
+    configure_engine(config)
+    if not RECORDER.engine(compat.engine_owner(config)).mlps_left:
+        for model in compat.models(worker):
+            silu_mul_quant.attach(model, config)
+
+
+def _warmed_up() -> None:
+    from . import warmup
+
+    warmup.unless_done()
 
 
 def turn_on_flag(config: Any, flag: str) -> bool:
@@ -128,9 +147,9 @@ def _configure_stock(configure: Callable[[Any], None], config: Any) -> None:
 def configure_engine(config: Any) -> None:
     """Prepare this process for the engine of `config`, before vLLM compiles it or loads its compiled code: settle what its
     compile cache is keyed by, give it a cache folder of its own, register our ops, take part in loading, and pass settings
-    on to kernels, MLA layers and experts. PDL, which changes no byte, is the process's: the engine configured last decides.
-    The pass manager stays in place; for an engine that the plugin keeps out of, it is vLLM's own in all but name. vLLM
-    hashes a config several times; each time this is done again. Never raises.
+    on to kernels and layers. PDL, which changes no byte, is the process's: the engine configured last decides. The pass
+    manager stays in place; for an engine that the plugin keeps out of, it is vLLM's own in all but name. vLLM hashes a
+    config several times; each time this is done again. Never raises.
     """
     from . import compat, fingerprint, seams
 
@@ -141,7 +160,7 @@ def configure_engine(config: Any) -> None:
         # A bug of ours: nobody knows what is in place, so what is compiled now must not be found again.
         record.failed, record.key = True, fingerprint.unique_key()
         record.inactive = _inactive(f"{type(e).__name__}: {e}")
-        record.mla_v_up_quant, record.experts_left = False, record.inactive
+        record.mla_v_up_quant, record.experts_left, record.mlps_left = False, record.inactive, record.inactive
         with contextlib.suppress(Exception):
             seams.use_own_cache_folder(config, record.key)
 
@@ -156,7 +175,8 @@ def _configure_engine(config: Any, record: EngineRecord) -> None:
     if not record.inactive and (reason := _why_kernels_cannot_run()):
         record.inactive = _inactive(reason)
     if record.inactive:
-        record.key, record.mla_v_up_quant, record.experts_left = None, False, record.inactive
+        record.key, record.mla_v_up_quant = None, False
+        record.experts_left = record.mlps_left = record.inactive
         return
     record.key = record.report.fingerprint = fingerprint.fingerprint(chosen, {"roundings": roundings.key()})
     if on := flags.turned_on(config):
@@ -222,7 +242,8 @@ def _pass_on(chosen: settings.Settings, config: Any, record: EngineRecord) -> No
     record.mla_v_up_quant = bool(wanted) and not _why_inexact(chosen, roundings.GROUP_QUANT)
     if record.mla_v_up_quant:
         mla_v_up_quant.install()
-    record.experts_left = _why_experts_left(chosen)
+    record.experts_left = _why_left(chosen, "experts_silu_mul_quant")
+    record.mlps_left = _why_left(chosen, "mlp_silu_mul_quant")
     if not record.experts_left:
         experts_silu_mul_quant.install()
     if chosen.experts_input_quant:
@@ -234,11 +255,12 @@ def _pass_on(chosen: settings.Settings, config: Any, record: EngineRecord) -> No
     warmup.install(config)
 
 
-def _why_experts_left(chosen: settings.Settings) -> str:
+def _why_left(chosen: settings.Settings, setting: str) -> str:
+    """Why a fusion of SiLU·mul and quantiser in layers is left to vLLM; "" if it is not."""
     from . import roundings
 
-    if not chosen.experts_silu_mul_quant:
-        return "off: experts_silu_mul_quant=false"
+    if not getattr(chosen, setting):
+        return f"off: {setting}=false"
     return _why_inexact(chosen, roundings.SILU_MUL, roundings.GROUP_QUANT)
 
 
@@ -281,7 +303,7 @@ def _get_fusion_report(worker: Any) -> dict[str, Any]:
     try:
         report.outside = outside_of_graphs(worker, record)
     except Exception as e:
-        record.note(f"what experts fuse could not be found out: {type(e).__name__}: {e}")
+        record.note(f"what layers fuse could not be found out: {type(e).__name__}: {e}")
     report.from_file = bool(report.subgraphs) and all(s.from_cache for s in report.subgraphs)
     try:
         report.linear_kernels = compat.linear_kernels(worker)
@@ -334,7 +356,7 @@ def _note_flags_without_effect(config: Any, record: EngineRecord) -> None:
 def outside_of_graphs(worker: Any, record: EngineRecord) -> list[Subgraph]:
     """What layers fuse, and leave, outside of graphs, of each model with such layers."""
     from . import compat
-    from .layers import experts_silu_mul_quant
+    from .layers import experts_silu_mul_quant, silu_mul_quant
 
     if _off or record.inactive:
         return []
@@ -342,6 +364,8 @@ def outside_of_graphs(worker: Any, record: EngineRecord) -> list[Subgraph]:
     outside = []
     for number, model in enumerate(compat.models(worker)):
         found, missed = experts_silu_mul_quant.boundaries(model, record)
+        of_mlps = silu_mul_quant.boundaries(model, worker.vllm_config, record)
+        found, missed = [*found, *of_mlps[0]], [*missed, *of_mlps[1]]
         name = names[number] if number < len(names) else ""
         if found or missed:
             outside.append(

@@ -21,7 +21,7 @@ from .rank_report import Found, Missed, RankReport, Subgraph, module_of, modules
 logger = logging.getLogger("vllm.fusion_plugin.report")
 
 _FILE = "fusion_report.json"
-NOT_COMPILED = "fusions of layers are put in place when vLLM compiles, which it has not done in this engine"
+NOT_LOADED = "fusions of layers are put in place when vLLM has loaded the model, which it has not done in this engine"
 
 
 class EngineRecord:
@@ -38,8 +38,10 @@ class EngineRecord:
         """Whether preparing this engine has raised, in which case the plugin keeps out of it for good."""
         self.mla_v_up_quant = False
         """Whether its MLA layers write FP8 in groups from the V up-projection."""
-        self.experts_left = NOT_COMPILED
+        self.experts_left = NOT_LOADED
         """Why its experts' SiLU·mul and quantiser are left to vLLM; "" if they are not."""
+        self.mlps_left = NOT_LOADED
+        """Likewise of its MLPs outside of compiled code."""
         self.unreported = 0
         """How often code came from disk with no report beside it."""
 

@@ -69,6 +69,10 @@ class Settings(BaseModel):
     """Triton's experts with FP8 weights in blocks run SiLU·mul and the quantiser between their two GEMMs as one kernel,
     where vLLM runs two; same bytes."""
 
+    mlp_silu_mul_quant: bool = True
+    """MLPs with FP8 weights in blocks that run outside of compiled code, shared experts and those of models that vLLM does
+    not compile, run SiLU·mul and the quantiser of the down projection as one kernel; same bytes."""
+
     experts_input_quant: bool = True
     """In models with shared experts, the quantiser of experts' input comes out of vLLM's MoE op and fuses with the norm
     before it; same bytes."""

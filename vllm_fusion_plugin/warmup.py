@@ -73,6 +73,13 @@ def before_serving() -> None:
         logger.info("vllm-fusion-plugin: %s", rank_line(RECORDER.report))
 
 
+def unless_done() -> None:
+    """What is called when a worker has warmed up: for engines in which vLLM watches for no compilation, and so has not
+    called `before_serving` (enforce_eager, since 0.32)."""
+    if calls.recording():
+        before_serving()
+
+
 def warm_up(most: int) -> WarmUp:
     """Repeat every call that was remembered, for up to `most` tokens or as many as it was made with, on its device."""
     start = time.perf_counter()

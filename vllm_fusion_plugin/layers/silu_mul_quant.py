@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MLPs that run outside of compiled graphs run SiLU·mul and the quantiser of their down projection as one kernel.
+
+What: `_forward_method` of an MLP's activation, an object of vLLM's class SiluAndMul, is replaced on that object when the
+model is loaded. It writes codes and scales, and the down projection takes them (quantised_input.py).
+
+Why: no graph pass reaches shared experts, which run inside vLLM's MoE op, nor anything in a model that vLLM does not
+compile. Compiled code sees nothing of this: MLPs inside of it are left alone, on the object.
+
+Since: activation, linear layers and kernels have these parts in every version read (0.20.2, 0.26.0, 0.32.0, 0.33.0). Until:
+vLLM's block kernels take its `QuantizedActivation`, which its MLPs then hand on themselves.
+
+Same bytes: codes and scales are those of the two ops that run today, in whichever of their forms vLLM has chosen, and the
+GEMM is the kernel's own. Kernels are launched on the current stream, as vLLM's, also on the one of shared experts.
+
+Each MLP's case is decided when it first runs, and tried out then: what fails is left to vLLM, with the reason in the report.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import itertools
+import logging
+import textwrap
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import compat, report, roundings
+from ..ops import verify
+from ..ops.quant import INPUT_DTYPES
+from ..ops.silu_mul_quant import silu_mul_group_fp8_quant
+from . import quantised_input
+from .quantised_input import Quantiser
+
+logger = logging.getLogger("vllm.fusion_plugin")
+
+NAME = "mlp_silu_mul_quant"
+"""In the place of a pass's name."""
+ACTIVATION, LINEAR = "SiluAndMul", "RowParallelLinear"
+BY_VLLM = "maybe_fused_act_quant"
+"""vLLM's function that calls an activation, or a fused kernel where the linear layer can be handed codes (since 0.33)."""
+
+_problem = ""
+"""Why all MLPs are left to vLLM: the op has failed."""
+
+
+class Case(NamedTuple):
+    """What is decided of an MLP."""
+
+    known: tuple[Any, ...]
+    """What it was decided for, of what may differ between calls."""
+    reason: str
+    """Why it is left to vLLM; "" if it is not."""
+    quantiser: Quantiser | None = None
+    act_rounding: str = ""
+
+    @property
+    def pattern(self) -> str:
+        return f"silu_mul[{self.act_rounding}]+{self.quantiser}"
+
+
+class Mlp:
+    """An MLP's activation and the layer that reads it; called in the activation's place."""
+
+    def __init__(self, module: torch.nn.Module, activation: Any, reader: str) -> None:
+        self.module, self.activation = module, activation
+        self.reader = reader
+        """The name that the module has for the linear layer."""
+        self.linear: Any = getattr(module, reader)
+        self.by_vllm = activation._forward_method
+        self.case: Case | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if _problem or torch.compiler.is_compiling() or x.dim() != 2:
+            return self.by_vllm(x)
+        case = self.case
+        if case is None or case.known != (x.dtype, x.shape[1]):
+            try:
+                case = self.case = self.decide(x)
+            except Exception as e:  # another vLLM's layers, which must still serve
+                case = self.case = Case((x.dtype, x.shape[1]), f"{type(e).__name__}: {e}")
+        if case.reason or self.module._modules.get(self.reader) is not self.linear:
+            return self.by_vllm(x)
+        try:
+            return self.codes(case, x)
+        except Exception as e:  # a Triton that cannot compile it, for example: vLLM's own way is still there
+            _leave_all(f"{type(e).__name__}: {e}")
+            return self.by_vllm(x)
+
+    def codes(self, case: Case, x: torch.Tensor) -> torch.Tensor:
+        assert case.quantiser is not None
+        codes, scales = silu_mul_group_fp8_quant(
+            x, case.quantiser.scales, act_rounding=case.act_rounding, quant_rounding=case.quantiser.rounding
+        )
+        return quantised_input.carry(codes, scales)
+
+    def decide(self, x: torch.Tensor) -> Case:
+        known = (x.dtype, x.shape[1])
+        quantiser, act_rounding = quantised_input.quantiser_of(self.linear), self.act_rounding()
+        reason = why_not(self, x, quantiser) or (
+            "" if act_rounding else f"{ACTIVATION} runs in a way that is not known"
+        )
+        if reason or isinstance(quantiser, str):
+            return Case(known, reason)
+        case = Case(known, "", quantiser, act_rounding)
+        quantised_input.open_to_codes(self.linear)
+        if not _is_capturing(x):
+            self.try_out(case, x)
+        return case
+
+    def act_rounding(self) -> str:
+        """How the activation rounds that vLLM would run; "" if that is not known."""
+        import torch._inductor.config as inductor
+
+        how = compat.runs_as(self.by_vllm)
+        if how == "compiled" and not inductor.emulate_precision_casts:
+            return "native"
+        return {"custom_op": roundings.of(roundings.SILU_MUL).name, "eager": "eager", "compiled": "eager"}.get(how, "")
+
+    def try_out(self, case: Case, x: torch.Tensor) -> None:
+        """Run the two kernels on these rows and on one of them: another kernel may multiply few rows. Raises what they
+        raise."""
+        kernel = compat.linear_kernel(self.linear)
+        with verify.aside():
+            for rows in (x, x[:1]) if len(x) else ():
+                codes = self.codes(case, rows)
+                quantised_input.product(kernel, self.linear, codes, quantised_input.carried(codes), None)
+
+
+def _is_capturing(x: torch.Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _leave_all(reason: str) -> None:
+    global _problem
+    if reason != _problem:
+        logger.warning("vllm-fusion-plugin: MLPs' SiLU·mul and quantiser are left to vLLM: %s", reason)
+    _problem = reason
+
+
+# ---- putting in place ------------------------------------------------------------------------------------------------
+
+
+def attach(model: torch.nn.Module, config: Any) -> None:
+    """Have the MLPs of a model that run outside of compiled code fuse. May be called again."""
+    for _, module, activation in _activations(model, config):
+        reader = reader_of(module, activation)
+        held = module._modules[activation]
+        if isinstance(reader, Reader) and not isinstance(held._forward_method, Mlp):  # type: ignore[union-attr]
+            held._forward_method = Mlp(module, held, reader.name)  # type: ignore[union-attr, assignment]
+
+
+def _activations(model: torch.nn.Module, config: Any) -> Iterator[tuple[str, torch.nn.Module, str]]:
+    """Name and module of what may be an MLP with a quantised layer, and the name that it has for its activation."""
+    for name, module in compat.eager_modules(model, config):
+        named = [child for child, held in module.named_children() if type(held).__name__ == ACTIVATION]
+        if len(named) == 1 and any(compat.is_quantised(_without_lora(child)) for child in module.children()):
+            yield name, module, named[0]
+
+
+def _without_lora(linear: torch.nn.Module) -> torch.nn.Module:
+    return getattr(linear, "base_layer", linear)
+
+
+# ---- reading model code ----------------------------------------------------------------------------------------------
+
+
+class Reader(NamedTuple):
+    """The one layer that reads what an activation returns."""
+
+    name: str
+    by_vllm: bool
+    """Whether the activation is called by vLLM's function BY_VLLM."""
+
+
+def reader_of(module: torch.nn.Module, activation: str) -> Reader | str:
+    """Which layer of an MLP reads, alone, what its activation returns, or why that cannot be told, by its `forward`."""
+    kind: Any = type(module)
+    return _reader_of(kind, activation)
+
+
+@functools.cache
+def _reader_of(kind: Any, activation: str) -> Reader | str:
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward)))
+    except (OSError, TypeError, AttributeError) as e:
+        return f"{kind.__name__}.forward cannot be read: {e}"
+    name = reader_in(source, activation)
+    unknown = f"in {kind.__name__}.forward, more than a linear layer may read what {activation} returns"
+    return Reader(name, f"{BY_VLLM}(" in source) if name else unknown
+
+
+def reader_in(source: str, activation: str) -> str:
+    """The X of `self.X(self.activation(...))`, or of `y = self.activation(...)` with `self.X(y)` in the next statement and
+    nothing else that reads y, in the source of a method; "" if it has neither."""
+    tree = ast.parse(source)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    acting = [call for call in calls if _acts(call, activation)]
+    others = [n for n in ast.walk(tree) if ast.unparse(n) == f"self.{activation}" and isinstance(n, ast.Attribute)]
+    if len(acting) != 1 or len(others) != 1:
+        return ""
+    (call,) = acting
+    for outer in calls:
+        if outer.args == [call] and not outer.keywords:
+            return _layer(outer)
+    for block in _blocks(tree):
+        for statement, following in itertools.pairwise(block):
+            if isinstance(statement, ast.Assign) and statement.value is call:
+                return _read_alone(tree, statement, following)
+    return ""
+
+
+def _acts(call: ast.Call, activation: str) -> bool:
+    named = ast.unparse(call.func)
+    if named == BY_VLLM:
+        return len(call.args) == 3 and ast.unparse(call.args[0]) == f"self.{activation}"
+    return named == f"self.{activation}" and len(call.args) == 1 and not call.keywords
+
+
+def _layer(call: ast.Call) -> str:
+    """The X of `self.X(...)`; "" if a call is none."""
+    named = call.func
+    return named.attr if isinstance(named, ast.Attribute) and ast.unparse(named.value) == "self" else ""
+
+
+def _read_alone(tree: ast.AST, written: ast.Assign, following: ast.stmt) -> str:
+    if len(written.targets) != 1 or not isinstance(written.targets[0], ast.Name):
+        return ""
+    name = written.targets[0].id
+    readers = [
+        call
+        for call in ast.walk(following)
+        if isinstance(call, ast.Call) and [ast.unparse(argument) for argument in call.args] == [name]
+    ]
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id == name]
+    later = [node for node in names if isinstance(node.ctx, ast.Load) and node.lineno >= following.lineno]
+    overwritten = any(isinstance(n.ctx, ast.Store) for n in ast.walk(following) if n in names)  # type: ignore[attr-defined]
+    end = following.end_lineno or following.lineno
+    if overwritten:
+        later = [node for node in later if node.lineno <= end]
+    if (
+        len(readers) != 1
+        or readers[0].keywords
+        or len(later) != 1
+        or not isinstance(following, (ast.Assign, ast.Return))
+    ):
+        return ""
+    return _layer(readers[0])
+
+
+def _blocks(tree: ast.AST) -> list[list[ast.stmt]]:
+    fields = (getattr(node, name, None) for node in ast.walk(tree) for name in ("body", "orelse", "finalbody"))
+    return [block for block in fields if isinstance(block, list)]
+
+
+# ---- deciding --------------------------------------------------------------------------------------------------------
+
+
+def why_not(mlp: Mlp, x: torch.Tensor, quantiser: Quantiser | str) -> str:
+    """Why an MLP called so is left to vLLM; "" if it is not."""
+    if reason := _why_not_linear(mlp.module, mlp.reader):
+        return reason
+    if isinstance(quantiser, str):
+        return quantiser
+    width, size = x.shape[1] // 2, quantiser.scales.group_size
+    if width != mlp.linear.input_size_per_partition or width % size:
+        return f"groups of {size} in rows of {width}, of which {mlp.reader} reads {mlp.linear.input_size_per_partition}"
+    if x.dtype not in INPUT_DTYPES or (x.dtype != torch.bfloat16 and "flashinfer" in quantiser.rounding):
+        return f"SiLU·mul reads {x.dtype}, which {quantiser} does not"
+    return ""
+
+
+def _why_not_linear(module: torch.nn.Module, reader: str) -> str:
+    """Why a layer is not the one that hands what it reads to its kernel, and to nothing else."""
+    linear: Any = module._modules.get(reader)
+    kind = type(linear).__name__
+    if "LoRA" in kind:
+        return "LoRA reads what SiLU·mul writes, unquantised"
+    if kind != LINEAR:
+        return f"{reader} is {kind}; fused is {LINEAR}"
+    if not linear.input_is_parallel:
+        return f"{reader} takes its part of the rows"
+    if linear._forward_pre_hooks or linear._forward_hooks or "forward" in vars(linear) or "forward" in vars(module):
+        return f"{reader} has hooks"
+    return ""
+
+
+# ---- reporting -------------------------------------------------------------------------------------------------------
+
+
+def boundaries(
+    model: torch.nn.Module, config: Any, record: report.EngineRecord
+) -> tuple[list[report.Found], list[report.Missed]]:
+    """What became of SiLU·mul and quantiser in each MLP of a model that runs outside of compiled code."""
+    found: list[report.Found] = []
+    missed: list[report.Missed] = []
+    for name, module, activation in _activations(model, config):
+        became = _became(module, activation, record)
+        if isinstance(became, str):
+            missed.append(report.Missed(pass_name=NAME, reason=became, module=name))
+        else:
+            found.append(became.model_copy(update={"module": name}))
+    return found, missed
+
+
+def _became(module: torch.nn.Module, activation: str, record: report.EngineRecord) -> report.Found | str:
+    """What has been fused, or why nothing was."""
+    reader = reader_of(module, activation)
+    if isinstance(reader, str):
+        return reader
+    linear: Any = module._modules.get(reader.name)
+    if reader.by_vllm and getattr(linear, "_input_quant_key", None) is not None:
+        return report.Found(pass_name=report.MODEL_CODE, pattern=f"silu_mul+quantiser[{BY_VLLM}]")
+    mlp = module._modules[activation]._forward_method  # type: ignore[union-attr]
+    case: Case | None = getattr(mlp, "case", None)
+    left = record.mlps_left or _problem
+    if case is None or left:
+        quantiser = quantised_input.quantiser_of(linear)
+        known = _why_not_linear(module, reader.name) or (quantiser if isinstance(quantiser, str) else "")
+        return left or known or f"{type(module).__name__} has not run yet"
+    return case.reason or report.Found(pass_name=NAME, pattern=case.pattern)
