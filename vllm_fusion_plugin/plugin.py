@@ -243,7 +243,7 @@ def _pass_on(chosen: settings.Settings, config: Any, record: EngineRecord) -> No
     if record.mla_v_up_quant:
         mla_v_up_quant.install()
     record.experts_left = _why_left(chosen, "experts_silu_mul_quant")
-    record.mlps_left = _why_left(chosen, "mlp_silu_mul_quant")
+    record.mlps_left = _why_cpu_is_left() or _why_left(chosen, "mlp_silu_mul_quant")
     if not record.experts_left:
         experts_silu_mul_quant.install()
     if chosen.experts_input_quant:
@@ -253,6 +253,14 @@ def _pass_on(chosen: settings.Settings, config: Any, record: EngineRecord) -> No
 
         verify.start(chosen.verify, compat.forward_pass)
     warmup.install(config)
+
+
+def _why_cpu_is_left() -> str:
+    """Why layers of vLLM's CPU engine are left to vLLM; "" if they are not, or if this is another."""
+    from vllm.platforms import current_platform
+
+    on = not current_platform.is_cpu() or settings.parse_switch(settings.ENV_CPU, default=False)
+    return "" if on else f"on CPU, {settings.ENV_CPU}=1 asks for it"
 
 
 def _why_left(chosen: settings.Settings, setting: str) -> str:
@@ -299,11 +307,11 @@ def _get_fusion_report(worker: Any) -> dict[str, Any]:
     record = RECORDER.engine(compat.engine_owner(worker.vllm_config))
     report = record.report
     report.rank = worker.vllm_config.parallel_config.rank
-    report.manager = _state(worker.vllm_config, record)
     try:
         report.outside = outside_of_graphs(worker, record)
     except Exception as e:
         record.note(f"what layers fuse could not be found out: {type(e).__name__}: {e}")
+    report.manager = _state(worker.vllm_config, record)
     report.from_file = bool(report.subgraphs) and all(s.from_cache for s in report.subgraphs)
     try:
         report.linear_kernels = compat.linear_kernels(worker)
@@ -383,7 +391,8 @@ def _state(config: Any, record: EngineRecord) -> str:
     if out := settings_of(config)[1]:
         return out
     if reason := compat.why_nothing_compiles(config):
-        return reason
+        layers_fuse = any(found.by_a_pass for model in record.report.outside for found in model.found)
+        return f"active in layers alone; {reason}" if layers_fuse else reason
     subgraphs = record.report.subgraphs
     if record.unreported:
         part = "some of its" if subgraphs else "its"

@@ -13,7 +13,8 @@ vLLM's block kernels take its `QuantizedActivation`, which its MLPs then hand on
 Same bytes: codes and scales are those of the two ops that run today, in whichever of their forms vLLM has chosen, and the
 GEMM is the kernel's own. Kernels are launched on the current stream, as vLLM's, also on the one of shared experts.
 
-Each MLP's case is decided when it first runs, and tried out then: what fails is left to vLLM, with the reason in the report.
+Each MLP's case is decided when the model is loaded, and tried out then: what fails is left to vLLM, with the reason in the
+report.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import compat, report, roundings
+from ..kernels.rounding import FLASHINFER, FLASHINFER_ROWS
 from ..ops import verify
 from ..ops.quant import INPUT_DTYPES
 from ..ops.silu_mul_quant import silu_mul_group_fp8_quant
@@ -51,10 +53,10 @@ _problem = ""
 class Case(NamedTuple):
     """What is decided of an MLP."""
 
-    known: tuple[Any, ...]
-    """What it was decided for, of what may differ between calls."""
     reason: str
     """Why it is left to vLLM; "" if it is not."""
+    known: tuple[torch.dtype, int] | None = None
+    """Dtype and columns of what its activation reads, if it is not."""
     quantiser: Quantiser | None = None
     act_rounding: str = ""
 
@@ -67,29 +69,29 @@ class Mlp:
     """An MLP's activation and the layer that reads it; called in the activation's place."""
 
     def __init__(self, module: torch.nn.Module, activation: Any, reader: str) -> None:
-        self.module, self.activation = module, activation
+        self.module = module
         self.reader = reader
         """The name that the module has for the linear layer."""
-        self.linear: Any = getattr(module, reader)
+        self.linear: Any = module._modules[reader]
         self.by_vllm = activation._forward_method
-        self.case: Case | None = None
+        try:
+            self.case = self.decide()
+        except Exception as e:  # another vLLM's layers, which must still serve
+            self.case = Case(f"{type(e).__name__}: {e}")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if _problem or torch.compiler.is_compiling() or x.dim() != 2:
-            return self.by_vllm(x)
         case = self.case
-        if case is None or case.known != (x.dtype, x.shape[1]):
-            try:
-                case = self.case = self.decide(x)
-            except Exception as e:  # another vLLM's layers, which must still serve
-                case = self.case = Case((x.dtype, x.shape[1]), f"{type(e).__name__}: {e}")
-        if case.reason or self.module._modules.get(self.reader) is not self.linear:
+        if case.reason or _problem or torch.compiler.is_compiling() or not self.is_as_decided(x):
             return self.by_vllm(x)
         try:
             return self.codes(case, x)
         except Exception as e:  # a Triton that cannot compile it, for example: vLLM's own way is still there
             _leave_all(f"{type(e).__name__}: {e}")
             return self.by_vllm(x)
+
+    def is_as_decided(self, x: torch.Tensor) -> bool:
+        same_rows = x.dim() == 2 and (x.dtype, x.shape[1]) == self.case.known
+        return same_rows and self.module._modules.get(self.reader) is self.linear
 
     def codes(self, case: Case, x: torch.Tensor) -> torch.Tensor:
         assert case.quantiser is not None
@@ -98,18 +100,20 @@ class Mlp:
         )
         return quantised_input.carry(codes, scales)
 
-    def decide(self, x: torch.Tensor) -> Case:
-        known = (x.dtype, x.shape[1])
+    def decide(self) -> Case:
+        if reason := why_not_linear(self.module, self.reader):
+            return Case(reason)
         quantiser, act_rounding = quantised_input.quantiser_of(self.linear), self.act_rounding()
-        reason = why_not(self, x, quantiser) or (
-            "" if act_rounding else f"{ACTIVATION} runs in a way that is not known"
-        )
-        if reason or isinstance(quantiser, str):
-            return Case(known, reason)
-        case = Case(known, "", quantiser, act_rounding)
+        if isinstance(quantiser, str):
+            return Case(quantiser)
+        if reason := why_not_rows(self.linear, quantiser):
+            return Case(reason)
+        if not act_rounding:
+            return Case(f"{ACTIVATION} runs in a way that is not known")
+        known = (self.linear.params_dtype, 2 * self.linear.input_size_per_partition)
+        case = Case("", known, quantiser, act_rounding)
+        self.try_out(case)
         quantised_input.open_to_codes(self.linear)
-        if not _is_capturing(x):
-            self.try_out(case, x)
         return case
 
     def act_rounding(self) -> str:
@@ -121,18 +125,17 @@ class Mlp:
             return "native"
         return {"custom_op": roundings.of(roundings.SILU_MUL).name, "eager": "eager", "compiled": "eager"}.get(how, "")
 
-    def try_out(self, case: Case, x: torch.Tensor) -> None:
-        """Run the two kernels on these rows and on one of them: another kernel may multiply few rows. Raises what they
-        raise."""
-        kernel = compat.linear_kernel(self.linear)
-        with verify.aside():
-            for rows in (x, x[:1]) if len(x) else ():
-                codes = self.codes(case, rows)
+    def try_out(self, case: Case) -> None:
+        """Run the two kernels on one row, and on as many as another GEMM may multiply. Raises what they raise: once there
+        are codes, nothing could bring the rows back. It also tells the warm-up what will be called, for an engine that
+        compiles nothing need not run the model before it serves."""
+        assert case.known is not None
+        dtype, columns = case.known
+        kernel, device = compat.linear_kernel(self.linear), self.linear.weight.device
+        with torch.inference_mode(), verify.aside():
+            for rows in (1, FLASHINFER_ROWS):
+                codes = self.codes(case, torch.zeros(rows, columns, dtype=dtype, device=device))
                 quantised_input.product(kernel, self.linear, codes, quantised_input.carried(codes), None)
-
-
-def _is_capturing(x: torch.Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _leave_all(reason: str) -> None:
@@ -260,22 +263,8 @@ def _blocks(tree: ast.AST) -> list[list[ast.stmt]]:
 # ---- deciding --------------------------------------------------------------------------------------------------------
 
 
-def why_not(mlp: Mlp, x: torch.Tensor, quantiser: Quantiser | str) -> str:
-    """Why an MLP called so is left to vLLM; "" if it is not."""
-    if reason := _why_not_linear(mlp.module, mlp.reader):
-        return reason
-    if isinstance(quantiser, str):
-        return quantiser
-    width, size = x.shape[1] // 2, quantiser.scales.group_size
-    if width != mlp.linear.input_size_per_partition or width % size:
-        return f"groups of {size} in rows of {width}, of which {mlp.reader} reads {mlp.linear.input_size_per_partition}"
-    if x.dtype not in INPUT_DTYPES or (x.dtype != torch.bfloat16 and "flashinfer" in quantiser.rounding):
-        return f"SiLU·mul reads {x.dtype}, which {quantiser} does not"
-    return ""
-
-
-def _why_not_linear(module: torch.nn.Module, reader: str) -> str:
-    """Why a layer is not the one that hands what it reads to its kernel, and to nothing else."""
+def why_not_linear(module: torch.nn.Module, reader: str) -> str:
+    """Why a layer of an MLP is not one that hands what it reads to its kernel, and to nothing else; "" if it is."""
     linear: Any = module._modules.get(reader)
     kind = type(linear).__name__
     if "LoRA" in kind:
@@ -286,6 +275,16 @@ def _why_not_linear(module: torch.nn.Module, reader: str) -> str:
         return f"{reader} takes its part of the rows"
     if linear._forward_pre_hooks or linear._forward_hooks or "forward" in vars(linear) or "forward" in vars(module):
         return f"{reader} has hooks"
+    return ""
+
+
+def why_not_rows(linear: Any, quantiser: Quantiser) -> str:
+    """Why what a linear layer reads cannot be quantised by our op; "" if it can be."""
+    width, dtype, size = linear.input_size_per_partition, linear.params_dtype, quantiser.scales.group_size
+    if width % size:
+        return f"groups of {size} in rows of {width}; fused are groups that divide a row"
+    if dtype not in INPUT_DTYPES or (dtype != torch.bfloat16 and FLASHINFER in quantiser.rounding):
+        return f"SiLU·mul reads {dtype}, which {quantiser} is not known for"
     return ""
 
 
@@ -316,10 +315,8 @@ def _became(module: torch.nn.Module, activation: str, record: report.EngineRecor
     if reader.by_vllm and getattr(linear, "_input_quant_key", None) is not None:
         return report.Found(pass_name=report.MODEL_CODE, pattern=f"silu_mul+quantiser[{BY_VLLM}]")
     mlp = module._modules[activation]._forward_method  # type: ignore[union-attr]
-    case: Case | None = getattr(mlp, "case", None)
-    left = record.mlps_left or _problem
-    if case is None or left:
-        quantiser = quantised_input.quantiser_of(linear)
-        known = _why_not_linear(module, reader.name) or (quantiser if isinstance(quantiser, str) else "")
-        return left or known or f"{type(module).__name__} has not run yet"
-    return case.reason or report.Found(pass_name=NAME, pattern=case.pattern)
+    if reason := record.mlps_left or _problem:
+        return reason
+    if not isinstance(mlp, Mlp):
+        return "it came into the model after this package had looked at it"
+    return mlp.case.reason or report.Found(pass_name=NAME, pattern=mlp.case.pattern)
