@@ -261,6 +261,13 @@ def ir_provider(op: str, arguments: Sequence[Any]) -> str:
     return IrOp.registry[op].dispatch(*arguments).provider
 
 
+def has_ir_op(name: str) -> bool:
+    """Whether this vLLM has an operation `vllm.ir.ops.<name>`: `rms_norm` since 0.20, `fused_add_rms_norm` since 0.26."""
+    from vllm.ir.op import IrOp
+
+    return name in IrOp.registry
+
+
 def inductor_is_deterministic(inductor_compile_config: dict[str, Any]) -> bool:
     """Whether Inductor compiles without timing kernels against each other (`deterministic`, torch 2.10 or so and later), by
     vLLM's configuration or torch's."""

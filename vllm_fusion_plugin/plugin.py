@@ -89,13 +89,16 @@ def _engine_started(engine_core: Any) -> None:
 def _model_loaded(worker: Any) -> None:
     """A worker has loaded its models: put in place what fuses outside of graphs, also where vLLM compiles nothing."""
     from . import compat
-    from .layers import silu_mul_quant
+    from .layers import rms_norm_quant, silu_mul_quant
 
     config = worker.vllm_config
     configure_engine(config)
-    if not RECORDER.engine(compat.engine_owner(config)).mlps_left:
-        for model in compat.models(worker):
+    record = RECORDER.engine(compat.engine_owner(config))
+    for model in compat.models(worker):
+        if not record.mlps_left:
             silu_mul_quant.attach(model, config)
+        if not record.norms_left:
+            rms_norm_quant.attach(model, config)
 
 
 def _warmed_up() -> None:
@@ -160,7 +163,7 @@ def configure_engine(config: Any) -> None:
         # A bug of ours: nobody knows what is in place, so what is compiled now must not be found again.
         record.failed, record.key = True, fingerprint.unique_key()
         record.inactive = _inactive(f"{type(e).__name__}: {e}")
-        record.mla_v_up_quant, record.experts_left, record.mlps_left = False, record.inactive, record.inactive
+        record.leave_layers(record.inactive)
         with contextlib.suppress(Exception):
             seams.use_own_cache_folder(config, record.key)
 
@@ -175,8 +178,8 @@ def _configure_engine(config: Any, record: EngineRecord) -> None:
     if not record.inactive and (reason := _why_kernels_cannot_run()):
         record.inactive = _inactive(reason)
     if record.inactive:
-        record.key, record.mla_v_up_quant = None, False
-        record.experts_left = record.mlps_left = record.inactive
+        record.key = None
+        record.leave_layers(record.inactive)
         return
     record.key = record.report.fingerprint = fingerprint.fingerprint(chosen, {"roundings": roundings.key()})
     if on := flags.turned_on(config):
@@ -244,6 +247,7 @@ def _pass_on(chosen: settings.Settings, config: Any, record: EngineRecord) -> No
         mla_v_up_quant.install()
     record.experts_left = _why_left(chosen, "experts_silu_mul_quant")
     record.mlps_left = _why_cpu_is_left() or _why_left(chosen, "mlp_silu_mul_quant")
+    record.norms_left = _why_cpu_is_left() or _why_norms_left(chosen)
     if not record.experts_left:
         experts_silu_mul_quant.install()
     if chosen.experts_input_quant:
@@ -270,6 +274,13 @@ def _why_left(chosen: settings.Settings, setting: str) -> str:
     if not getattr(chosen, setting):
         return f"off: {setting}=false"
     return _why_inexact(chosen, roundings.SILU_MUL, roundings.GROUP_QUANT)
+
+
+def _why_norms_left(chosen: settings.Settings) -> str:
+    """Why norms outside of graphs are left to vLLM; "" if they are not."""
+    if not chosen.eager_rms_norm_quant:
+        return "off: eager_rms_norm_quant=false"
+    return "vLLM's norm adds up in another order, and inexact=leave" if chosen.inexact == "leave" else ""
 
 
 def _why_inexact(chosen: settings.Settings, *ops: str) -> str:
@@ -364,7 +375,7 @@ def _note_flags_without_effect(config: Any, record: EngineRecord) -> None:
 def outside_of_graphs(worker: Any, record: EngineRecord) -> list[Subgraph]:
     """What layers fuse, and leave, outside of graphs, of each model with such layers."""
     from . import compat
-    from .layers import experts_silu_mul_quant, silu_mul_quant
+    from .layers import experts_silu_mul_quant, rms_norm_quant, silu_mul_quant
 
     if _off or record.inactive:
         return []
@@ -372,8 +383,9 @@ def outside_of_graphs(worker: Any, record: EngineRecord) -> list[Subgraph]:
     outside = []
     for number, model in enumerate(compat.models(worker)):
         found, missed = experts_silu_mul_quant.boundaries(model, record)
-        of_mlps = silu_mul_quant.boundaries(model, worker.vllm_config, record)
-        found, missed = [*found, *of_mlps[0]], [*missed, *of_mlps[1]]
+        for of_layers in (silu_mul_quant, rms_norm_quant):
+            more = of_layers.boundaries(model, worker.vllm_config, record)
+            found, missed = [*found, *more[0]], [*missed, *more[1]]
         name = names[number] if number < len(names) else ""
         if found or missed:
             outside.append(

@@ -42,8 +42,15 @@ class EngineRecord:
         """Why its experts' SiLU·mul and quantiser are left to vLLM; "" if they are not."""
         self.mlps_left = NOT_LOADED
         """Likewise of its MLPs outside of compiled code."""
+        self.norms_left = NOT_LOADED
+        """Why its norms outside of compiled code are left to vLLM; "" if they are not."""
         self.unreported = 0
         """How often code came from disk with no report beside it."""
+
+    def leave_layers(self, reason: str) -> None:
+        """Leave to vLLM all that fuses in its layers."""
+        self.mla_v_up_quant = False
+        self.experts_left = self.mlps_left = self.norms_left = reason
 
     def note(self, text: str) -> None:
         if text not in self.report.notes:

@@ -12,14 +12,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from vllm.config import CompilationMode, DeviceConfig, VllmConfig, set_current_vllm_config
+from vllm.config import CompilationConfig, CompilationMode, DeviceConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 from vllm.platforms import current_platform
 from vllm.utils.network_utils import get_open_port
 
-from vllm_fusion_plugin import report
+from vllm_fusion_plugin import report, roundings
 from vllm_fusion_plugin.layers import silu_mul_quant as layer
+from vllm_fusion_plugin.ops.quant import GroupScales, group_fp8_quant_reference
 
 HIDDEN, WIDTH = 256, 384
 CLASSES = {"LlamaMLP": "llama", "Qwen2MoeMLP": "qwen2_moe", "DeepseekV2MLP": "deepseek_v2"}
@@ -46,9 +47,8 @@ def no_rank() -> None:
 def engine(*custom_ops: str, mode: CompilationMode = CompilationMode.NONE) -> Iterator[VllmConfig]:
     """The configuration of an engine; by default one in which vLLM compiles nothing."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = VllmConfig(device_config=DeviceConfig(device=device))
-    config.compilation_config.mode = mode
-    config.compilation_config.custom_ops = list(custom_ops or ("all",))
+    compilation = CompilationConfig(mode=mode, custom_ops=list(custom_ops or ("all",)))
+    config = VllmConfig(device_config=DeviceConfig(device=device), compilation_config=compilation)
     text = SimpleNamespace(model_type="qwen3")
     config.model_config = SimpleNamespace(dtype=torch.bfloat16, hf_text_config=text, is_moe=False)
     with set_current_vllm_config(config, check_compile=False):
@@ -82,6 +82,17 @@ def rows(count: int, hidden: int = HIDDEN) -> torch.Tensor:
     generator = torch.Generator().manual_seed(count)
     x = torch.randn(count, hidden, generator=generator) * torch.randn(count, 1, generator=generator).exp()
     return x.to(device, torch.bfloat16)
+
+
+def with_custom_quantisers(mlp: Any) -> Any:
+    """On CPU, the MLP with stand-ins for vLLM's CUDA op that quantises, which CPU has not."""
+
+    def forward_cuda(x: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return group_fp8_quant_reference(x, GroupScales(), roundings.of(roundings.GROUP_QUANT).name)
+
+    for linear in (mlp.gate_up_proj, mlp.down_proj) if is_cpu() else ():
+        linear.quant_method.fp8_linear.quant_fp8._forward_method = forward_cuda
+    return mlp
 
 
 def record() -> report.EngineRecord:

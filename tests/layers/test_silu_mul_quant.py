@@ -100,6 +100,16 @@ def test_bytes_of_vllm(name, config, fused_rows):
     assert found.pattern.startswith("silu_mul[") and "+group128[" in found.pattern
 
 
+def test_bytes_of_vllms_quantising_op(config, fused_rows):
+    """On CPU stood in for, on both sides alike."""
+    mlp = mlp_layer.with_custom_quantisers(make("DeepseekV2MLP"))
+    want = mlp(rows(5))
+    attached(config, mlp)
+    assert same(mlp(rows(5)), want)
+    assert fused_rows[-1] == 5
+    assert "native" not in mlp.act_fn._forward_method.case.quantiser.rounding
+
+
 def test_vllms_quantiser_is_not_called(config, monkeypatch):
     mlp = attached(config, make("DeepseekV2MLP"))
     kernel = mlp.down_proj.quant_method.fp8_linear

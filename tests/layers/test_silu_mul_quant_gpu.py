@@ -122,7 +122,6 @@ def test_native_activations(compiled, shared, fused_rows):
 
     mode = CompilationMode.VLLM_COMPILE if compiled else CompilationMode.NONE
     with shared.engine("none", "+quant_fp8", mode=mode) as config:
-        config.compilation_config.backend = "inductor"
         check(shared, config, make(shared, name="Qwen2MoeMLP"), fused_rows, "native" if compiled else "eager")
 
 

@@ -119,6 +119,9 @@ def _layer_state(fusion: fusions.Fusion, config: Any, record: EngineRecord) -> s
     """As a pass's state in the report."""
     if fusion.name == "MLAVUpQuant":
         return "ours" if record.mla_v_up_quant else "off: it needs fuse_attn_quant, and a model with latent attention"
+    if fusion.name == "EagerRMSNormQuant":
+        eager = bool(compat.why_nothing_compiles(config))
+        return record.norms_left or ("ours" if eager else "off: it needs norms outside of compiled code")
     with_experts = bool(config.model_config.get_num_experts())
     if fusion.name == "MLPSiluMulQuant":
         eager = bool(compat.why_nothing_compiles(config))

@@ -27,7 +27,7 @@ DYNAMIC = "FlashInferFp8DeepGEMMDynamicBlockScaledKernel"
 METHODS = ("Fp8LinearMethod", "CompressedTensorsLinearMethod")
 """vLLM's methods of linear layers that hand their input to the kernel as it is."""
 
-_SCALES = "_fusion_plugin_scales"
+_GIVEN = "_fusion_plugin_given"
 
 
 class Quantiser(NamedTuple):
@@ -45,36 +45,65 @@ class Quantiser(NamedTuple):
 # ---- handing on ------------------------------------------------------------------------------------------------------
 
 
+class Given:
+    """What a tensor has with it, for the linear layers that read it."""
+
+    def for_(self, linear: OpenLinear, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Codes and scales of x as a linear layer quantises it; None if it has to do so itself."""
+        raise NotImplementedError
+
+
+class OpenLinear(NamedTuple):
+    """A linear layer that takes codes."""
+
+    kernel: Any
+    linear: Any
+    quantiser: Quantiser
+
+
+class _Carried(Given):
+    """The scales of codes that are handed on themselves."""
+
+    def __init__(self, scales: torch.Tensor) -> None:
+        self.scales = scales
+
+    def for_(self, linear: OpenLinear, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, self.scales
+
+
+def give(x: torch.Tensor, given: Given) -> torch.Tensor:
+    """x, with something for the linear layers that read it. It is lost where a view or a copy is handed on."""
+    setattr(x, _GIVEN, given)
+    return x
+
+
 def carry(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """codes [M, K], which a linear layer that is `open_to_codes` multiplies by these scales."""
-    setattr(codes, _SCALES, scales)
-    return codes
+    return give(codes, _Carried(scales))
 
 
-def carried(x: torch.Tensor) -> Any:
-    """The scales that x carries; None if it carries none."""
-    return getattr(x, _SCALES, None)
-
-
-def open_to_codes(linear: torch.nn.Module) -> None:
-    """Have a layer that `quantiser_of` has an answer for take codes. May be called again."""
+def open_to_codes(linear: torch.nn.Module, quantiser: Quantiser) -> OpenLinear:
+    """Have a layer for which `quantiser_of` has this answer take codes. May be called again."""
     kernel = compat.linear_kernel(linear)
-    apply = kernel.apply_weights
+    apply, opened = kernel.apply_weights, OpenLinear(kernel, linear, quantiser)
     if hasattr(apply, "_fusion_plugin"):
-        return
+        return opened
 
     def apply_weights(layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
-        scales = carried(x)
-        if scales is None:
+        given = getattr(x, _GIVEN, None)
+        quantised = given.for_(opened, x) if given is not None else None
+        if quantised is None:
             return apply(layer, x, bias, **kwargs)
-        return product(kernel, layer, x, scales, bias)
+        codes, scales = quantised
+        return product(kernel, layer, codes, scales, bias)
 
     apply_weights._fusion_plugin = True  # type: ignore[attr-defined]
     kernel.apply_weights = apply_weights
+    return opened
 
 
 def product(
-    kernel: Any, layer: Any, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+    kernel: Any, layer: Any, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """What the kernel's `apply_weights` returns for rows that its quantiser would have made these codes and scales of."""
     weight, weight_scales = compat.block_weight(kernel, layer)

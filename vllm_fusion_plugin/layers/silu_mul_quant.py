@@ -84,7 +84,7 @@ class Mlp:
         if case.reason or _problem or torch.compiler.is_compiling() or not self.is_as_decided(x):
             return self.by_vllm(x)
         try:
-            return self.codes(case, x)
+            return quantised_input.carry(*self.codes(case, x))
         except Exception as e:  # a Triton that cannot compile it, for example: vLLM's own way is still there
             _leave_all(f"{type(e).__name__}: {e}")
             return self.by_vllm(x)
@@ -93,12 +93,12 @@ class Mlp:
         same_rows = x.dim() == 2 and (x.dtype, x.shape[1]) == self.case.known
         return same_rows and self.module._modules.get(self.reader) is self.linear
 
-    def codes(self, case: Case, x: torch.Tensor) -> torch.Tensor:
+    def codes(self, case: Case, x: torch.Tensor) -> list[torch.Tensor]:
+        """Codes and scales."""
         assert case.quantiser is not None
-        codes, scales = silu_mul_group_fp8_quant(
+        return silu_mul_group_fp8_quant(
             x, case.quantiser.scales, act_rounding=case.act_rounding, quant_rounding=case.quantiser.rounding
         )
-        return quantised_input.carry(codes, scales)
 
     def decide(self) -> Case:
         if reason := why_not_linear(self.module, self.reader):
@@ -113,7 +113,7 @@ class Mlp:
         known = (self.linear.params_dtype, 2 * self.linear.input_size_per_partition)
         case = Case("", known, quantiser, act_rounding)
         self.try_out(case)
-        quantised_input.open_to_codes(self.linear)
+        quantised_input.open_to_codes(self.linear, quantiser)
         return case
 
     def act_rounding(self) -> str:
@@ -134,8 +134,8 @@ class Mlp:
         kernel, device = compat.linear_kernel(self.linear), self.linear.weight.device
         with torch.inference_mode(), verify.aside():
             for rows in (1, FLASHINFER_ROWS):
-                codes = self.codes(case, torch.zeros(rows, columns, dtype=dtype, device=device))
-                quantised_input.product(kernel, self.linear, codes, quantised_input.carried(codes), None)
+                x = torch.zeros(rows, columns, dtype=dtype, device=device)
+                quantised_input.product(kernel, self.linear, *self.codes(case, x))
 
 
 def _leave_all(reason: str) -> None:
