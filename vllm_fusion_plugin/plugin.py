@@ -70,7 +70,7 @@ def _register() -> str:
     seams.hash_into_config(configure_engine, engine_key)
     if reason := seams.install_pass_manager(PASS_MANAGER):
         return _inactive(reason)
-    seams.hook_model_load(_model_loaded, _warmed_up)
+    seams.hook_model_load(model_loaded, _warmed_up)
     try:
         seams.wrap_flag_defaults(flags.NORM_AND_ACT, turn_on_flag)
     except Exception as e:  # the passes go without it, where flags are on
@@ -86,7 +86,7 @@ def _engine_started(engine_core: Any) -> None:
             engine_core.collective_rpc("verify_fusions_again")
 
 
-def _model_loaded(worker: Any) -> None:
+def model_loaded(worker: Any) -> None:
     """A worker has loaded its models: put in place what fuses outside of graphs, also where vLLM compiles nothing."""
     from . import compat
     from .layers import rms_norm_quant, silu_mul_quant

@@ -465,7 +465,7 @@ def test_a_worker_that_compiles_nothing(config, monkeypatch, fused_rows):
     monkeypatch.setattr(config, "parallel_config", SimpleNamespace(rank=0))
     warmed: list[int] = []
     for _ in range(2):
-        seams.hook_model_load(plugin._model_loaded, lambda: warmed.append(1))
+        seams.hook_model_load(plugin.model_loaded, lambda: warmed.append(1))
     wrapper = Wrapper()
     wrapper.init_device()
     worker = wrapper.worker

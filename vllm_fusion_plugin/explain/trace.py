@@ -154,7 +154,7 @@ def _build_and_compile(config: Any, traced: Traced, tell: Callable[[Any], None])
 
     tracing.compile_model(model, config, compiled)
     traced.itemsize = config.model_config.dtype.itemsize
-    traced.report = RankReport.model_validate(tracing.plugin_report(model))
+    traced.report = RankReport.model_validate(tracing.plugin_report(model, config))
 
 
 if __name__ == "__main__":
