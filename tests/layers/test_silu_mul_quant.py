@@ -260,7 +260,17 @@ def test_a_linear_layer_that_is_replaced_later(config, fused_rows):
 
 
 def test_an_mlp_that_comes_later(config):
-    assert reasons(config, make("LlamaMLP")) == ["it came into the model after this package had looked at it"]
+    assert "came into the model after" in reasons(config, make("LlamaMLP"))[0]
+
+
+def test_an_activation_of_two_mlps(config, fused_rows):
+    mlps = [make("DeepseekV2MLP") for _ in range(2)]
+    mlps[1].act_fn = mlps[0].act_fn
+    want = [mlp(rows(3)) for mlp in mlps]
+    layer.attach(torch.nn.ModuleList(mlps), config)
+    assert all(same(mlp(rows(3)), expected) for mlp, expected in zip(mlps, want, strict=True))
+    assert fused_rows == []
+    assert "its activation is others' too" in reasons(config, mlps[0])[0]
 
 
 # ---- failures --------------------------------------------------------------------------------------------------------

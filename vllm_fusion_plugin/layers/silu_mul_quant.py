@@ -25,6 +25,7 @@ import inspect
 import itertools
 import logging
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -150,9 +151,12 @@ def _leave_all(reason: str) -> None:
 
 def attach(model: torch.nn.Module, config: Any) -> None:
     """Have the MLPs of a model that run outside of compiled code fuse. May be called again."""
+    held_by = Counter(id(part) for module in model.modules() for part in module._modules.values())
     for _, module, activation in _activations(model, config):
         reader = reader_of(module, activation)
         held = module._modules[activation]
+        if held_by[id(held)] > 1:
+            continue
         if isinstance(reader, Reader) and not isinstance(held._forward_method, Mlp):  # type: ignore[union-attr]
             held._forward_method = Mlp(module, held, reader.name)  # type: ignore[union-attr, assignment]
 
@@ -318,5 +322,5 @@ def _became(module: torch.nn.Module, activation: str, record: report.EngineRecor
     if reason := record.mlps_left or _problem:
         return reason
     if not isinstance(mlp, Mlp):
-        return "it came into the model after this package had looked at it"
+        return "its activation is others' too, or came into the model after this package had looked at it"
     return mlp.case.reason or report.Found(pass_name=NAME, pattern=mlp.case.pattern)
