@@ -13,7 +13,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm.model_executor.layers.layernorm import RMSNorm
 
-from vllm_fusion_plugin import compat, plugin, report, settings
+from vllm_fusion_plugin import compat, plugin, report, settings, warmup
 from vllm_fusion_plugin.kernels.rounding import FLASHINFER_ROWS
 from vllm_fusion_plugin.layers import quantised_input
 from vllm_fusion_plugin.layers import rms_norm_quant as layer
@@ -196,6 +196,19 @@ def test_kernels_are_not_compiled_while_vllm_serves(config, monkeypatch, fused_r
     assert [m.partition(": ")[2].partition(",")[0] for m in boundaries(config, decoder)[1]] == [
         "vLLM has run the model once before it serves"
     ] * 2
+
+
+def test_a_model_that_runs_once_before_vllm_serves(config, monkeypatch, fused_rows):
+    decoder = Decoder()
+    want = run(decoder, 4)
+    layer.attach(decoder, config)
+    run(decoder, 4)
+    monkeypatch.setattr(warmup, "warm_up", lambda most: warmup.WarmUp(0, 0, 0.0))
+    warmup.unless_done()
+    assert not calls.recording() and fused_rows == TRIED * 2
+    fused_rows.clear()
+    assert same(run(decoder, 4), want)
+    assert fused_rows == [4, 4] and boundaries(config, decoder) == (["first", "second"], [])
 
 
 def test_a_gemm_that_fails_when_it_is_tried_out(config, monkeypatch):

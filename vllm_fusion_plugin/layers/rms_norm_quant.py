@@ -3,7 +3,8 @@
 
 What: `_forward_method` of an object of vLLM's class RMSNorm is replaced on that object when the model is loaded. In its
 first call it runs as before, and the linear layers that are handed its very result say so (quantised_input.py). From the
-second on it writes normed rows, as before, and the codes and scales that these layers would make of them.
+second on, or when vLLM serves, it writes normed rows, as before, and the codes and scales that these layers would make of
+them.
 
 Why: no graph pass reaches models that vLLM does not compile. Which layer reads which norm differs from model to model and by
 parallelism; a look shows it, with nothing to know of model code. Whatever is not handed the very result (a view, a copy,
@@ -20,12 +21,13 @@ inexact=leave leaves norms to vLLM.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 
-from .. import compat, report
+from .. import compat, report, warmup
 from ..kernels.rounding import FLASHINFER, FLASHINFER_ROWS, is_native
 from ..ops import calls, verify
 from ..ops.quant import INPUT_DTYPES
@@ -70,6 +72,8 @@ class Norm:
         self.readers: dict[int, OpenLinear] = {}
         """That its first call has shown."""
         self.calls = 0
+        self.add = False
+        """Whether a residual was added in that call."""
         self.case: Case | None = None
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
@@ -106,7 +110,7 @@ class Norm:
         """vLLM's result, whose readers say that they are."""
         result = self.by_vllm(x, residual)
         if len(x) and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self.calls += 1
+            self.calls, self.add = self.calls + 1, residual is not None
             normed = result[0] if residual is not None else result
             quantised_input.give(normed, _Watched(self, normed[:SAMPLE].clone()))
         return result
@@ -150,6 +154,18 @@ class Norm:
                     quantised_input.product(reader.kernel, reader.linear, codes, scales)
 
 
+def decide_rest() -> None:
+    """Decide the cases of norms that have run once: an engine that compiles nothing may run its model no more before it
+    serves."""
+    for norm in list(_norms_in_place):
+        if norm.case is None and norm.readers:
+            x = norm.module.weight.data.new_zeros(1, norm.module.weight.shape[0])
+            norm.case = norm.decided(x, x if norm.add else None)
+
+
+_norms_in_place: weakref.WeakSet[Norm] = weakref.WeakSet()
+
+
 class _Watched(Given):
     """Of a result of vLLM's, in a norm's first call."""
 
@@ -190,6 +206,8 @@ def attach(model: torch.nn.Module, config: Any) -> None:
     for norm in norms:
         if not isinstance(norm._forward_method, Norm):
             norm._forward_method = Norm(norm)
+            _norms_in_place.add(norm._forward_method)
+            warmup.first(decide_rest)
     for _, module in compat.eager_modules(model, config) if norms else ():
         if compat.is_quantised(module):
             quantiser = quantised_input.quantiser_of(module)
@@ -209,8 +227,7 @@ def why_not(module: Any) -> str:
         return "VLLM_BATCH_INVARIANT asks for vLLM's own norm"
     if not compat.has_ir_op("fused_add_rms_norm"):
         return "this vLLM has no op for a norm with an addition"
-    how = compat.runs_as(module._forward_method)
-    if how != "custom_op" and not (how == "eager" and compat.runs_references()):
+    if compat.runs_as(module._forward_method) not in ("custom_op", "eager"):  # each asks vllm.ir for an implementation
         return f"{NORM} runs in a way that is not known"
     if module.variance_size_override is not None or not module.has_weight:
         return f"{NORM} has no weight, or another width"
