@@ -627,8 +627,16 @@ def models(worker: Any) -> list[torch.nn.Module]:
     in 0.26)."""
     runner = getattr(worker, "model_runner", None)
     drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
-    found = [getattr(holder, "model", None) for holder in (runner, drafter)]
+    found = [_unwrapped(getattr(holder, "model", None)) for holder in (runner, drafter)]
     return [model for model in found if isinstance(model, torch.nn.Module)]
+
+
+def _unwrapped(model: Any) -> Any:
+    """A model without what runs it as CUDA graphs or in parts, which are no modules and have `unwrap` (all versions read):
+    whole graphs, breakable ones (since 0.26), ubatches."""
+    while model is not None and not isinstance(model, torch.nn.Module) and hasattr(model, "unwrap"):
+        model = model.unwrap()
+    return model
 
 
 def experts_by_layer(model: torch.nn.Module) -> list[tuple[str, list[Any]]]:
@@ -739,7 +747,7 @@ def linear_kernels(worker: Any) -> dict[str, int]:
     to a scheme, as compressed-tensors and Quark do, by the layer's `scheme`. Where neither holds one, the scheme's or
     method's own class is counted."""
     found: dict[str, int] = {}
-    model = getattr(getattr(worker, "model_runner", None), "model", None)
+    model = _unwrapped(getattr(getattr(worker, "model_runner", None), "model", None))
     for module in model.modules() if isinstance(model, torch.nn.Module) else ():
         method, scheme = getattr(module, "quant_method", None), getattr(module, "scheme", None)
         if "MoE" in type(method).__name__:
