@@ -375,7 +375,7 @@ def _note_flags_without_effect(config: Any, record: EngineRecord) -> None:
 def outside_of_graphs(worker: Any, record: EngineRecord) -> list[Subgraph]:
     """What layers fuse, and leave, outside of graphs, of each model with such layers."""
     from . import compat
-    from .layers import experts_silu_mul_quant, rms_norm_quant, silu_mul_quant
+    from .layers import experts_silu_mul_quant, quantised_input, rms_norm_quant, silu_mul_quant
 
     if _off or record.inactive:
         return []
@@ -383,9 +383,12 @@ def outside_of_graphs(worker: Any, record: EngineRecord) -> list[Subgraph]:
     outside = []
     for number, model in enumerate(compat.models(worker)):
         found, missed = experts_silu_mul_quant.boundaries(model, record)
+        told: set[int] = set()
         for of_layers in (silu_mul_quant, rms_norm_quant):
             more = of_layers.boundaries(model, worker.vllm_config, record)
             found, missed = [*found, *more[0]], [*missed, *more[1]]
+            told |= of_layers.readers(model, worker.vllm_config)
+        missed = [*missed, *quantised_input.left(model, worker.vllm_config, told)]
         name = names[number] if number < len(names) else ""
         if found or missed:
             outside.append(

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 
 from vllm_fusion_plugin import compat, plugin, report, settings, warmup
 from vllm_fusion_plugin.kernels.rounding import FLASHINFER_ROWS
-from vllm_fusion_plugin.layers import quantised_input
+from vllm_fusion_plugin.layers import quantised_input, silu_mul_quant
 from vllm_fusion_plugin.layers import rms_norm_quant as layer
 from vllm_fusion_plugin.ops import calls
 
@@ -118,6 +118,20 @@ def test_rows_of_vllm_and_codes_for_who_reads_them(config, fused_rows):
     patterns = [f.pattern for f in layer.boundaries(decoder, config, record())[0]]
     assert [p.partition("[")[0] for p in patterns] == ["rms_norm", "fused_add_rms_norm"]
     assert all("+group128[" in p and p.endswith("+norm") for p in patterns)
+
+
+def test_linear_layers_that_are_handed_nothing_are_told_of(config, monkeypatch):
+    """Of a decoder in which only one MLP reads a norm's very result. A layer that does not run quantises nothing."""
+    decoder = Decoder()
+    decoder.idle = make("DeepseekV2MLP")
+    decoder.other.forward = lambda y: type(decoder.other).forward(decoder.other, y.clone())
+    layer.attach(decoder, config)
+    silu_mul_quant.attach(decoder, config)
+    for _ in range(3):
+        run(decoder, 4)
+    told = layer.readers(decoder, config) | silu_mul_quant.readers(decoder, config)
+    missed = quantised_input.left(decoder, config, told)
+    assert [(m.pass_name, m.module) for m in missed] == [("none", "other.gate_up_proj")]
 
 
 def test_linear_layers_do_not_quantise(config, monkeypatch):

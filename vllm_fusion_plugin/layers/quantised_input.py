@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import compat, roundings
+from .. import compat, report, roundings
 from ..kernels.rounding import FLASHINFER, FLASHINFER_ROWS
 from ..ops import block_gemm
 from ..ops.quant import GROUP_SIZES, GroupScales
@@ -59,6 +59,8 @@ class OpenLinear(NamedTuple):
     kernel: Any
     linear: Any
     quantiser: Quantiser
+    ran: set[str]
+    """Whether it has quantised "by itself"."""
 
 
 class _Carried(Given):
@@ -85,19 +87,20 @@ def carry(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 def open_to_codes(linear: torch.nn.Module, quantiser: Quantiser) -> OpenLinear:
     """Have a layer for which `quantiser_of` has this answer take codes. May be called again."""
     kernel = compat.linear_kernel(linear)
-    apply, opened = kernel.apply_weights, OpenLinear(kernel, linear, quantiser)
+    apply, opened = kernel.apply_weights, OpenLinear(kernel, linear, quantiser, set())
     if hasattr(apply, "_fusion_plugin"):
-        return opened
+        return apply._fusion_plugin
 
     def apply_weights(layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         given = getattr(x, _GIVEN, None)
         quantised = given.for_(opened, x) if given is not None else None
         if quantised is None:
+            opened.ran.add("by itself")
             return apply(layer, x, bias, **kwargs)
         codes, scales = quantised
         return product(kernel, layer, codes, scales, bias)
 
-    apply_weights._fusion_plugin = True  # type: ignore[attr-defined]
+    apply_weights._fusion_plugin = opened  # type: ignore[attr-defined]
     kernel.apply_weights = apply_weights
     return opened
 
@@ -119,6 +122,17 @@ def product(
 def _dynamic(kernel: Any) -> dict[str, Any]:
     rows = 0 if compat.batch_invariant() else FLASHINFER_ROWS
     return {"use_ue8m0": kernel.fallback.use_deep_gemm_e8m0, "flashinfer_rows": rows}
+
+
+def left(model: torch.nn.Module, config: Any, told: set[int]) -> list[report.Missed]:
+    """Linear layers of a model that were looked at and have quantised by themselves, but those of these ids."""
+    reason = "the linear layer quantises by itself what it reads: no norm and no SiLU·mul hands it on"
+    missed = []
+    for name, module in compat.eager_modules(model, config):
+        opened = getattr(getattr(compat.linear_kernel(module), "apply_weights", None), "_fusion_plugin", None)
+        if opened is not None and opened.ran and id(module) not in told:
+            missed.append(report.Missed(pass_name="none", reason=reason, module=name))
+    return missed
 
 
 # ---- deciding --------------------------------------------------------------------------------------------------------

@@ -219,6 +219,12 @@ def _norms(model: torch.nn.Module, config: Any) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in compat.eager_modules(model, config) if type(module).__name__ == NORM)
 
 
+def readers(model: torch.nn.Module, config: Any) -> set[int]:
+    """Ids of the linear layers that `boundaries` tells of."""
+    norms = [module._forward_method for _, module in _norms(model, config)]
+    return {id(r.linear) for norm in norms if isinstance(norm, Norm) and norm.case for r in norm.readers.values()}
+
+
 def why_not(module: Any) -> str:
     """Why a norm is left to vLLM whatever reads it; "" if it is not."""
     if isinstance(module._forward_method, Norm):

@@ -169,6 +169,13 @@ def _activations(model: torch.nn.Module, config: Any) -> Iterator[tuple[str, tor
             yield name, module, named[0]
 
 
+def readers(model: torch.nn.Module, config: Any) -> set[int]:
+    """Ids of the linear layers that `boundaries` tells of."""
+    found = [(module, reader_of(module, activation)) for _, module, activation in _activations(model, config)]
+    linears = [module._modules[reader.name] for module, reader in found if isinstance(reader, Reader)]
+    return {id(_without_lora(linear)) for linear in linears if linear is not None}
+
+
 def _without_lora(linear: torch.nn.Module) -> torch.nn.Module:
     return getattr(linear, "base_layer", linear)
 
