@@ -13,6 +13,8 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from vllm.platforms import current_platform
+
 from vllm_fusion_plugin import compat, plugin, report, seams, settings
 from vllm_fusion_plugin.kernels.rounding import FLASHINFER_ROWS
 from vllm_fusion_plugin.layers import quantised_input
@@ -169,7 +171,7 @@ def test_compiled_code_is_left_alone(config, monkeypatch):
     model.compiled.layers[0]["shared"], model.compiled.layers[0]["experts"] = shared, runner
     model.compiled.do_not_compile, model.draft.do_not_compile = False, True
     for on_gpu in (False, True):
-        monkeypatch.setattr(type(compat_platform()), "is_cuda_alike", lambda self, on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda self, on_gpu=on_gpu: on_gpu)
         layer.attach(model, config)
         replaced = [isinstance(mlp.act_fn._forward_method, layer.Mlp) for mlp in (compiled, eager, shared)]
         assert replaced == [False, True, on_gpu]
@@ -177,12 +179,6 @@ def test_compiled_code_is_left_alone(config, monkeypatch):
     assert not missed and [f.module for f in found] == ["layers.0.shared", "layers.0.mlp"]
     config.compilation_config.mode = importlib.import_module("vllm.config").CompilationMode.STOCK_TORCH_COMPILE
     assert layer.boundaries(model, config, record()) == ([], [])
-
-
-def compat_platform() -> Any:
-    from vllm.platforms import current_platform
-
-    return current_platform
 
 
 def test_attaching_again_changes_nothing(config):
