@@ -53,5 +53,23 @@ def test_of_the_method_of_the_scheme_and_neither():
     ) == {"SomeKernel": 2, "SomeScheme": 1, "SomeMethod": 1}
 
 
+class Wrapper:
+    """As vLLM's CUDAGraphWrapper, which is no module."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def unwrap(self):
+        return self.model
+
+
+def test_a_model_that_runs_as_cuda_graphs():
+    model = torch.nn.ModuleList([Linear(SomeMethod(fp8_linear=SomeKernel()))])
+    wrapped = Wrapper(Wrapper(model))
+    worker = SimpleNamespace(model_runner=SimpleNamespace(model=wrapped, drafter=SimpleNamespace(model=Wrapper(model))))
+    assert compat.linear_kernels(worker) == {"SomeKernel": 1}
+    assert compat.models(worker) == [model, model]
+
+
 def test_a_worker_without_a_model():
     assert compat.linear_kernels(SimpleNamespace()) == {}

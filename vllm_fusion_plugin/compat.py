@@ -261,6 +261,13 @@ def ir_provider(op: str, arguments: Sequence[Any]) -> str:
     return IrOp.registry[op].dispatch(*arguments).provider
 
 
+def has_ir_op(name: str) -> bool:
+    """Whether this vLLM has an operation `vllm.ir.ops.<name>`: `rms_norm` since 0.20, `fused_add_rms_norm` since 0.26."""
+    from vllm.ir.op import IrOp
+
+    return name in IrOp.registry
+
+
 def inductor_is_deterministic(inductor_compile_config: dict[str, Any]) -> bool:
     """Whether Inductor compiles without timing kernels against each other (`deterministic`, torch 2.10 or so and later), by
     vLLM's configuration or torch's."""
@@ -620,8 +627,16 @@ def models(worker: Any) -> list[torch.nn.Module]:
     in 0.26)."""
     runner = getattr(worker, "model_runner", None)
     drafter = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
-    found = [getattr(holder, "model", None) for holder in (runner, drafter)]
+    found = [_unwrapped(getattr(holder, "model", None)) for holder in (runner, drafter)]
     return [model for model in found if isinstance(model, torch.nn.Module)]
+
+
+def _unwrapped(model: Any) -> Any:
+    """A model without what runs it as CUDA graphs or in parts, which are no modules and have `unwrap` (all versions read):
+    whole graphs, breakable ones (since 0.26), ubatches."""
+    while model is not None and not isinstance(model, torch.nn.Module) and hasattr(model, "unwrap"):
+        model = model.unwrap()
+    return model
 
 
 def experts_by_layer(model: torch.nn.Module) -> list[tuple[str, list[Any]]]:
@@ -732,18 +747,23 @@ def linear_kernels(worker: Any) -> dict[str, int]:
     to a scheme, as compressed-tensors and Quark do, by the layer's `scheme`. Where neither holds one, the scheme's or
     method's own class is counted."""
     found: dict[str, int] = {}
-    model = getattr(getattr(worker, "model_runner", None), "model", None)
+    model = _unwrapped(getattr(getattr(worker, "model_runner", None), "model", None))
     for module in model.modules() if isinstance(model, torch.nn.Module) else ():
         method, scheme = getattr(module, "quant_method", None), getattr(module, "scheme", None)
         if "MoE" in type(method).__name__:
             continue  # experts run a kernel of another kind
-        held = [value for holder in (method, scheme) for value in getattr(holder, "__dict__", {}).values()]
-        names = {type(value).__name__ for value in held if _is_kernel(value)}
+        names = {type(kernel).__name__ for kernel in _kernels_of(module)}
         if not names and _is_quantised_linear(module, method):
             names = {type(method if scheme is None else scheme).__name__}
         for name in names:
             found[name] = found.get(name, 0) + 1
     return found
+
+
+def _kernels_of(module: torch.nn.Module) -> list[Any]:
+    holders = (getattr(module, "quant_method", None), getattr(module, "scheme", None))
+    held = [value for holder in holders for value in getattr(holder, "__dict__", {}).values()]
+    return [value for value in held if _is_kernel(value)]
 
 
 def _is_kernel(value: Any) -> bool:
@@ -754,6 +774,107 @@ def _is_quantised_linear(module: Any, method: Any) -> bool:
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
     return isinstance(module, LinearBase) and method is not None and not isinstance(method, UnquantizedLinearMethod)
+
+
+def linear_kernel(linear: torch.nn.Module) -> Any:
+    """The kernel object of a quantised linear layer, held as `linear_kernels` says; None if it holds none, or several."""
+    kernels = _kernels_of(linear)
+    return kernels[0] if len(kernels) == 1 else None
+
+
+def is_quantised(module: torch.nn.Module) -> bool:
+    """Whether a module is a linear layer with quantised weights."""
+    return _is_quantised_linear(module, getattr(module, "quant_method", None))
+
+
+def block_kernel_class() -> Any:
+    """The base class of kernels for FP8 weights in blocks (since 0.20), if this process has imported it."""
+    return getattr(sys.modules.get("vllm.model_executor.kernels.linear"), "Fp8BlockScaledMMLinearKernel", None)
+
+
+def block_weight(kernel: Any, linear: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and scales of a linear layer of a kernel of that class: `block_scale` of its parameters since 0.32, before that
+    one of two. The second branch can go with support for 0.26."""
+    params = kernel._get_layer_params(linear)
+    if hasattr(params, "block_scale"):
+        return params.weight, params.block_scale
+    return params.weight, params.weight_scale if params.weight_scale_inv is None else params.weight_scale_inv
+
+
+def packs_scales(quant_fp8: Any) -> bool:
+    """Whether a layer of vLLM's class QuantFP8 packs its scales for DeepGEMM, as its `forward_cuda` decides (all versions
+    read)."""
+    from vllm.utils.deep_gemm import DeepGemmQuantScaleFMT
+
+    if not (quant_fp8.use_ue8m0 and quant_fp8.use_deep_gemm_supported and quant_fp8.group_size == 128):
+        return False
+    return bool(DeepGemmQuantScaleFMT.from_oracle() == DeepGemmQuantScaleFMT.UE8M0)
+
+
+def runs_references() -> bool:
+    """Whether our ops run in plain torch, on CPU, and so divide as vLLM's eager code. Our kernels divide as Inductor's."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
+
+
+# ---- layers that run eagerly -----------------------------------------------------------------------------------------
+
+
+def runs_as(method: Any) -> str:
+    """What one of vLLM's CustomOp layers runs where nothing else compiles it: "custom_op", its native code as "compiled" by
+    Inductor, or that code as torch runs it, "eager"; "" if that cannot be told.
+
+    method: its `_forward_method`, an attribute of the instance that `dispatch_forward` has chosen (all versions read)."""
+    if hasattr(method, "_torchdynamo_orig_callable"):
+        return "compiled"
+    name = getattr(method, "__name__", "")
+    if name == "forward_cuda":
+        return "custom_op"
+    return "eager" if name in ("forward_native", "forward_cpu") else ""
+
+
+def eager_modules(model: torch.nn.Module, config: Any) -> list[tuple[str, torch.nn.Module]]:
+    """The modules of a model that run outside of code that vLLM compiles, by their names from the root of what it compiles
+    or would: all, or shared experts inside of its MoE op.
+
+    A part that `support_torch_compile` wraps is compiled where its `do_not_compile` is false (all versions read)."""
+    from vllm.config import CompilationMode
+
+    if config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE:
+        return []
+    named = dict(model.named_modules())
+    compiled = [name for name, module in named.items() if not getattr(module, "do_not_compile", True)]
+    roots = [name for name, module in named.items() if hasattr(module, "do_not_compile")]
+    inside = {id(part) for shared in shared_experts(model) for part in shared.modules()}
+    return [
+        (_below(name, roots), module)
+        for name, module in named.items()
+        if id(module) in inside or not any(_is_below(name, root) for root in compiled)
+    ]
+
+
+def shared_experts(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules that vLLM runs as shared experts inside of its MoE op, which is opaque on GPUs: those that a
+    `SharedExperts` holds as `_layer`, which the layer's runner holds (all versions read)."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda_alike():
+        return []
+    holders = [holder for module in model.modules() for holder in (module, getattr(module, "runner", None))]
+    shared = [getattr(holder, "_shared_experts", None) for holder in holders]
+    layers = [getattr(one, "_layer", None) for one in shared if type(one).__name__ == "SharedExperts"]
+    return [layer for layer in layers if isinstance(layer, torch.nn.Module)]
+
+
+def _is_below(name: str, root: str) -> bool:
+    return not root or name == root or name.startswith(f"{root}.")
+
+
+def _below(name: str, roots: Sequence[str]) -> str:
+    """A module's name from the innermost root above it."""
+    root = max((r for r in roots if r and name.startswith(f"{r}.")), key=len, default="")
+    return name.removeprefix(f"{root}.") if root else name
 
 
 def stock_match_table() -> dict[str, int]:

@@ -74,6 +74,8 @@ FUSIONS = (
     Fusion("GroupQuantPass", "group_quant", "last", "lone_group_quant", ("group_quant",), on_cpu=True),
     Fusion("MLAVUpQuant", "mla_v_up_quant", "layer", "mla_v_up_quant", ("mla_v_up_quant",)),
     Fusion("ExpertsSiluMulQuant", "experts_silu_mul_quant", "layer", "experts_silu_mul_quant", ("silu_mul_quant",)),
+    Fusion("EagerRMSNormQuant", "rms_norm_quant", "layer", "eager_rms_norm_quant", ("rms_norm_quant", "block_gemm")),
+    Fusion("MLPSiluMulQuant", "silu_mul_quant", "layer", "mlp_silu_mul_quant", ("silu_mul_quant", "block_gemm")),
 )
 
 BY_NAME = {fusion.name: fusion for fusion in FUSIONS}

@@ -70,6 +70,7 @@ def _register() -> str:
     seams.hash_into_config(configure_engine, engine_key)
     if reason := seams.install_pass_manager(PASS_MANAGER):
         return _inactive(reason)
+    seams.hook_model_load(model_loaded, _warmed_up)
     try:
         seams.wrap_flag_defaults(flags.NORM_AND_ACT, turn_on_flag)
     except Exception as e:  # the passes go without it, where flags are on
@@ -83,6 +84,27 @@ def _engine_started(engine_core: Any) -> None:
     with contextlib.suppress(Exception):  # without it, fewer calls are verified
         if settings.read(engine_core.vllm_config.additional_config)[0].verify:
             engine_core.collective_rpc("verify_fusions_again")
+
+
+def model_loaded(worker: Any) -> None:
+    """A worker has loaded its models: put in place what fuses outside of graphs, also where vLLM compiles nothing."""
+    from . import compat
+    from .layers import rms_norm_quant, silu_mul_quant
+
+    config = worker.vllm_config
+    configure_engine(config)
+    record = RECORDER.engine(compat.engine_owner(config))
+    for model in compat.models(worker):
+        if not record.mlps_left:
+            silu_mul_quant.attach(model, config)
+        if not record.norms_left:
+            rms_norm_quant.attach(model, config)
+
+
+def _warmed_up() -> None:
+    from . import warmup
+
+    warmup.unless_done()
 
 
 def turn_on_flag(config: Any, flag: str) -> bool:
@@ -128,9 +150,9 @@ def _configure_stock(configure: Callable[[Any], None], config: Any) -> None:
 def configure_engine(config: Any) -> None:
     """Prepare this process for the engine of `config`, before vLLM compiles it or loads its compiled code: settle what its
     compile cache is keyed by, give it a cache folder of its own, register our ops, take part in loading, and pass settings
-    on to kernels, MLA layers and experts. PDL, which changes no byte, is the process's: the engine configured last decides.
-    The pass manager stays in place; for an engine that the plugin keeps out of, it is vLLM's own in all but name. vLLM
-    hashes a config several times; each time this is done again. Never raises.
+    on to kernels and layers. PDL, which changes no byte, is the process's: the engine configured last decides. The pass
+    manager stays in place; for an engine that the plugin keeps out of, it is vLLM's own in all but name. vLLM hashes a
+    config several times; each time this is done again. Never raises.
     """
     from . import compat, fingerprint, seams
 
@@ -141,7 +163,7 @@ def configure_engine(config: Any) -> None:
         # A bug of ours: nobody knows what is in place, so what is compiled now must not be found again.
         record.failed, record.key = True, fingerprint.unique_key()
         record.inactive = _inactive(f"{type(e).__name__}: {e}")
-        record.mla_v_up_quant, record.experts_left = False, record.inactive
+        record.leave_layers(record.inactive)
         with contextlib.suppress(Exception):
             seams.use_own_cache_folder(config, record.key)
 
@@ -156,7 +178,8 @@ def _configure_engine(config: Any, record: EngineRecord) -> None:
     if not record.inactive and (reason := _why_kernels_cannot_run()):
         record.inactive = _inactive(reason)
     if record.inactive:
-        record.key, record.mla_v_up_quant, record.experts_left = None, False, record.inactive
+        record.key = None
+        record.leave_layers(record.inactive)
         return
     record.key = record.report.fingerprint = fingerprint.fingerprint(chosen, {"roundings": roundings.key()})
     if on := flags.turned_on(config):
@@ -222,7 +245,9 @@ def _pass_on(chosen: settings.Settings, config: Any, record: EngineRecord) -> No
     record.mla_v_up_quant = bool(wanted) and not _why_inexact(chosen, roundings.GROUP_QUANT)
     if record.mla_v_up_quant:
         mla_v_up_quant.install()
-    record.experts_left = _why_experts_left(chosen)
+    record.experts_left = _why_left(chosen, "experts_silu_mul_quant")
+    record.mlps_left = _why_cpu_is_left() or _why_left(chosen, "mlp_silu_mul_quant")
+    record.norms_left = _why_cpu_is_left() or _why_norms_left(chosen)
     if not record.experts_left:
         experts_silu_mul_quant.install()
     if chosen.experts_input_quant:
@@ -259,12 +284,28 @@ def _warn(text: str) -> None:
         logger.warning("vllm-fusion-plugin: %s", text)
 
 
-def _why_experts_left(chosen: settings.Settings) -> str:
+def _why_cpu_is_left() -> str:
+    """Why layers of vLLM's CPU engine are left to vLLM; "" if they are not, or if this is another."""
+    from vllm.platforms import current_platform
+
+    on = not current_platform.is_cpu() or settings.parse_switch(settings.ENV_CPU, default=False)
+    return "" if on else f"on CPU, {settings.ENV_CPU}=1 asks for it"
+
+
+def _why_left(chosen: settings.Settings, setting: str) -> str:
+    """Why a fusion of SiLU·mul and quantiser in layers is left to vLLM; "" if it is not."""
     from . import roundings
 
-    if not chosen.experts_silu_mul_quant:
-        return "off: experts_silu_mul_quant=false"
+    if not getattr(chosen, setting):
+        return f"off: {setting}=false"
     return _why_inexact(chosen, roundings.SILU_MUL, roundings.GROUP_QUANT)
+
+
+def _why_norms_left(chosen: settings.Settings) -> str:
+    """Why norms outside of graphs are left to vLLM; "" if they are not."""
+    if not chosen.eager_rms_norm_quant:
+        return "off: eager_rms_norm_quant=false"
+    return "vLLM's norm adds up in another order, and inexact=leave" if chosen.inexact == "leave" else ""
 
 
 def _why_inexact(chosen: settings.Settings, *ops: str) -> str:
@@ -302,11 +343,11 @@ def _get_fusion_report(worker: Any) -> dict[str, Any]:
     record = RECORDER.engine(compat.engine_owner(worker.vllm_config))
     report = record.report
     report.rank = worker.vllm_config.parallel_config.rank
-    report.manager = _state(worker.vllm_config, record)
     try:
         report.outside = outside_of_graphs(worker, record)
     except Exception as e:
-        record.note(f"what experts fuse could not be found out: {type(e).__name__}: {e}")
+        record.note(f"what layers fuse could not be found out: {type(e).__name__}: {e}")
+    report.manager = _state(worker.vllm_config, record)
     report.from_file = bool(report.subgraphs) and all(s.from_cache for s in report.subgraphs)
     try:
         report.linear_kernels = compat.linear_kernels(worker)
@@ -359,7 +400,7 @@ def _note_flags_without_effect(config: Any, record: EngineRecord) -> None:
 def outside_of_graphs(worker: Any, record: EngineRecord) -> list[Subgraph]:
     """What layers fuse, and leave, outside of graphs, of each model with such layers."""
     from . import compat
-    from .layers import experts_silu_mul_quant
+    from .layers import experts_silu_mul_quant, quantised_input, rms_norm_quant, silu_mul_quant
 
     if _off or record.inactive:
         return []
@@ -367,6 +408,12 @@ def outside_of_graphs(worker: Any, record: EngineRecord) -> list[Subgraph]:
     outside = []
     for number, model in enumerate(compat.models(worker)):
         found, missed = experts_silu_mul_quant.boundaries(model, record)
+        told: set[int] = set()
+        for of_layers in (silu_mul_quant, rms_norm_quant):
+            more = of_layers.boundaries(model, worker.vllm_config, record)
+            found, missed = [*found, *more[0]], [*missed, *more[1]]
+            told |= of_layers.readers(model, worker.vllm_config)
+        missed = [*missed, *quantised_input.left(model, worker.vllm_config, told)]
         name = names[number] if number < len(names) else ""
         if found or missed:
             outside.append(
@@ -384,7 +431,8 @@ def _state(config: Any, record: EngineRecord) -> str:
     if out := settings_of(config)[1]:
         return out
     if reason := compat.why_nothing_compiles(config):
-        return reason
+        layers_fuse = any(found.by_a_pass for model in record.report.outside for found in model.found)
+        return f"active in layers alone; {reason}" if layers_fuse else reason
     subgraphs = record.report.subgraphs
     if record.unreported:
         part = "some of its" if subgraphs else "its"

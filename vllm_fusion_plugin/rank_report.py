@@ -87,7 +87,7 @@ class RankReport(BaseModel):
     rank: int = 0
     fingerprint: str = ""
     manager: str = ""
-    """The state of the plugin in this engine: "active", or why none of its passes ran."""
+    """The state of the plugin in this engine: "active", which some layers can be alone, or why none of its passes ran."""
     passes: dict[str, str] = Field(default_factory=dict)
     """Stock's pass name -> "ours", or why stock's own runs."""
     linear_kernels: dict[str, int] = Field(default_factory=dict)

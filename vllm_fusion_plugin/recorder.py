@@ -21,7 +21,7 @@ from .rank_report import Found, Missed, RankReport, Subgraph, module_of, modules
 logger = logging.getLogger("vllm.fusion_plugin.report")
 
 _FILE = "fusion_report.json"
-NOT_COMPILED = "fusions of layers are put in place when vLLM compiles, which it has not done in this engine"
+NOT_LOADED = "fusions of layers are put in place when vLLM has loaded the model, which it has not done in this engine"
 
 
 class EngineRecord:
@@ -38,10 +38,19 @@ class EngineRecord:
         """Whether preparing this engine has raised, in which case the plugin keeps out of it for good."""
         self.mla_v_up_quant = False
         """Whether its MLA layers write FP8 in groups from the V up-projection."""
-        self.experts_left = NOT_COMPILED
+        self.experts_left = NOT_LOADED
         """Why its experts' SiLU·mul and quantiser are left to vLLM; "" if they are not."""
+        self.mlps_left = NOT_LOADED
+        """Likewise of its MLPs outside of compiled code."""
+        self.norms_left = NOT_LOADED
+        """Why its norms outside of compiled code are left to vLLM; "" if they are not."""
         self.unreported = 0
         """How often code came from disk with no report beside it."""
+
+    def leave_layers(self, reason: str) -> None:
+        """Leave to vLLM all that fuses in its layers."""
+        self.mla_v_up_quant = False
+        self.experts_left = self.mlps_left = self.norms_left = reason
 
     def note(self, text: str) -> None:
         if text not in self.report.notes:

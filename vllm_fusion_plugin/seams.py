@@ -331,6 +331,54 @@ def attach_worker_methods(methods: Mapping[str, Callable[[Any], Any]]) -> None:
     _whenever_plugins_load("worker methods", attach)
 
 
+def hook_model_load(loaded: Callable[[Any], None], warmed_up: Callable[[], None]) -> None:
+    """Call `loaded(worker)` when a worker has loaded its models, LoRA's layers included, and before it runs them;
+    `warmed_up()` when it has warmed up. What they raise is logged. Re-entrant.
+
+    What: `load_model` and `compile_or_warm_up_model` of a worker, on the object, once `WorkerWrapperBase.init_device` has
+    returned: it is the last that vLLM calls on the wrapper itself before (all versions read). An engine that compiles
+    nothing asks for no hash, so that nothing else tells of it. Goes when vLLM tells plugins of a loaded model.
+    """
+
+    def attach() -> None:
+        module = sys.modules.get("vllm.v1.worker.worker_base")
+        wrapper: Any = getattr(module, "WorkerWrapperBase", None)
+        original = getattr(wrapper, "init_device", None)
+        if original is None or hasattr(original, "_fusion_plugin"):
+            return
+
+        @functools.wraps(original)
+        def init_device(self: Any, *args: Any, **kwargs: Any) -> Any:
+            result = original(self, *args, **kwargs)
+            worker = self.worker
+            _then(worker, "load_model", lambda: loaded(worker))
+            _then(worker, "compile_or_warm_up_model", warmed_up)
+            return result
+
+        init_device._fusion_plugin = True  # type: ignore[attr-defined]
+        wrapper.init_device = init_device
+
+    _whenever_plugins_load("model load", attach)
+
+
+def _then(worker: Any, name: str, after: Callable[[], None]) -> None:
+    """Have a worker's method call `after` before it returns."""
+    original = getattr(worker, name, None)
+    if original is None:
+        return
+
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        try:
+            after()
+        except Exception as e:  # must never stop vLLM
+            logger.warning("vllm-fusion-plugin: after %s: %s: %s", name, type(e).__name__, e)
+        return result
+
+    setattr(worker, name, method)
+
+
 # ---- engines ---------------------------------------------------------------------------------------------------------
 
 

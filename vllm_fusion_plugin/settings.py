@@ -73,6 +73,14 @@ class Settings(BaseModel):
     """Triton's experts with FP8 weights in blocks run SiLU·mul and the quantiser between their two GEMMs as one kernel,
     where vLLM runs two; same bytes."""
 
+    mlp_silu_mul_quant: bool = True
+    """MLPs with FP8 weights in blocks that run outside of compiled code, shared experts and those of models that vLLM does
+    not compile, run SiLU·mul and the quantiser of the down projection as one kernel; same bytes."""
+
+    eager_rms_norm_quant: bool = True
+    """RMS norms of models that vLLM does not compile write the FP8 codes of the linear layers that read them, for weights in
+    blocks. Left out by inexact="leave", too."""
+
     experts_input_quant: bool = True
     """In models with shared experts, the quantiser of experts' input comes out of vLLM's MoE op and fuses with the norm
     before it; same bytes."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,13 @@ class WarmUp(NamedTuple):
 
 
 _most_tokens = 1
+_first: list[Callable[[], None]] = []
+
+
+def first(do: Callable[[], None]) -> None:
+    """Have `do` called before kernels are warmed up: it may call ops, which then are. May be called again with the same."""
+    if do not in _first:
+        _first.append(do)
 
 
 def install(config: Any) -> None:
@@ -60,6 +68,8 @@ def install(config: Any) -> None:
 def before_serving() -> None:
     """What vLLM's worker calls when it has warmed up everything else. Never raises."""
     try:
+        for do in _first:
+            do()
         done = warm_up(_most_tokens)
         if done.calls:
             logger.log(logging.WARNING if done.failed else logging.INFO, "vllm-fusion-plugin: warm-up: %s", done)
@@ -71,6 +81,13 @@ def before_serving() -> None:
         calls.record(False)
     with contextlib.suppress(Exception):  # a report must never stop vLLM
         logger.info("vllm-fusion-plugin: %s", rank_line(RECORDER.report))
+
+
+def unless_done() -> None:
+    """What is called when a worker has warmed up: for engines in which vLLM watches for no compilation, and so has not
+    called `before_serving` (enforce_eager, since 0.32)."""
+    if calls.recording():
+        before_serving()
 
 
 def warm_up(most: int) -> WarmUp:

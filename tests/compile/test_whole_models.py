@@ -220,7 +220,13 @@ def test_report_says_what_is_left(case, trace_model):
     # One layer is dense; the others have their shared experts inside the MoE op.
     experts = [m for m in lines if "shared experts quantise inside" in m["reason"] and "MoE op" in m["reason"]]
     assert len(experts) == 4 and not missed(trace, ACT)
-    (outside,) = trace["plugin"]["outside"]  # traced, but not run
+    (outside,) = trace["plugin"]["outside"]
+    # They are tried out when a model is loaded.
+    assert [(f["module"], f["pattern"]) for f in outside["found"]] == [
+        (f"layers.{i}.mlp.shared_experts", "silu_mul[native]+group128[reciprocal_or_flashinfer,tma,ue8m0]")
+        for i in range(1, 5)
+    ]
+    # And these when they first run, but here nothing does.
     assert [(m["module"], m["reason"]) for m in outside["missed"]] == [
         (f"layers.{i}.mlp.experts", "TritonExperts has not run yet") for i in range(1, 5)
     ]
@@ -245,7 +251,7 @@ def test_explain_counts_what_the_report_counts(case, trace_model):
     assert result.exit_code == 0, result.output
     e = Explanation(**json.loads(result.stdout))
     trace = trace_model(case.model, plugin=True, env=dict(case.env))
-    report = RankReport.model_validate(trace["plugin"])
+    report = RankReport.model_validate(trace["plugin"] | {"outside": []})  # it tells of graphs
     boundaries = [b for kind in e.kinds for b in kind.boundaries]
     fused, left = (
         sum(report.layer_table().values()) - case.dual - case.lone,

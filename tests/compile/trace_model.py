@@ -107,9 +107,11 @@ def trace(options: argparse.Namespace) -> dict[str, Any]:
         model = tracing.build(config)
         tracing.finish_weights(model, config)
         recording = tracing.compile_model(model, config)
+        report = tracing.plugin_report(model, config) if options.plugin else None
     if options.dump_graphs:
         dump_graphs(recording, options.dump_graphs)
     return describe(options, model, recording) | {
+        "plugin": report,
         "seconds": round(time.monotonic() - started, 1),
         "cpu": round(time.process_time() - cpu, 1),
     }
@@ -161,7 +163,6 @@ def describe(options: argparse.Namespace, model: Any, recording: Any) -> dict[st
         "matches_by_graph": recording.matches_by_graph(),
         "matches_by_layer": recording.matches_by_layer(),
         "match_table": get_match_table(),
-        "plugin": tracing.plugin_report(model) if options.plugin else None,
     }
 
 

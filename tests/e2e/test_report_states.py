@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 LAYER = {"activation_quant_fusion_pass": 1, "rmsnorm_quant_fusion_pass": 2}
 TWO_LAYERS = {name: 2 * count for name, count in LAYER.items()}
 STATES = {
-    "eager": ("eager: vLLM compiles nothing, so no pass runs", {}),
+    "eager": ("active in layers alone; eager: vLLM compiles nothing, so no pass runs", {"mlp_silu_mul_quant": 2}),
     "2 layers": ("active", TWO_LAYERS),
     "1 layer": ("active", LAYER),
     "settings error": ("inactive: fusion plugin settings: no_such_setting=1", {}),
@@ -97,7 +97,8 @@ def test_what_is_not_known_is_told_and_never_found_again(child):
 def test_strict_ends_the_start_of_an_engine_whose_fusions_are_not_at_work(child):
     """One whose are has started: "AOT artefacts", with code and report from file."""
     refused = child[2]
-    assert "eager: vLLM compiles nothing, so no pass runs → leave out --enforce-eager" in refused["eager"]
+    assert "fuse_norm_quant is on, and has fused nothing: eager: vLLM compiles nothing" in refused["eager"]
+    assert "fuse_act_quant" not in refused["eager"]
     assert refused["unquantised"] == refused["unquantised, from file"]
     for flag in ("fuse_act_quant", "fuse_norm_quant"):
         assert f"{flag} is on, and has fused nothing: this model is not quantised" in refused["unquantised"]

@@ -308,8 +308,8 @@ def test_each_engine_by_its_settings(gemm, fused_calls, monkeypatch):
     running = Owner(), Owner()
     monkeypatch.setattr(compat, "is_running", lambda owner: owner is running[current])
     on, off = (report.RECORDER.engine(owner) for owner in running)
-    on.experts_left = plugin._why_experts_left(settings.Settings())
-    off.experts_left = plugin._why_experts_left(settings.Settings(experts_silu_mul_quant=False))
+    on.experts_left = plugin._why_left(settings.Settings(), "experts_silu_mul_quant")
+    off.experts_left = plugin._why_left(settings.Settings(experts_silu_mul_quant=False), "experts_silu_mul_quant")
     made = [make_experts(SHAPE, experts_layer.make_weights(SHAPE, 128)) for _ in running]
     for current in (1, 0):
         run(experts=made[current])
@@ -320,8 +320,8 @@ def test_each_engine_by_its_settings(gemm, fused_calls, monkeypatch):
 def test_inexact_is_left_if_that_is_asked_for(monkeypatch):
     answers = roundings.known() | {roundings.GROUP_QUANT: roundings.Rounding("custom_op", differing=3, asked=True)}
     monkeypatch.setattr(roundings, "known", lambda: answers)
-    assert plugin._why_experts_left(settings.Settings()) == ""
-    reason = plugin._why_experts_left(settings.Settings(inexact="leave"))
+    assert plugin._why_left(settings.Settings(), "experts_silu_mul_quant") == ""
+    reason = plugin._why_left(settings.Settings(inexact="leave"), "experts_silu_mul_quant")
     assert reason.startswith("group quantiser is not exact on this vLLM")
 
 
@@ -417,7 +417,7 @@ def test_the_workers_report_has_it_and_counts_it(gemm, monkeypatch):
     runner = SimpleNamespace(
         model=make_model(Fp8MoEMethod(target)), drafter=SimpleNamespace(model=make_model(Fp8MoEMethod(draft)))
     )
-    config = SimpleNamespace(parallel_config=SimpleNamespace(rank=0))
+    config = SimpleNamespace(parallel_config=SimpleNamespace(rank=0), compilation_config=SimpleNamespace(mode=None))
     dumped = plugin._get_fusion_report(SimpleNamespace(vllm_config=config, model_runner=runner))
 
     shown = report.FusionReport.from_ranks([dumped])

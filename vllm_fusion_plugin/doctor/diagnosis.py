@@ -60,7 +60,12 @@ class Diagnosis(BaseModel):
         lines = [f"{f.about}: {f.said}" for f in self.findings if f.state == "problem"]
         if self.engine is not None:
             if self.engine.state:
-                lines.append(f"the plugin would do nothing: {self.engine.state}")
+                what = (
+                    "no pass would run, layers alone would fuse"
+                    if self.engine.passes
+                    else "the plugin would do nothing"
+                )
+                lines.append(f"{what}: {self.engine.state}")
             lines += [f"{n.flag} does nothing: {n.why}" for n in self.engine.no_effect]
         return lines
 

@@ -96,6 +96,10 @@ def _engine(flags: list[str], where: str, out: str) -> Engine:
         engine.state = out or record.inactive
         if not engine.state and (nothing := compat.why_nothing_compiles(config)):
             engine.state, engine.do = nothing, vllm_flags.what_compiles(nothing)
+            engine.passes = [
+                PassState(name=fusion.name, switch=fusion.switch, state=_layer_state(fusion, config, record))
+                for fusion in fusions.entering("layer")
+            ]
         if engine.state:
             return engine
         _without_other_ranks(config)
@@ -115,7 +119,14 @@ def _layer_state(fusion: fusions.Fusion, config: Any, record: EngineRecord) -> s
     """As a pass's state in the report."""
     if fusion.name == "MLAVUpQuant":
         return "ours" if record.mla_v_up_quant else "off: it needs fuse_attn_quant, and a model with latent attention"
-    if not config.model_config.get_num_experts():
+    if fusion.name == "EagerRMSNormQuant":
+        eager = bool(compat.why_nothing_compiles(config))
+        return record.norms_left or ("ours" if eager else "off: it needs norms outside of compiled code")
+    with_experts = bool(config.model_config.get_num_experts())
+    if fusion.name == "MLPSiluMulQuant":
+        eager = bool(compat.why_nothing_compiles(config))
+        return record.mlps_left or ("ours" if eager or with_experts else "off: it needs MLPs outside of compiled code")
+    if not with_experts:
         return "off: it needs a model with experts"
     return record.experts_left or "ours"
 

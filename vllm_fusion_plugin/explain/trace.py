@@ -19,6 +19,10 @@ from ..tracing import fake_gpu
 from ..tracing import model as tracing
 from .traced import Request, Traced
 
+LAYERS = (
+    "layers fuse without passes, MLPs and experts with FP8 weights in blocks; the report of a running engine says which"
+)
+
 
 def trace(request: dict[str, Any], tell: Callable[[Any], None]) -> dict[str, Any]:
     """What passes do to the model of a `Request`, as a `Traced`. Tells (share of the work done, what is being done)."""
@@ -125,6 +129,7 @@ def _may_trace(config: Any, traced: Traced) -> bool:
     traced.state = plugin._off or RECORDER.engine(compat.engine_owner(config)).inactive
     if not traced.state and (nothing := compat.why_nothing_compiles(config)):
         traced.state, traced.do = nothing, vllm_flags.what_compiles(nothing)
+        traced.notes.append(LAYERS)
     return not traced.state
 
 
@@ -149,7 +154,7 @@ def _build_and_compile(config: Any, traced: Traced, tell: Callable[[Any], None])
 
     tracing.compile_model(model, config, compiled)
     traced.itemsize = config.model_config.dtype.itemsize
-    traced.report = RankReport.model_validate(tracing.plugin_report(model))
+    traced.report = RankReport.model_validate(tracing.plugin_report(model, config))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ is read when it is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,10 +54,11 @@ class Verifier:
         self._counts: dict[tuple[str, int], _Count] = {}
         self._pass: Any = None
         self._places: dict[str, int] = {}  # of the calls in this forward pass
+        self.aside = False
 
     def run(self, op: str, implementation: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         """What `implementation` returns for `arguments`, verified or not."""
-        if torch.compiler.is_compiling() or _is_capturing():
+        if self.aside or torch.compiler.is_compiling() or _is_capturing():
             return implementation(*arguments)
         count = self._count(op)
         if count.calls >= count.limit or count.problem:
@@ -137,6 +139,19 @@ def start(calls: int, forward_pass: Callable[[], Any]) -> Verifier:
 def verifier() -> Verifier | None:
     """That of this process; None if nothing is verified."""
     return _VERIFIER
+
+
+@contextlib.contextmanager
+def aside() -> Iterator[None]:
+    """Meanwhile, calls are none of the forward pass's, and not verified."""
+    if _VERIFIER is None:
+        yield
+        return
+    _VERIFIER.aside = True
+    try:
+        yield
+    finally:
+        _VERIFIER.aside = False
 
 
 def _verified(op: str, implementation: Callable[..., Any], verifier: Verifier) -> Callable[..., Any]:

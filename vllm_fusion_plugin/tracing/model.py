@@ -167,12 +167,13 @@ def linear_kernels(model: Any) -> Counter[str]:
     )
 
 
-def plugin_report(model: Any) -> dict[str, Any]:
+def plugin_report(model: Any, config: Any) -> dict[str, Any]:
     """The fusion report, as a worker that holds the model would answer."""
     from .. import compat
-    from ..plugin import outside_of_graphs
+    from ..plugin import model_loaded, outside_of_graphs
     from ..report import RECORDER, get_fusion_report
 
-    worker = SimpleNamespace(model_runner=SimpleNamespace(model=model))
+    worker = SimpleNamespace(model_runner=SimpleNamespace(model=model), vllm_config=config)
+    model_loaded(worker)
     outside = [found.model_dump() for found in outside_of_graphs(worker, RECORDER.record)]
     return get_fusion_report() | {"linear_kernels": compat.linear_kernels(worker), "outside": outside}
