@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import logging
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -239,7 +240,8 @@ def _numbers(dtype: torch.dtype, group_size: int) -> torch.Tensor:
 
 def _file() -> Path:
     """Where the answers of this vLLM on this GPU are kept; named by all that they depend on."""
-    sources = b"".join(Path(f.__code__.co_filename).read_bytes() for f in (ask, quant.ue8m0, silu_mul_reference))
+    deciding: tuple[Callable[..., Any], ...] = (ask, quant.ue8m0, silu_mul_reference)
+    sources = b"".join(Path(inspect.unwrap(f).__code__.co_filename).read_bytes() for f in deciding)
     parts = [
         *compat.identity_of_custom_ops(),
         compat.device_name(),

@@ -46,6 +46,7 @@ from ..kernels.rounding import (
     is_native,
     of_rows,
 )
+from .replaced import stands_for_an_op
 
 FP8_DTYPE = FORMATS[OCP].dtype
 FP8_MAX = FORMATS[OCP].max
@@ -200,6 +201,7 @@ def _flashinfers_scale(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return factor, torch.where(factor > 2.0**126, 0.0, scale)
 
 
+@stands_for_an_op
 def group_fp8_quant_reference(
     y: torch.Tensor, how: GroupScales, quant_rounding: str, fp8: str = OCP
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -242,6 +244,7 @@ def group_fp8_quant_reference(
     return codes, scales
 
 
+@stands_for_an_op
 def static_fp8_quant_reference(
     y: torch.Tensor, scale: torch.Tensor, quant_rounding: str, fp8: str = OCP
 ) -> torch.Tensor:
@@ -261,6 +264,7 @@ def empty_token_scales(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty((x.shape[0], 1), dtype=torch.float32)
 
 
+@stands_for_an_op
 def token_fp8_quant_reference(
     y: torch.Tensor,
     scale_ub: torch.Tensor | None,

@@ -65,6 +65,7 @@ from .quant import (
     token_fp8_quant_reference,
 )
 from .registry import register
+from .replaced import stands_for_an_op
 
 ROW_ARGUMENTS = ("x", "residual", "x_addend", "residual_addend")
 NORM_ROUNDINGS = ("native", "eager", "custom_op")
@@ -222,6 +223,7 @@ def _check_like_x(name: str, t: torch.Tensor, x: torch.Tensor, fp32: bool = Fals
 # ---- references ------------------------------------------------------------------------------------------------------
 
 
+@stands_for_an_op
 def rms_norm_reference(norm: NormInputs, *, rounded: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y of x [M, H] in plain torch, in x's dtype or in fp32 if `rounded` is False, and residual_out if residual is given."""
     s, residual_out = add_residual(norm)

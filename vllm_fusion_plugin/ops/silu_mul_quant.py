@@ -43,6 +43,7 @@ from .quant import (
     token_fp8_quant_reference,
 )
 from .registry import register
+from .replaced import stands_for_an_op
 
 
 def _check_input(x: torch.Tensor) -> tuple[int, int]:
@@ -64,6 +65,7 @@ ACT_ROUNDINGS = ("custom_op", "eager", "native")
 ROUNDINGS_AND_KEEP = f"str act_rounding, str quant_rounding, bool keep_act=False, {FP8}"
 
 
+@stands_for_an_op
 def silu_mul_reference(x: torch.Tensor, act_rounding: str = "custom_op", *, rounded: bool = True) -> torch.Tensor:
     """silu(gate) * up of x [..., 2 * width] in plain torch: in x's dtype, or in fp32 if `rounded` is False."""
     gate, up = x.float().chunk(2, dim=-1)
