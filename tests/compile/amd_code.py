@@ -129,6 +129,15 @@ def describe(kernel: Any) -> dict[str, Any]:
     }
 
 
+def compiled(op: str, arguments: tuple[Any, ...]) -> Any:
+    """The kernel of a call."""
+    with planning() as plan:
+        registry.CUDA_IMPLEMENTATIONS[op](*arguments)
+    ((kernel, args, kwargs),) = plan.launches
+    kwargs = {key: launch._constants(v) if isinstance(v, tuple) else v for key, v in kwargs.items()}
+    return kernel.warmup(*args, grid=(1,), **kwargs)
+
+
 def compile_all(arch: str, only: str = "") -> dict[str, Any]:
     assert backend.BACKEND == "hip"
     triton.runtime.driver.set_active(fake_rocm.driver(GPUS[arch]))
@@ -139,11 +148,7 @@ def compile_all(arch: str, only: str = "") -> dict[str, Any]:
             if only not in name:
                 continue
             start = time.monotonic()
-            with planning() as plan:
-                registry.CUDA_IMPLEMENTATIONS[op](*arguments)
-            ((kernel, args, kwargs),) = plan.launches
-            kwargs = {key: launch._constants(v) if isinstance(v, tuple) else v for key, v in kwargs.items()}
-            results[name] = describe(kernel.warmup(*args, grid=(1,), **kwargs))
+            results[name] = describe(compiled(op, arguments))
             results[name]["seconds"] = round(time.monotonic() - start, 2)
     return {"arch": arch, "triton": triton.__version__, "kernels": results}
 
