@@ -168,6 +168,18 @@ def _aiters_cases(
         lambda: silu_mul_group_fp8_quant(gate_up, GROUP, act_rounding=theirs.act_rounding, **quant),
         aiters("rocm_aiter_act_mul_and_fp8_group_quant", gate_up, 128),
     )
+
+    def token(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if theirs.plain:
+            return token_fp8_quant_reference(y, None, AITER, fp8)
+        return torch.ops.vllm.rocm_aiter_per_token_quant(y, FORMATS[fp8].dtype)
+
+    yield Case(
+        "SiLU·mul + AITER's token",
+        shape,
+        lambda: token(theirs.silu_mul(gate_up)),
+        lambda: silu_mul_token_fp8_quant(gate_up, act_rounding=theirs.act_rounding, **quant),
+    )
     gated = (heads.view(-1, 128), weight, None, z.view(-1, 128), EPSILON, True, "silu", 128)
     yield Case(
         "gated RMS norm + AITER's",

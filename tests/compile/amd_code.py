@@ -68,6 +68,8 @@ def calls(arch: str) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield f"silu_mul group before AITER's GEMM, {rows} rows", both, (x, *group, "native", "aiter", False, aiters)
         yield f"group, {rows} rows", "group_fp8_quant", (meta(rows, 4096), *group, "reciprocal", vllms)
         yield f"silu_mul token, {rows} rows", "silu_mul_token_fp8_quant", (x, None, "native", "custom_op", False, vllms)
+        before_aiters = (x, None, "native", "aiter", False, aiters)
+        yield f"silu_mul token before AITER's GEMM, {rows} rows", "silu_mul_token_fp8_quant", before_aiters
         heads = meta(rows, 32, 128)
         gated = (heads, heads, meta(128), 1e-6, 32, True, "silu", *group, "native")
         yield f"gated_rms_norm, {rows} rows", "gated_rms_norm_group_fp8_quant", (*gated, "aiter", aiters)

@@ -53,11 +53,13 @@ from .quant import (
     MAX_WIDTH,
     ROUNDINGS,
     SCALES,
+    TOKEN_ROUNDINGS,
     GroupScales,
     check_choice,
     check_fp8,
     check_group_rounding,
     check_number,
+    check_token_rounding,
     empty_token_scales,
     group_fp8_quant_reference,
     is_native,
@@ -355,8 +357,8 @@ def rms_norm_group_fp8_quant(
 def _of_token(arguments: tuple[Any, ...]) -> tuple[NormInputs, torch.Tensor | None, str, str]:
     """The op's arguments, checked."""
     norm, (scale_ub, quant_rounding), fp8 = _apart(arguments, 2)
-    norm.check(quant_rounding)
-    check_fp8(fp8)
+    norm.check(quant_rounding, TOKEN_ROUNDINGS)
+    check_token_rounding(quant_rounding, scale_ub, fp8)
     if scale_ub is not None:
         check_number("scale_ub", scale_ub, norm.x)
     return norm, scale_ub, quant_rounding, fp8

@@ -36,6 +36,7 @@ from .quant import (
     check_fp8,
     check_group_rounding,
     check_number,
+    check_token_rounding,
     empty_token_scales,
     group_fp8_quant_reference,
     is_native,
@@ -216,8 +217,7 @@ def _check_token(
     if scale_ub is not None:
         check_number("scale_ub", scale_ub, x)
     check_choice("act_rounding", act_rounding, ACT_ROUNDINGS)
-    check_choice("quant_rounding", quant_rounding)
-    check_fp8(fp8)
+    check_token_rounding(quant_rounding, scale_ub, fp8)
     _check_keep_act(keep_act, act_rounding, quant_rounding)
     return rows, width
 

@@ -209,7 +209,7 @@ class Leftovers(InductorPass):
             if made.compiled:
                 return "; Inductor compiles this quantiser together with what stands before it"
             return "; Inductor compiles this quantiser by itself"
-        if called_op(q.node) == compat.AITER_GROUP_QUANT:
+        if called_op(q.node) in (compat.AITER_GROUP_QUANT, compat.AITER_TOKEN_QUANT):
             return "; AITER's kernel runs by itself"
         if q.variant == "op" and q.kind in ("group", "packed"):
             lone = report.RECORDER.report.passes.get(LONE, "off")
