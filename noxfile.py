@@ -145,7 +145,7 @@ def versions(session: nox.Session, vllm: str) -> None:
 def models(session: nox.Session) -> None:
     """Not in `nox`: tests/models/served explained for GPUs that need not be here, for docs/models.md. Ten minutes a GPU."""
     install(session, *cuda_requirements(REFERENCE))
-    for name in session.posargs or ("h100", "b200"):
+    for name in session.posargs or ("h100", "b200", "mi300x"):
         with (Path("docs/models") / f"{name}.json").open("w") as column:
             arguments = ("explain", "--matrix", "tests/models/served", "--gpu", name, "--json")
             # 1: some models do not fuse at all, and are shown so

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any, NamedTuple
 
+import aiter_ops
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -156,8 +157,8 @@ def _aiters_cases(
             return group_fp8_quant_reference(y, GROUP, AITER, fp8)
         return torch.ops.vllm.rocm_aiter_group_fp8_quant(y, 128)
 
-    def aiters(name: str, *arguments: Any) -> Outputs | None:
-        return (lambda: compat.aiter_op(name)(*arguments)) if not theirs.plain else None
+    def aiters(name: str, plain: Outputs, *arguments: Any) -> Outputs:
+        return plain if theirs.plain else lambda: compat.aiter_op(name)(*arguments)
 
     shape = f"{rows} × {width}"
     yield Case("AITER's group quantiser", shape, lambda: group(x), lambda: group_fp8_quant(x, GROUP, **quant))
@@ -166,8 +167,24 @@ def _aiters_cases(
         shape,
         lambda: group(theirs.silu_mul(gate_up)),
         lambda: silu_mul_group_fp8_quant(gate_up, GROUP, act_rounding=theirs.act_rounding, **quant),
-        aiters("rocm_aiter_act_mul_and_fp8_group_quant", gate_up, 128),
+        aiters("rocm_aiter_act_mul_and_fp8_group_quant", lambda: aiter_ops.silu_mul_group(gate_up, fp8), gate_up, 128),
     )
+
+    def token(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if theirs.plain:
+            return token_fp8_quant_reference(y, None, AITER, fp8)
+        return torch.ops.vllm.rocm_aiter_per_token_quant(y, FORMATS[fp8].dtype)
+
+    yield Case(
+        "SiLU·mul + AITER's token",
+        shape,
+        lambda: token(theirs.silu_mul(gate_up)),
+        lambda: silu_mul_token_fp8_quant(gate_up, act_rounding=theirs.act_rounding, **quant),
+    )
+
+    def plain_gated() -> tuple[torch.Tensor, torch.Tensor]:
+        return aiter_ops.gated_rms_norm_group(heads.view(-1, 128), z.view(-1, 128), weight, EPSILON, theirs.fp8)
+
     gated = (heads.view(-1, 128), weight, None, z.view(-1, 128), EPSILON, True, "silu", 128)
     yield Case(
         "gated RMS norm + AITER's",
@@ -176,7 +193,7 @@ def _aiters_cases(
         lambda: gated_rms_norm_group_fp8_quant(
             heads, z, weight, EPSILON, width // 128, GROUP, norm_rounding="eager", **quant
         ),
-        aiters("rocm_aiter_fused_rms_gated_fp8_group_quant", *gated),
+        aiters("rocm_aiter_fused_rms_gated_fp8_group_quant", plain_gated, *gated),
     )
 
 

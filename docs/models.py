@@ -23,16 +23,17 @@ HEAD = """\
 
 `docs/models.py` makes this page from [one file a GPU](models), which `vllm-fusion-plugin explain --matrix` writes:
 vLLM {vllm} builds and compiles each model of [tests/models/served](../tests/models/served) for that GPU, which need not be
-there, with nothing set, and on NVIDIA's with FlashInfer usable. A cell says how many of the quantisers that activations go
-through in a forward pass fuse with what is before them. For those that do not, a letter says
+there, with nothing set: on NVIDIA's with FlashInfer usable, on AMD's with AITER off. A cell says how many of the quantisers
+that activations go through in a forward pass fuse with what is before them. For those that do not, a letter says
 [why](#why-the-others-do-not). Numbers are of all layers, on each of the GPUs that share the model.
 
 """
 
 BELOW = """
 Where a model's quantisers are plain torch code (one scale a token, or static scales), Inductor would make one kernel of
-most of these pairs, too. What experts do between their GEMMs is in none of these numbers: there vLLM's Triton experts run
-this package's [kernel](fusions.md#silumul--quantiser-of-experts).
+most of these pairs, too; on an MI300X [it does](rocm.md#flags-that-nobody-set). What experts do between their GEMMs is in
+none of these numbers: there vLLM's Triton experts run this package's
+[kernel](fusions.md#silumul--quantiser-of-experts).
 
 ## Why the others do not
 

@@ -183,6 +183,6 @@ def test_rocms_table_without_a_gpu(capsys):
 
     main(["--plain"])
     lines = [line for line in capsys.readouterr().out.splitlines() if "× 256" in line]
-    assert len(lines) == 16 and all(set(line.split("│")[6].strip()) <= set("0, ") for line in lines)
+    assert len(lines) == 18 and all(set(line.split("│")[6].strip()) <= set("0, ") for line in lines)
     one, other = torch.tensor([1.0, float("nan"), 3.0, 4.0]), torch.tensor([1.0, float("nan"), 3.5, 4.0])
     assert differing((one, other), (other, other)) == [250_000, 0]

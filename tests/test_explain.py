@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -281,7 +282,7 @@ def test_the_command_hands_on_what_is_asked(asked, tmp_path):
         (["nobody/nothing"], "hf download nobody/nothing config.json"),
         (["{empty}"], "has no key architectures"),
         (["{model}", "--", "--model", "a/b"], "the flags name another: a/b"),
-        (["{model}", "--html", "/no/such/folder/page.html"], "page.html cannot be written: No such file"),
+        (["{model}", "--html", "/no/such/folder/page.html"], "page.html cannot be written: there is no folder"),
     ],
 )
 def test_bad_input_is_one_line(arguments, words, asked, tmp_path):
@@ -345,6 +346,28 @@ def test_many_models_and_bad_input(served, arguments, words, asked, folder):
 
 def test_no_model_is_named(asked):
     assert "name a model" in run().output and run().exit_code == 2
+
+
+def test_ctrl_c_ends_without_a_word_while_the_command_is_imported(monkeypatch):
+    from vllm_fusion_plugin import __main__
+
+    class Interrupted:
+        def find_spec(self, name, path=None, target=None):
+            if name == "vllm_fusion_plugin.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "vllm_fusion_plugin.cli")
+    monkeypatch.delattr("vllm_fusion_plugin.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert ended.value.code == 130
+
+
+def test_a_page_that_cannot_be_written_is_known_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "ask", lambda *arguments: pytest.fail("it was explained first"))
+    result = run("m", "--html", str(tmp_path / "none" / "page.html"))
+    assert result.exit_code == 2 and "there is no folder" in result.output
 
 
 def test_ctrl_c_ends_without_a_word(monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vllm_fusion_plugin import settings, strict, vllm_flags
-from vllm_fusion_plugin.rank_report import MODEL_CODE, Found, Missed, RankReport, Subgraph, Verified
+from vllm_fusion_plugin.rank_report import MODEL_CODE, UNFORESEEN, Found, Missed, RankReport, Subgraph, Verified
 
 ACT, NORM, LONE = "activation_quant_fusion_pass", "rmsnorm_quant_fusion_pass", "group_quant_pass"
 FOUND_ACT = Found(pass_name=ACT, pattern="silu_mul[native]+group128[native]", module="layers.0.mlp")
@@ -23,11 +23,14 @@ def nothing_stands_in_the_way(monkeypatch):
     monkeypatch.setattr(vllm_flags, "without_effect", lambda config, asked: [])
 
 
-def config(strict: bool = True, flags=("fuse_act_quant", "fuse_norm_quant"), **chosen: Any) -> SimpleNamespace:
+def config(
+    strict: bool = True, flags=("fuse_act_quant", "fuse_norm_quant"), tp: int = 1, **chosen: Any
+) -> SimpleNamespace:
     pass_config = SimpleNamespace(**dict.fromkeys(flags, True))
     return SimpleNamespace(
         additional_config={"fusion_plugin": {"strict": strict, **chosen}},
         compilation_config=SimpleNamespace(pass_config=pass_config),
+        parallel_config=SimpleNamespace(tensor_parallel_size=tp),
     )
 
 
@@ -109,15 +112,43 @@ def test_bad_settings_and_workers_that_do_not_answer():
         strict.check(SimpleNamespace(vllm_config=config()))
 
 
-def test_other_bytes_than_the_references():
+def test_what_nothing_known_stands_in_the_way_of():
+    """`explain` has a reason for whatever it leaves."""
+    known = Missed(pass_name="none", reason="it quantises a tensor that is made outside", module="layers.0.o_proj")
+    assert not start(config(), rank(FOUND_ACT, FOUND_NORM, missed=(known,)))
+    left = [Missed(pass_name=NORM, reason=f"a norm, and {UNFORESEEN}", module=f"layers.{i}.norm") for i in range(3)]
+    said = start(config(), rank(FOUND_ACT, FOUND_NORM, missed=(known, *left)))
+    assert f"a norm, and {UNFORESEEN}: layers.0-2.norm" in said and "made outside" not in said
+
+
+def test_fewer_than_explain_has_counted():
+    left = Missed(pass_name="none", reason="an FP8 quantiser, of something unknown", module="layers.0.o_proj")
+    here = rank(FOUND_ACT, FOUND_NORM, missed=(left,))
+    assert not start(config(expect_fused=2), here)
+    said = start(config(expect_fused=3), here)
+    assert "2 quantisers are fused on each GPU, and expect_fused is 3; left: an FP8 quantiser, of something" in said
+    # two GPUs share each layer, and two more have the other layers
+    four = [rank(FOUND_ACT, FOUND_NORM, number=n) for n in range(4)]
+    assert not start(config(expect_fused=4, tp=2), *four) and start(config(expect_fused=5, tp=2), *four)
+    # a graph for other numbers of tokens is no other place, and a quantiser by itself is not fused
+    again = Subgraph(index=0, compile_range="(9, 64)", found=[FOUND_ACT, FOUND_NORM])
+    alone = Subgraph(index=1, compile_range="(1, 8)", found=[Found(pass_name=LONE, pattern="group128", module="x")])
+    more = here.model_copy(update={"subgraphs": [*here.subgraphs, again, alone]})
+    assert not start(config(expect_fused=2), more) and start(config(expect_fused=3), more)
+
+
+def test_other_bytes_than_those_replaced():
     def verified(differing: int, op: str = "an_op") -> Verified:
         return Verified(op=op, place=f"layers.{differing}.mlp", calls=1, numbers=1_000_000, differing=differing)
 
     fused = (FOUND_ACT, FOUND_NORM)
     assert not start(config(), rank(*fused, verified=[verified(10), verified(3, "a_norm")]))
     said = start(config(), rank(*fused, verified=[verified(0), verified(21)], number=2), rank(*fused))
-    assert "rank 2: an_op writes other bytes than its reference: 21 of 2000000, in layers.21.mlp" in said
+    assert "rank 2: an_op writes other bytes than what it replaces: 21 of 2000000, in layers.21.mlp" in said
 
 
 def test_it_changes_no_compiled_code():
-    assert settings.Settings(strict=True, verify=3).of_compiled_code() == settings.Settings().of_compiled_code()
+    assert (
+        settings.Settings(strict=True, expect_fused=3, verify=3).of_compiled_code()
+        == settings.Settings().of_compiled_code()
+    )

@@ -163,6 +163,8 @@ def explain_command(
     with _told_to_the_user():
         if model is None:
             raise UserError("name a model, as a folder with a config.json or by its id on the hub, or --matrix FOLDER")
+        if html is not None and not html.parent.is_dir():  # known now, and not after half a minute
+            raise UserError(f"{html} cannot be written: there is no folder {html.parent}")
         explanation = command.ask(model, flags or [], gpu.value, tp, flashinfer, tokens or [1, 8192])
         if html is not None:
             _write(html, page.page(explanation))

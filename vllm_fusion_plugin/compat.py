@@ -184,7 +184,7 @@ def fp8_format() -> str:
     return next((name for name, fp8 in FORMATS.items() if fp8.dtype == current_platform.fp8_dtype()), OCP)
 
 
-AITER_GROUP_QUANT = "vllm.rocm_aiter_group_fp8_quant"
+AITER_GROUP_QUANT, AITER_TOKEN_QUANT = "vllm.rocm_aiter_group_fp8_quant", "vllm.rocm_aiter_per_token_quant"
 
 
 def aiter_is_on() -> bool:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 # In the place of a pass's name: fused without a pass of ours, by vLLM's model code or a pass of vLLM's. Not in match tables.
 MODEL_CODE, VLLMS_PASS = "vLLM's model code", "vLLM's own pass"
+UNFORESEEN = "no pattern fits the variant that they have in this graph"
 # "L['self'].layers.0.mlp.act_fn" -> "layers.0.mlp.act_fn"
 _ROOT = re.compile(r"^L\['self'\]\.?")
 # Dynamo's way to a module that a layer reaches by one of its bound methods, as Qwen3-Next's linear attention.
@@ -45,6 +46,11 @@ class Missed(Boundary):
 
     reason: str
 
+    @property
+    def is_unforeseen(self) -> bool:
+        """Whether nothing that is known kept a pass from fusing it."""
+        return UNFORESEEN in self.reason
+
 
 class Subgraph(BaseModel):
     """One subgraph of one compiled model part, in the order in which vLLM compiled it."""
@@ -71,7 +77,7 @@ class Subgraph(BaseModel):
 
 
 class Verified(BaseModel):
-    """How the bytes of an op's first calls at one place compare with its reference in plain torch (setting `verify`)."""
+    """How the bytes of an op's first calls at one place compare with those of what it replaces (setting `verify`)."""
 
     op: str
     place: str
@@ -81,6 +87,8 @@ class Verified(BaseModel):
     differing: int
     problem: str = ""
     """Why nothing more was compared; "" if nothing stood in the way."""
+    vllms_ops: list[str] = Field(default_factory=list)
+    """Those of vLLM's that ran beside it; plain torch stood for the rest."""
 
 
 class RankReport(BaseModel):

@@ -229,12 +229,14 @@ def quantisers_by_fusion(rank: RankReport) -> dict[str, tuple[int, int]]:
 
 
 def _verified(rank: RankReport) -> list[tuple[str, str, str]]:
-    """Of each op: its name, how many numbers differ, and where."""
+    """Of each op: its name, how many numbers differ and from what, and where."""
     told = []
     for op in {v.op: None for v in rank.verified}:
         of_op = [v for v in rank.verified if v.op == op]
         numbers, differing = sum(v.numbers for v in of_op), sum(v.differing for v in of_op)
-        words = f"{differing} of {_rounded(numbers)} numbers of {sum(v.calls for v in of_op)} calls differ"
+        beside = sorted({f"vLLM's {op}" for v in of_op for op in v.vllms_ops}) or ["plain torch"]
+        calls = sum(v.calls for v in of_op)
+        words = f"{differing} of {_rounded(numbers)} numbers of {calls} calls differ from {' and '.join(beside)}"
         where = f"in {shorten(v.place for v in of_op if v.differing)}" if differing else ""
         problems = {v.problem: None for v in of_op if v.problem}
         told.append((op, words, "; ".join(filter(None, [where, *problems]))))
@@ -386,7 +388,10 @@ class FusionReport(BaseModel):
             table("Fused", "places", "what and where", self._places(_fused)),
             table("Not fused", "places", "why, and where", self._places(_not_fused)),
             table(
-                "Verified", "rank", "first calls, against the op's reference in plain torch", self._by_ranks(_verified)
+                "Verified",
+                "rank",
+                "first calls, against what the op replaces, and where they differ",
+                self._by_ranks(_verified),
             ),
             table("Notes", "rank", "note", notes),
         ]

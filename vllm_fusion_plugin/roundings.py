@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import logging
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,7 +34,7 @@ logger = logging.getLogger("vllm.fusion_plugin")
 
 GROUP_QUANT, TOKEN_QUANT, STATIC_QUANT = "group quantiser", "token quantiser", "static quantiser"
 SILU_MUL = "SiLU·mul"
-AITER_GROUP_QUANT = "AITER's group quantiser"
+AITER_GROUP_QUANT, AITER_TOKEN_QUANT = "AITER's group quantiser", "AITER's token quantiser"
 
 
 class Rounding(NamedTuple):
@@ -91,7 +92,7 @@ def _by_version() -> dict[str, Rounding]:
         TOKEN_QUANT: Rounding("custom_op"),
         STATIC_QUANT: Rounding("custom_op"),
         SILU_MUL: Rounding("custom_op" if compat.silu_and_mul_adds_zero() else "eager"),
-        **({AITER_GROUP_QUANT: Rounding(AITER)} if compat.aiter_is_on() else {}),
+        **(dict.fromkeys((AITER_GROUP_QUANT, AITER_TOKEN_QUANT), Rounding(AITER)) if compat.aiter_is_on() else {}),
     }
 
 
@@ -140,9 +141,13 @@ def ask(device: torch.device) -> dict[str, Rounding]:
                 break
         nearest = min(per_million, key=lambda rounding: per_million[rounding])
         answers[name] = Rounding(nearest, per_million[nearest], asked=True)
-    if AITER_GROUP_QUANT in answers:
-        differing, total = _aiter_group_quant_differs(device)
-        answers[AITER_GROUP_QUANT] = Rounding(AITER, -(-differing * 1_000_000 // total), asked=True)
+    for name, asks in (
+        (AITER_GROUP_QUANT, _aiter_group_quant_differs),
+        (AITER_TOKEN_QUANT, _aiter_token_quant_differs),
+    ):
+        if name in answers:
+            differing, total = asks(device)
+            answers[name] = Rounding(AITER, -(-differing * 1_000_000 // total), asked=True)
     return answers
 
 
@@ -180,6 +185,17 @@ def _aiter_group_quant_differs(device: torch.device) -> tuple[int, int]:
     x = _numbers(torch.bfloat16, 128).to(device)
     found = torch.ops.vllm.rocm_aiter_group_fp8_quant(x, 128)
     expected = quant.group_fp8_quant_reference(x, quant.GroupScales(128), AITER, compat.fp8_format_of_aiter())
+    return _differing((found[0], expected[0]), (found[1], expected[1]))
+
+
+def _aiter_token_quant_differs(device: torch.device) -> tuple[int, int]:
+    """From this package's kernel: plain torch has no reciprocal to within an ulp."""
+    from .ops.silu_mul_quant import silu_mul_token_fp8_quant
+
+    gates = _numbers(torch.bfloat16, 128).view(-1, 128).to(device)
+    x, fp8 = torch.cat([gates, torch.ones_like(gates)], dim=1), compat.fp8_format_of_aiter()
+    *found, y = silu_mul_token_fp8_quant(x, act_rounding="eager", quant_rounding=AITER, keep_act=True, fp8=fp8)
+    expected = torch.ops.vllm.rocm_aiter_per_token_quant(y, FORMATS[fp8].dtype)
     return _differing((found[0], expected[0]), (found[1], expected[1]))
 
 
@@ -239,7 +255,8 @@ def _numbers(dtype: torch.dtype, group_size: int) -> torch.Tensor:
 
 def _file() -> Path:
     """Where the answers of this vLLM on this GPU are kept; named by all that they depend on."""
-    sources = b"".join(Path(f.__code__.co_filename).read_bytes() for f in (ask, quant.ue8m0, silu_mul_reference))
+    deciding: tuple[Callable[..., Any], ...] = (ask, quant.ue8m0, silu_mul_reference)
+    sources = b"".join(Path(inspect.unwrap(f).__code__.co_filename).read_bytes() for f in deciding)
     parts = [
         *compat.identity_of_custom_ops(),
         compat.device_name(),

@@ -104,16 +104,19 @@ class Settings(BaseModel):
     same bytes. Without it, `cuda` warns, and Triton's run."""
 
     strict: bool = False
-    """An engine in which the plugin is not at work, or in which a fusion flag that is on has fused nothing, does not start:
-    see strict.py."""
+    """An engine in which the plugin is not at work, in which a fusion flag that is on has fused nothing, or in which
+    something is left that nothing known stands in the way of, does not start: see strict.py."""
+
+    expect_fused: int = Field(default=0, ge=0)
+    """With `strict`: how many quantisers have to be fused on each GPU, as `explain` counts them for the same flags."""
 
     verify: int = Field(default=0, ge=0)
-    """How many calls of every fused op, in each layer, are compared with the op's reference in plain torch, before vLLM
-    serves and once more when it does: see ops/verify.py."""
+    """How many calls of every fused op, in each layer, are compared with the ops that it replaces, before vLLM serves and
+    once more when it does: see ops/verify.py."""
 
     def of_compiled_code(self) -> str:
         """Those that decide what vLLM compiles or runs, as JSON."""
-        return self.model_dump_json(exclude={"kernels", "strict", "verify"})
+        return self.model_dump_json(exclude={"kernels", "strict", "expect_fused", "verify"})
 
     @field_validator("stock_passes")
     @classmethod

@@ -19,7 +19,7 @@ SERVE = "To serve all the same, leave out strict"
 
 
 MAY_DIFFER = 1e-5
-"""Share of an op's numbers that may differ from its reference: sums of a row are added up in another order on a GPU."""
+"""Share of an op's numbers that may differ from what it replaces: sums of a row are added up in another order on a GPU."""
 
 
 class StrictError(RuntimeError):
@@ -57,7 +57,13 @@ def problems(ranks: Sequence[RankReport], config: Any) -> list[str]:
             states.setdefault(rank.manager, []).append(rank.rank)
     if states:
         return [_state(state, of) for state, of in states.items()]
-    return [*_failed_passes(ranks), *_without_match(ranks, config), *_other_bytes(ranks)]
+    return [
+        *_failed_passes(ranks),
+        *_without_match(ranks, config),
+        *_unforeseen(ranks),
+        *_fewer_than_expected(ranks, config),
+        *_other_bytes(ranks),
+    ]
 
 
 def _state(state: str, ranks: Sequence[int]) -> str:
@@ -84,15 +90,39 @@ def _without_match(ranks: Sequence[RankReport], config: Any) -> Iterator[str]:
             yield f"{flag} is on, and has fused nothing: {_why(flag, ranks, config)} → -cc.pass_config.{flag}=false"
 
 
+def _unforeseen(ranks: Sequence[RankReport]) -> Iterator[str]:
+    """Quantisers that a pass at work looks for, and has left although nothing that is known keeps it from fusing them: what
+    `explain` gives no reason for."""
+    places: dict[str, list[str]] = {}
+    for missed in (m for rank in ranks for sub in rank.everything for m in sub.missed if m.is_unforeseen):
+        places.setdefault(reason_words(missed.reason), []).append(missed.module)
+    for reason, modules in places.items():
+        yield f"{reason}: {shorten(modules)}"
+
+
+def _fewer_than_expected(ranks: Sequence[RankReport], config: Any) -> Iterator[str]:
+    from .explain.explanation import count_fused
+
+    expected = settings.read(config.additional_config)[0].expect_fused
+    if not expected:
+        return
+    gpus = config.parallel_config.tensor_parallel_size  # ranks beyond these have other layers of the model
+    fused = sum(map(count_fused, ranks)) / gpus
+    if fused < expected:
+        left = {reason_words(m.reason): None for rank in ranks for sub in rank.subgraphs for m in sub.missed}
+        yield f"{fused:g} quantisers are fused on each GPU, and expect_fused is {expected}; left: {'; '.join(left)}"
+
+
 def _other_bytes(ranks: Sequence[RankReport]) -> Iterator[str]:
-    """Ops that `verify` has found to write other numbers than their reference, more than rounding explains."""
+    """Ops that `verify` has found to write other numbers than what they replace, more than rounding explains."""
     for rank in ranks:
         for op in {v.op: None for v in rank.verified}:
             of_op = [v for v in rank.verified if v.op == op]
             numbers, differing = sum(v.numbers for v in of_op), sum(v.differing for v in of_op)
             if differing > MAY_DIFFER * numbers:
                 where = shorten(v.place for v in of_op if v.differing)
-                yield f"rank {rank.rank}: {op} writes other bytes than its reference: {differing} of {numbers}, in {where}"
+                said = f"{op} writes other bytes than what it replaces: {differing} of {numbers}"
+                yield f"rank {rank.rank}: {said}, in {where}"
 
 
 def fulfils(found: Found) -> str:

@@ -68,6 +68,8 @@ def calls(arch: str) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
         yield f"silu_mul group before AITER's GEMM, {rows} rows", both, (x, *group, "native", "aiter", False, aiters)
         yield f"group, {rows} rows", "group_fp8_quant", (meta(rows, 4096), *group, "reciprocal", vllms)
         yield f"silu_mul token, {rows} rows", "silu_mul_token_fp8_quant", (x, None, "native", "custom_op", False, vllms)
+        before_aiters = (x, None, "native", "aiter", False, aiters)
+        yield f"silu_mul token before AITER's GEMM, {rows} rows", "silu_mul_token_fp8_quant", before_aiters
         heads = meta(rows, 32, 128)
         gated = (heads, heads, meta(128), 1e-6, 32, True, "silu", *group, "native")
         yield f"gated_rms_norm, {rows} rows", "gated_rms_norm_group_fp8_quant", (*gated, "aiter", aiters)
@@ -129,6 +131,15 @@ def describe(kernel: Any) -> dict[str, Any]:
     }
 
 
+def compiled(op: str, arguments: tuple[Any, ...]) -> Any:
+    """The kernel of a call."""
+    with planning() as plan:
+        registry.CUDA_IMPLEMENTATIONS[op](*arguments)
+    ((kernel, args, kwargs),) = plan.launches
+    kwargs = {key: launch._constants(v) if isinstance(v, tuple) else v for key, v in kwargs.items()}
+    return kernel.warmup(*args, grid=(1,), **kwargs)
+
+
 def compile_all(arch: str, only: str = "") -> dict[str, Any]:
     assert backend.BACKEND == "hip"
     triton.runtime.driver.set_active(fake_rocm.driver(GPUS[arch]))
@@ -139,11 +150,7 @@ def compile_all(arch: str, only: str = "") -> dict[str, Any]:
             if only not in name:
                 continue
             start = time.monotonic()
-            with planning() as plan:
-                registry.CUDA_IMPLEMENTATIONS[op](*arguments)
-            ((kernel, args, kwargs),) = plan.launches
-            kwargs = {key: launch._constants(v) if isinstance(v, tuple) else v for key, v in kwargs.items()}
-            results[name] = describe(kernel.warmup(*args, grid=(1,), **kwargs))
+            results[name] = describe(compiled(op, arguments))
             results[name]["seconds"] = round(time.monotonic() - start, 2)
     return {"arch": arch, "triton": triton.__version__, "kernels": results}
 

@@ -36,6 +36,13 @@ def group(y: torch.Tensor, *more: Any) -> Any:
     return torch.ops.vllm.rocm_aiter_group_fp8_quant(y, *(more or (128,)))
 
 
+def token(y: torch.Tensor) -> Any:
+    """As vLLM's layer calls it."""
+    from vllm._aiter_ops import rocm_aiter_ops
+
+    return rocm_aiter_ops.per_token_quant(y, FNUZ)
+
+
 def vllms_group(maximum: float) -> Callable[[torch.Tensor], Any]:
     """vLLM's own op, called with these bounds."""
 
@@ -93,6 +100,8 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "gated, one scale a token": lambda: Gated(lambda y: torch.ops.vllm.rocm_aiter_per_token_quant(y, FNUZ)),
     "gated, transposed scales": lambda: Gated(lambda y: group(y, 128, True)),
     "SiLU·mul": lambda: SiluMul(group),
+    "SiLU·mul, one scale a token": lambda: SiluMul(token),
+    "norm, one scale a token": lambda: Norm(token, token),
     "SiLU·mul, integers": lambda: SiluMul(lambda y: torch.ops.vllm.rocm_aiter_per_token_quant(y, torch.int8)),
     "SiLU·mul, vLLM's op, 224": lambda: SiluMul(vllms_group(224.0)),
     "SiLU·mul, vLLM's op, 240": lambda: SiluMul(vllms_group(240.0)),

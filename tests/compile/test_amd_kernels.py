@@ -50,6 +50,18 @@ def test_codes_are_stored_together(compiled):
     assert {name: k for name, k in kernels.items() if k["byte_stores"]} == {}
 
 
+def test_norms_add_up_in_the_order_of_inductors_kernel():
+    """Each thread has the columns that it has there, whatever the number of rows."""
+    process = subprocess.run([sys.executable, str(HERE / "amd_norms.py")], capture_output=True, text=True, timeout=1200)
+    assert process.returncode == 0, process.stderr[-4000:]
+    found = json.loads(process.stdout)
+    for width, kernels in found.items():
+        (inductors,) = kernels["inductor"]
+        assert inductors[1] == 64 and kernels["ours"] == [[inductors]] * 3, width
+    per_thread = {width: kernels["inductor"][0][0] for width, kernels in found.items()}
+    assert per_thread == dict.fromkeys(found, 8) | {"18432": 4}, "not read from Triton's layouts"
+
+
 def test_nothing_of_nvidias(compiled):
     """gfx942 says compute capability (9, 4): above 9.0, from which on NVIDIA's GPUs have PDL and TMA."""
     _, kernels = compiled

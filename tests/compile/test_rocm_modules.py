@@ -42,6 +42,8 @@ def ours(result: dict[str, Any], name: str) -> list[str]:
         ("gated", "gated_rms_norm_group_fp8_quant"),
         ("gated, heads of two groups", "gated_rms_norm_group_fp8_quant"),
         ("SiLU·mul", "silu_mul_group_fp8_quant"),
+        ("SiLU·mul, one scale a token", "silu_mul_token_fp8_quant"),
+        ("norm, one scale a token", "rms_norm_token_fp8_quant"),
         ("norm read by two quantisers", "rms_norm_group_fp8_quant"),
         ("norm read by two quantisers, one by a view", "rms_norm_group_fp8_quant"),
     ],

@@ -270,20 +270,32 @@ def test_explain_counts_what_the_report_counts(case, trace_model):
     assert sum(kind.layers for kind in e.kinds) == int(case.model.rpartition("-")[2].removesuffix("layers"))
 
 
-def test_blackwell():
-    """Where DeepGEMM takes packed scales, and vLLM's GEMM no rows that it would quantise. And docs/models.md has it so."""
+@pytest.mark.parametrize(
+    ("gpu", "folder", "layers", "fused", "left", "linear_kernel"),
+    [
+        # DeepGEMM takes packed scales, and vLLM's GEMM no rows that it would quantise.
+        ("b200", "qwen3-8b-fp8", 36, 3, {"o_proj": 1}, "DeepGemmFp8BlockScaledMMKernel"),
+        # Several of AMD's GPUs share it; experts quantise inside.
+        ("mi300x", "qwen3-235b-a22b-fp8", 94, 1, {"o_proj": 1, "experts": 1}, "TritonFp8BlockScaledMMKernel"),
+    ],
+)
+def test_models_are_as_documented(gpu, folder, layers, fused, left, linear_kernel):
+    """docs/models.md has what `explain` says now."""
     from typer.testing import CliRunner
 
     from vllm_fusion_plugin import cli
     from vllm_fusion_plugin.explain import matrix
     from vllm_fusion_plugin.explain.explanation import Explanation
 
-    model, name = MODELS / "served" / "qwen3-8b-fp8", "Qwen/Qwen3-8B-FP8"
-    result = CliRunner().invoke(cli.app, ["explain", str(model), "--gpu", "b200", "--json"])
+    ((path, served),) = (m for m in matrix.models(MODELS / "served") if m[0].name == folder)
+    gpus = str(served.tensor_parallel_size)
+    result = CliRunner().invoke(cli.app, ["explain", str(path), "--gpu", gpu, "--tp", gpus, "--json"])
     assert result.exit_code == 0, result.output
     e = Explanation(**json.loads(result.stdout))
-    assert (e.fused, e.left) == (3 * 36, 36)
-    assert set(e.linear_kernels) == {"DeepGemmFp8BlockScaledMMKernel"}
-    column = matrix.Column.model_validate_json((MODELS.parents[1] / "docs/models/b200.json").read_text())
-    (shown,) = (row for row in column.rows if row.model == name)
-    assert shown == matrix.row(name, 1, e), "run nox -s models"
+    boundaries = [b for kind in e.kinds for b in kind.boundaries]
+    unfused = {b.reader.rpartition(".")[2]: b.places // layers for b in boundaries if not b.fused}
+    assert (e.fused, unfused) == (fused * layers, left)
+    assert set(e.linear_kernels) == {linear_kernel}
+    column = matrix.Column.model_validate_json((MODELS.parents[1] / f"docs/models/{gpu}.json").read_text())
+    (shown,) = (row for row in column.rows if row.model == served.name)
+    assert shown == matrix.row(served.name, served.tensor_parallel_size, e), "run nox -s models"

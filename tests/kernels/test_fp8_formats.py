@@ -21,6 +21,7 @@ from vllm_fusion_plugin.ops import (  # noqa: F401  (registers the ops)
 )
 from vllm_fusion_plugin.ops.quant import GroupScales, group_fp8_quant_reference
 from vllm_fusion_plugin.ops.rms_norm_quant import NormInputs
+from vllm_fusion_plugin.ops.silu_mul_quant import silu_mul_token_fp8_quant
 
 from .cases import random_input
 from .checks import assert_same_outputs
@@ -57,6 +58,10 @@ def calls(quantiser: str):
     heads = (x.view(ROWS, 2, 128), z.view(ROWS, 2, 128), weight[:128].contiguous(), 1e-6, 2, True, "silu")
     yield "gated_rms_norm_group_fp8_quant", (*heads, *group[:3], "eager", quantiser)
     yield "mla_dual_rms_norm_group_fp8_quant", (x, z, weight, weight, 1e-6, 1e-6, *group[:3], "eager", quantiser)
+    if quantiser == "aiter":
+        both[3] = 0.0
+        yield "silu_mul_token_fp8_quant", (both, None, "custom_op", quantiser, False)
+        yield "rms_norm_token_fp8_quant", (*norm, None, quantiser)
     if quantiser in ("custom_op", "native"):
         for ub in (None, bound):
             yield "silu_mul_token_fp8_quant", (both, ub, "custom_op", quantiser, False)
@@ -142,6 +147,17 @@ def test_aiters_quantiser(fp8: str) -> None:
     # as it is written there: fp32 throughout, and no number's reciprocal is approximate
     scale = tops.float().clamp(min=1e-10) * torch.tensor(1.0 / FORMATS[fp8].max)
     assert torch.equal(kernel[1].view(-1), scale)
+
+
+def test_aiters_token_quantiser_of_zeros() -> None:
+    """Its scale has no floor: a row of zeros is divided by 0, and NaN is the smallest code there."""
+    x = torch.zeros(2, 512, dtype=torch.bfloat16)
+    x[1] = 1.0
+    codes, scales = registry.CUDA_IMPLEMENTATIONS["silu_mul_token_fp8_quant"](x, None, "custom_op", "aiter", False, OCP)
+    assert scales[0] == 0 and (codes[0].float() == -448).all()
+    assert scales[1] > 0 and (codes[1].float() == 448).all()
+    with pytest.raises(ValueError, match="scale_ub is given with quant_rounding='aiter', which has no bound"):
+        silu_mul_token_fp8_quant(x, torch.tensor([1.0]), quant_rounding="aiter")
 
 
 def test_wrong_formats() -> None:

@@ -10,7 +10,7 @@ import textwrap
 import pytest
 import torch
 
-from vllm_fusion_plugin.ops import calls, mla_v_up_quant, registry, silu_mul_quant, verify  # noqa: F401
+from vllm_fusion_plugin.ops import calls, mla_v_up_quant, registry, replaced, silu_mul_quant, verify  # noqa: F401
 
 OP = "silu_mul_static_fp8_quant"
 
@@ -57,6 +57,23 @@ def test_what_an_op_returns_is_returned(arguments):
     results = [run(OP, wrong, arguments) for run in (verify.Verifier(1, object).run, lambda op, f, a: f(*a))]
     for verified, plain in zip(*map(verify._tensors, results), strict=True):
         assert torch.equal(verified.view(torch.uint8), plain.view(torch.uint8))
+
+
+def test_ops_of_vllms_take_the_place_of_plain_torch(arguments, monkeypatch):
+    """One that differs shows, and is named; where there is none, plain torch goes on."""
+    plain = silu_mul_quant.static_fp8_quant_reference.__wrapped__
+
+    def quantise(*arguments):
+        replaced._ran.add("static_scaled_fp8_quant")
+        codes = plain(*arguments)
+        codes.view(torch.uint8)[2, 3] ^= 1
+        return codes
+
+    monkeypatch.setitem(replaced.OPS, "silu_mul_reference", lambda *arguments, **named: None)
+    monkeypatch.setitem(replaced.OPS, "static_fp8_quant_reference", quantise)
+    verifier = verify.Verifier(1, object)
+    verifier.run(OP, right, arguments)
+    assert verifier.counted() == [verify.Counted(OP, 0, 1, 5 * 64, 1, "", ("static_scaled_fp8_quant",))]
 
 
 def test_buffers_that_are_written_are_compared():

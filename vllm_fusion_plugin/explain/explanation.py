@@ -192,6 +192,11 @@ def _boundaries(report: RankReport, itemsize: int) -> list[tuple[Boundary, str]]
     return counted
 
 
+def count_fused(report: RankReport) -> int:
+    """How many quantisers `explain` would say fuse, of an engine's report."""
+    return sum(b.places for b, _ in _boundaries(report, itemsize=2) if b.fused and b.quantiser)
+
+
 def _found(found: Found, itemsize: int) -> Boundary:
     first, rest = split_pattern(found.pattern)
     return Boundary(

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import numerics, quant
-from .backend import HIDDEN_ALIGNMENT
+from .backend import BACKEND, HIDDEN_ALIGNMENT
 from .fp8 import OCP
 from .launch import choose, launch, row_stride, rows_with_padding
 from .pdl import wait_for_producer
@@ -102,7 +102,7 @@ def _dual_kernel(
 
 def dual_tile(width: int, kv_width: int, native_quant: bool) -> Tile:
     """Tile for rows of `width` and, kv's, `kv_width`, in Inductor's order; 4 warps, where they can, are faster than 8."""
-    if 1024 < width <= 2048 and kv_width == 512:
+    if 1024 < width <= 2048 and kv_width == 512 and BACKEND != "hip":  # see row_order.folded
         return Tile(1, 2048, 4, 8)
     return row_tile(width, native_quant)
 

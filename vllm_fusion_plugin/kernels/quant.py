@@ -3,7 +3,7 @@
 
 MAX is the largest code, which also tells the format (fp8.py): 448 is e4m3fn's, 224 and 240 are e4m3fnuz's.
 
-ROUNDING is a group quantiser's `quant_rounding`; NATIVE says that a token or static quantiser's is `native`. What they are
+ROUNDING is a group or token quantiser's `quant_rounding`; NATIVE says that a static quantiser's is `native`. What they are
 is in ops/quant.py. Values y are fp32, already rounded as by whatever computed them.
 """
 
@@ -35,7 +35,7 @@ class QuantConstants(NamedTuple):
     padded: bool = False  # scales may be TMA-aligned
     packed: bool = False  # scales are bytes: exponents
     aligned: int = 1  # codes that a thread stores at once, hence columns it has side by side
-    native: bool = False  # of a token or static quantiser
+    native: bool = False  # of a static quantiser
     stored: bool = False  # of a token quantiser: codes are of rounded numbers, and the scale is not
     fp8_max: float = FORMATS[OCP].max  # the largest code; tells the format
 
@@ -114,15 +114,13 @@ def _quotients(y, scale, ROUNDING: tl.constexpr, UE8M0: tl.constexpr, MAX: tl.co
     """What becomes FP8 codes of y [rows, groups, numbers of a group]."""
     if ROUNDING == "native" or ROUNDING == "native_floored":
         return y / scale[:, :, None]  # div.full.f32, as in Inductor's kernel
-    if ROUNDING == "aiter":
-        return y * numerics.rounded_reciprocal(scale)[:, :, None]
     if UE8M0:
         quotients = y * numerics.reciprocal(scale)[:, :, None]  # a power of two: exact
-    elif ROUNDING == "reciprocal":
+    elif ROUNDING == "reciprocal" or ROUNDING == "aiter":
         quotients = y * numerics.rounded_reciprocal(scale)[:, :, None]
     else:
         quotients = numerics.divide(y, scale[:, :, None])
-    return tl.maximum(quotients, -MAX)  # NaN becomes -MAX, as fmaxf does
+    return tl.maximum(quotients, -MAX)  # NaN becomes -MAX, as in fmaxf and in AMD's v_med3_f32
 
 
 @triton.jit
@@ -225,40 +223,44 @@ def static_codes(y, inverse, NATIVE: tl.constexpr, MAX: tl.constexpr):
 
 
 @triton.jit
-def running_max(top, magnitude, NATIVE: tl.constexpr):
-    """The larger of two, element by element; of NaN and a number the number, or NaN if NATIVE."""
-    if NATIVE:
+def running_max(top, magnitude, ROUNDING: tl.constexpr):
+    """The larger of two, element by element; of NaN and a number the number, or NaN if native."""
+    if ROUNDING == "native":
         return tl.maximum(top, magnitude, propagate_nan=tl.PropagateNan.ALL)
     return tl.maximum(top, magnitude)
 
 
 @triton.jit
-def token_scale(top, bound_ptr, NATIVE: tl.constexpr, MAX: tl.constexpr):
+def token_scale(top, bound_ptr, ROUNDING: tl.constexpr, MAX: tl.constexpr):
     """Scale [rows] of rows that have their largest magnitudes in `top` [rows, columns], NaN as running_max leaves it;
     bound_ptr is vLLM's `scale_ub` or None."""
     # Bits of magnitudes have the order of the magnitudes, NaN last; a warp finds the largest integer in one instruction.
     top = tl.max(top.to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
     if bound_ptr is not None:
         bound = tl.load(bound_ptr)
-        if NATIVE:
+        if ROUNDING == "native":
             top = tl.minimum(top, bound, propagate_nan=tl.PropagateNan.ALL)
         else:
             top = tl.minimum(top, bound)
-    if NATIVE:
+    if ROUNDING == "native":
         scale = numerics.times_reciprocal_of_maximum(top, MAX)
         return tl.maximum(scale, 1.0 / (MAX * 512.0), propagate_nan=tl.PropagateNan.ALL)
+    if ROUNDING == "aiter":
+        return top * (1.0 / MAX)  # 0 for a row of zeros
     return tl.maximum(numerics.divide_by_maximum(top, MAX), 1.0 / (MAX * 512.0))
 
 
 @triton.jit
-def token_codes(y, scale, BOUNDED: tl.constexpr, NATIVE: tl.constexpr, MAX: tl.constexpr):
+def token_codes(y, scale, BOUNDED: tl.constexpr, ROUNDING: tl.constexpr, MAX: tl.constexpr):
     """FP8 codes of y with its row's scale. BOUNDED: the scale may be far too small for y."""
-    if NATIVE:
+    if ROUNDING == "aiter":
+        return codes_of(tl.maximum(y * numerics.reciprocal(scale), -MAX), MAX)  # NaN becomes -MAX; 0 / 0 is one
+    if ROUNDING == "native":
         code = y * (1.0 / scale)  # div.full.f32, as in Inductor's kernel
     elif BOUNDED:
         code = tl.div_rn(y, scale)
     else:
         code = numerics.divide(y, scale)
-    if not NATIVE:
+    if ROUNDING != "native":
         code = tl.minimum(code, MAX)  # NaN becomes MAX, as fminf does first in vLLM's op
     return codes_of(code, MAX)

@@ -106,16 +106,16 @@ def _quantise_rows(
         y = normed_chunk(chunks, weights, inverse, weight_ptr, column, dtype, first, NORM, TILE)
         if normed_ptr is not None:
             tl.store(normed_ptr + row.to(tl.int64)[:, None] * WIDTH + column, y.to(dtype), mask=mask)
-        top = quant.running_max(top, tl.abs(y), QUANT.native)  # beyond WIDTH y is 0, or NaN as in all of the row
+        top = quant.running_max(top, tl.abs(y), QUANT.rounding)  # beyond WIDTH y is 0, or NaN as in all of the row
         if QUANT.stored:
             y = numerics.rounded(y, dtype)
         normed = normed + (y,)  # type: ignore[assignment]  # noqa: RUF005  Triton has no unpacking
-    scale = quant.token_scale(top, bound_ptr, QUANT.native, QUANT.fp8_max)
+    scale = quant.token_scale(top, bound_ptr, QUANT.rounding, QUANT.fp8_max)
     tl.store(scales_ptr + row, scale, mask=row < rows)
     for first in tl.static_range(0, WIDTH, CHUNK):
         column, mask = chunk_columns(row, rows, first, CHUNK, WIDTH)
         y = normed[first // CHUNK]
-        codes = quant.token_codes(y, scale[:, None], bound_ptr is not None, QUANT.native, QUANT.fp8_max)
+        codes = quant.token_codes(y, scale[:, None], bound_ptr is not None, QUANT.rounding, QUANT.fp8_max)
         offset = row.to(tl.int64)[:, None] * WIDTH + column
         tl.store(tl.multiple_of(codes_ptr + offset, (1, QUANT.aligned)), codes, mask=mask)
 

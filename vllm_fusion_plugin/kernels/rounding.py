@@ -10,7 +10,7 @@ NATIVE = ("native", "native_floored")
 FLASHINFER = "flashinfer"
 """The quantiser inside of FlashInfer's block GEMM, opaque as well. Its scales are never powers of two."""
 AITER = "aiter"
-"""AITER's group quantiser on AMD's GPUs, opaque as well. Its scales are never powers of two."""
+"""AITER's group and token quantisers on AMD's GPUs, opaque as well. Its scales are never powers of two."""
 BY_ROWS = {f"{name}_or_{FLASHINFER}": name for name in OPAQUE}
 """Roundings of a quantiser before a block GEMM that is FlashInfer's below FLASHINFER_ROWS rows, and from there on."""
 FLASHINFER_ROWS = 32

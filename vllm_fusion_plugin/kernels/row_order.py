@@ -11,6 +11,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .backend import BACKEND
 from .tiles import next_power_of_2
 
 # Up to here Inductor keeps a row in one warp and adds up its squares with fma; see row_tile.
@@ -95,10 +96,12 @@ def row_tile(width: int, native_quant: bool, many_loads: bool = False, sum_colum
 def folded(tile: Tile, rows: int, add: bool, most: int = 4) -> Tile:
     """`tile` with fewer warps, up to `most` times, that add up in its order; for `rows` rows, with a residual or without.
 
-    Tuned on an H200 (benchmarks/bench_rms_norm_quant.py --tune). Many rows with a residual keep memory busy anyhow.
+    Tuned on an H200 (benchmarks/bench_rms_norm_quant.py --tune). Many rows with a residual keep memory busy anyhow. With
+    AMD's 64 threads a warp the order is that of Inductor's kernel as it comes, for the same threads have the same columns
+    (tests/compile/test_amd_kernels.py): nothing is folded.
     """
     warps = tile.num_warps
-    if warps < 8 or tile.chunk < 256 * warps or (add and rows * tile.chunk >= LARGE):
+    if BACKEND == "hip" or warps < 8 or tile.chunk < 256 * warps or (add and rows * tile.chunk >= LARGE):
         return tile
     few_wide = add and rows <= 16 and tile.chunk == 8192  # 2.33 µs with 8 warps, 2.38 with 4 or 16
     return Tile(tile.rows, tile.chunk, warps // min(most, 2 if warps == 8 or few_wide else 4), warps)

@@ -134,7 +134,7 @@ def _token_kernel(
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     ALIGNED: tl.constexpr,
-    NATIVE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     MAX: tl.constexpr,
     ACT: tl.constexpr,
     PDL: tl.constexpr,
@@ -161,13 +161,13 @@ def _token_kernel(
         if act_ptr is not None:
             column = first + tl.arange(0, CHUNK)[None, :]
             tl.store(act_ptr + (row * WIDTH + column), y.to(act_ptr.dtype.element_ty), mask=column < WIDTH)
-        top = quant.running_max(top, tl.abs(y), NATIVE)
+        top = quant.running_max(top, tl.abs(y), ROUNDING)
         products = products + (y,)  # type: ignore[assignment]  # noqa: RUF005
-    scale = quant.token_scale(top, bound_ptr, NATIVE, MAX)
+    scale = quant.token_scale(top, bound_ptr, ROUNDING, MAX)
     tl.store(scales_ptr + row + tl.arange(0, 1), scale)
     for first in tl.static_range(0, WIDTH, CHUNK):
         column = first + tl.arange(0, CHUNK)[None, :]
-        code = quant.token_codes(products[first // CHUNK], scale[:, None], bound_ptr is not None, NATIVE, MAX)
+        code = quant.token_codes(products[first // CHUNK], scale[:, None], bound_ptr is not None, ROUNDING, MAX)
         codes_ptrs = tl.multiple_of(codes_ptr + (row * WIDTH + column), (1, ALIGNED))
         if first + CHUNK <= WIDTH:
             tl.store(codes_ptrs, code)
@@ -315,7 +315,7 @@ def silu_mul_token_fp8_quant(
         WIDTH=width,
         CHUNK=tile.chunk,
         ALIGNED=math.gcd(width, 8),
-        NATIVE=is_native(quant_rounding),
+        ROUNDING=quant_rounding,
         MAX=FORMATS[fp8].max,
         ACT=_act_constants(x, act_rounding, quant_rounding),
         num_warps=tile.num_warps,

@@ -22,8 +22,10 @@ for the format's own maximum. vLLM has several variants of each quantiser, which
     is ignored by the maximum and stays NaN in the codes. Group quantisers and bf16 only.
 `aiter`
     AITER's group quantiser (`rocm_aiter_group_fp8_quant`): the scale is a product with the maximum code's reciprocal, codes
-    are products with the scale's, both correctly rounded; never powers of two. NaN is ignored by the maximum and stays NaN
-    in the codes. Read from AITER's source, and not compared with AITER on a GPU yet. Group quantisers only.
+    are products with the scale's, both correctly rounded; never powers of two. Its token quantiser
+    (`rocm_aiter_per_token_quant`) does the same without a floor or a bound of scales, with a reciprocal within an ulp,
+    which is correctly rounded in plain torch. NaN is ignored by the maximum, then −448 as a code, as v_med3_f32 makes it.
+    Read from AITER's source, and not compared with AITER on a GPU yet. Group and token quantisers only.
 `custom_op_or_flashinfer`, `reciprocal_or_flashinfer`
     flashinfer below 32 rows, the other from there on, as vLLM chooses its block GEMM. Group quantisers and bf16 only.
 """
@@ -47,6 +49,7 @@ from ..kernels.rounding import (
     is_native,
     of_rows,
 )
+from .replaced import stands_for_an_op
 
 FP8_DTYPE = FORMATS[OCP].dtype
 FP8_MAX = FORMATS[OCP].max
@@ -57,6 +60,7 @@ UE8M0_MIN_SCALE = 1e-10
 TMA_ALIGNMENT = 4
 
 ROUNDINGS = ("custom_op", "native")
+TOKEN_ROUNDINGS = (*ROUNDINGS, AITER)
 GROUP_ROUNDINGS = (*OPAQUE, FLASHINFER, *BY_ROWS, *NATIVE, AITER)
 GROUP_SIZES = (64, 128)
 INPUT_DTYPES = (torch.bfloat16, torch.float16)
@@ -90,6 +94,14 @@ def check_number(name: str, number: torch.Tensor, x: torch.Tensor) -> None:
 
 def check_fp8(fp8: str) -> None:
     check_choice("fp8", fp8, tuple(FORMATS))
+
+
+def check_token_rounding(quant_rounding: str, scale_ub: torch.Tensor | None, fp8: str) -> None:
+    """Raises ValueError on what no token quantiser does."""
+    check_choice("quant_rounding", quant_rounding, TOKEN_ROUNDINGS)
+    check_fp8(fp8)
+    if quant_rounding == AITER and scale_ub is not None:
+        raise ValueError(f"scale_ub is given with {quant_rounding=}, which has no bound; allowed: None")
 
 
 def check_group_rounding(quant_rounding: str, dtype: torch.dtype, how: GroupScales, fp8: str = OCP) -> None:
@@ -203,6 +215,7 @@ def _flashinfers_scale(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return factor, torch.where(factor > 2.0**126, 0.0, scale)
 
 
+@stands_for_an_op
 def group_fp8_quant_reference(
     y: torch.Tensor, how: GroupScales, quant_rounding: str, fp8: str = OCP
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -221,7 +234,7 @@ def group_fp8_quant_reference(
         codes = torch.where(groups.abs() < FP32_TINY, groups * 0.0, groups) * factor  # -0 stays -0
     elif rounding == AITER:
         scale = _ignoring_nan_max(groups.abs()).clamp(min=EPS) * groups.new_full((), 1.0 / maximum)
-        codes = groups * scale.reciprocal()
+        codes = (groups * scale.reciprocal()).nan_to_num(nan=-maximum, posinf=maximum, neginf=-maximum)
     elif is_native(rounding):
         scale = groups.abs().amax(dim=-1, keepdim=True) / maximum  # on CUDA, as in Inductor, times the reciprocal
         if rounding == "native_floored":
@@ -245,6 +258,7 @@ def group_fp8_quant_reference(
     return codes, scales
 
 
+@stands_for_an_op
 def static_fp8_quant_reference(
     y: torch.Tensor, scale: torch.Tensor, quant_rounding: str, fp8: str = OCP
 ) -> torch.Tensor:
@@ -264,6 +278,7 @@ def empty_token_scales(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty((x.shape[0], 1), dtype=torch.float32)
 
 
+@stands_for_an_op
 def token_fp8_quant_reference(
     y: torch.Tensor,
     scale_ub: torch.Tensor | None,
@@ -280,6 +295,10 @@ def token_fp8_quant_reference(
     `QuantFP8.forward_native` (native), which multiplies by the scale's rounded reciprocal. In both, `scale_ub` limits a
     row's maximum and the format's `min_scale` is the scale's floor. NaN is ignored by custom_op's maximum and has
     +448 as a code.
+
+    Mirrors AITER's `dynamic_per_token_scaled_quant` (aiter), without bound and floor: the scale is a product with the
+    largest code's reciprocal, and codes are products with the scale's, which the GPU takes in one instruction to within an
+    ulp. A row of zeros has 0 as its scale and the smallest code, as NaN has.
     """
     maximum, min_scale = FORMATS[fp8].max, FORMATS[fp8].min_scale
     magnitude = y.float().abs()
@@ -291,6 +310,9 @@ def token_fp8_quant_reference(
         # a tensor as divisor, as above
         scale = (top / top.new_full((), maximum)).clamp(min=min_scale)
         codes = (numbers / scale).nan_to_num(nan=maximum, posinf=maximum, neginf=-maximum)
+    elif quant_rounding == AITER:
+        scale = _ignoring_nan_max(magnitude) * magnitude.new_full((), 1.0 / maximum)
+        codes = (numbers * scale.reciprocal()).nan_to_num(nan=-maximum, posinf=maximum, neginf=-maximum)
     else:
         top = magnitude.amax(dim=-1, keepdim=True)
         if scale_ub is not None:

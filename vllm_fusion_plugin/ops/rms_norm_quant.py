@@ -53,11 +53,13 @@ from .quant import (
     MAX_WIDTH,
     ROUNDINGS,
     SCALES,
+    TOKEN_ROUNDINGS,
     GroupScales,
     check_choice,
     check_fp8,
     check_group_rounding,
     check_number,
+    check_token_rounding,
     empty_token_scales,
     group_fp8_quant_reference,
     is_native,
@@ -65,6 +67,7 @@ from .quant import (
     token_fp8_quant_reference,
 )
 from .registry import register
+from .replaced import stands_for_an_op
 
 ROW_ARGUMENTS = ("x", "residual", "x_addend", "residual_addend")
 NORM_ROUNDINGS = ("native", "eager", "custom_op")
@@ -222,6 +225,7 @@ def _check_like_x(name: str, t: torch.Tensor, x: torch.Tensor, fp32: bool = Fals
 # ---- references ------------------------------------------------------------------------------------------------------
 
 
+@stands_for_an_op
 def rms_norm_reference(norm: NormInputs, *, rounded: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y of x [M, H] in plain torch, in x's dtype or in fp32 if `rounded` is False, and residual_out if residual is given."""
     s, residual_out = add_residual(norm)
@@ -353,8 +357,8 @@ def rms_norm_group_fp8_quant(
 def _of_token(arguments: tuple[Any, ...]) -> tuple[NormInputs, torch.Tensor | None, str, str]:
     """The op's arguments, checked."""
     norm, (scale_ub, quant_rounding), fp8 = _apart(arguments, 2)
-    norm.check(quant_rounding)
-    check_fp8(fp8)
+    norm.check(quant_rounding, TOKEN_ROUNDINGS)
+    check_token_rounding(quant_rounding, scale_ub, fp8)
     if scale_ub is not None:
         check_number("scale_ub", scale_ub, norm.x)
     return norm, scale_ub, quant_rounding, fp8

@@ -36,6 +36,7 @@ from .quant import (
     check_fp8,
     check_group_rounding,
     check_number,
+    check_token_rounding,
     empty_token_scales,
     group_fp8_quant_reference,
     is_native,
@@ -43,6 +44,7 @@ from .quant import (
     token_fp8_quant_reference,
 )
 from .registry import register
+from .replaced import stands_for_an_op
 
 
 def _check_input(x: torch.Tensor) -> tuple[int, int]:
@@ -64,6 +66,7 @@ ACT_ROUNDINGS = ("custom_op", "eager", "native")
 ROUNDINGS_AND_KEEP = f"str act_rounding, str quant_rounding, bool keep_act=False, {FP8}"
 
 
+@stands_for_an_op
 def silu_mul_reference(x: torch.Tensor, act_rounding: str = "custom_op", *, rounded: bool = True) -> torch.Tensor:
     """silu(gate) * up of x [..., 2 * width] in plain torch: in x's dtype, or in fp32 if `rounded` is False."""
     gate, up = x.float().chunk(2, dim=-1)
@@ -214,8 +217,7 @@ def _check_token(
     if scale_ub is not None:
         check_number("scale_ub", scale_ub, x)
     check_choice("act_rounding", act_rounding, ACT_ROUNDINGS)
-    check_choice("quant_rounding", quant_rounding)
-    check_fp8(fp8)
+    check_token_rounding(quant_rounding, scale_ub, fp8)
     _check_keep_act(keep_act, act_rounding, quant_rounding)
     return rows, width
 

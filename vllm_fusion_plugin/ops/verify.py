@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first calls of every op beside the op's reference in plain torch: how many of the numbers that they write differ.
+"""The first calls of every op beside the ops that it replaces: how many of the numbers that they write differ.
+
+Those are vLLM's own where it has them, and plain torch else: see replaced.py.
 
 Compiled code calls ops by name, so what is called by that name is replaced in this process, and only where that is asked
 for. A call is known by the op and by its place in the forward pass: the first, the second, ... of that op. Nothing is
 verified while torch.compile traces or a CUDA graph is captured, and the replay of a captured graph calls no op.
 
-A verified call runs the reference too, which takes some copies of its input in fp32, and keeps a count on the device, which
+A verified call runs these too, which takes some copies of its input in fp32, and keeps a count on the device, which
 is read when it is asked for.
 """
 
@@ -18,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import registry
+from . import registry, replaced
 
 logger = logging.getLogger("vllm.fusion_plugin")
 
@@ -35,6 +37,8 @@ class Counted(NamedTuple):
     differing: int
     problem: str
     """Why a call could not be verified; "" if none."""
+    vllms_ops: tuple[str, ...] = ()
+    """Those of vLLM's that ran beside it; what they do not do, plain torch did."""
 
 
 class _Count:
@@ -43,6 +47,7 @@ class _Count:
         self.numbers = 0
         self.differing: torch.Tensor | int = 0
         self.problem = ""
+        self.vllms_ops: set[str] = set()
 
 
 class Verifier:
@@ -68,7 +73,9 @@ class Verifier:
         kept = [a.clone() if i in written else a for i, a in enumerate(arguments)]
         result = implementation(*arguments)
         try:
-            expected = registry.REFERENCES[op](*kept)
+            with replaced.vllms_ops() as ran:
+                expected = registry.REFERENCES[op](*kept)
+            count.vllms_ops |= ran
             pairs = [*zip(_tensors(result), _tensors(expected), strict=True)]
             pairs += [(arguments[i], kept[i]) for i in written]
             for actual, wanted in pairs:
@@ -90,8 +97,8 @@ class Verifier:
     def counted(self) -> list[Counted]:
         """What has been counted up to now. Waits for the device."""
         return [
-            Counted(op, place, count.calls, count.numbers, int(count.differing), count.problem)
-            for (op, place), count in sorted(self._counts.items())
+            Counted(op, place, c.calls, c.numbers, int(c.differing), c.problem, tuple(sorted(c.vllms_ops)))
+            for (op, place), c in sorted(self._counts.items())
         ]
 
     def begin_again(self) -> None:

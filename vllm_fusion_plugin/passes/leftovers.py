@@ -18,6 +18,7 @@ from vllm.config import VllmConfig
 from .. import compat, report
 from ..graph import called_op, quantised
 from ..ops.quant import EPS, GROUP_SIZES, INPUT_DTYPES
+from ..rank_report import UNFORESEEN
 from . import producers, quantisers
 from .attn_quant import AttentionQuantPass
 from .base import FusionPass
@@ -130,7 +131,7 @@ class Leftovers(InductorPass):
             return refused[0], refused[1] + alone
         reason = self._structure(q, made)
         if reason is None:
-            state = self._state(owner) or "no pattern fits the variant that they have in this graph"
+            state = self._state(owner) or UNFORESEEN
             reason = f"{made.words} is followed by {q}, and {state}"
         return pass_name, reason + (alone or self._by_itself(q, made))
 
@@ -208,7 +209,7 @@ class Leftovers(InductorPass):
             if made.compiled:
                 return "; Inductor compiles this quantiser together with what stands before it"
             return "; Inductor compiles this quantiser by itself"
-        if called_op(q.node) == compat.AITER_GROUP_QUANT:
+        if called_op(q.node) in (compat.AITER_GROUP_QUANT, compat.AITER_TOKEN_QUANT):
             return "; AITER's kernel runs by itself"
         if q.variant == "op" and q.kind in ("group", "packed"):
             lone = report.RECORDER.report.passes.get(LONE, "off")

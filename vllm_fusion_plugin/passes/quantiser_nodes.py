@@ -48,7 +48,7 @@ _OPS = {
     "_C.static_scaled_fp8_quant": "static",
     "_C.scaled_fp4_quant": "nvfp4",
     compat.AITER_GROUP_QUANT: "group",
-    "vllm.rocm_aiter_per_token_quant": "token",
+    compat.AITER_TOKEN_QUANT: "token",
     "vllm.rocm_aiter_per_tensor_quant": "static",
 }
 

@@ -68,12 +68,12 @@ def share_equal_quantisers(graph: fx.Graph) -> list[fx.Node]:
 
 
 def share_equal_aiter_quantisers(graph: fx.Graph) -> None:
-    """The same of AITER's group quantiser, which writes to no buffers: two layers that read one value quantise it twice."""
+    """The same of AITER's, which write to no buffers: two layers that read one value quantise it twice."""
     first: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
-        if called_op(node) != compat.AITER_GROUP_QUANT:
+        if called_op(node) not in (compat.AITER_GROUP_QUANT, compat.AITER_TOKEN_QUANT):
             continue
-        same = first.setdefault((node.args, tuple(node.kwargs.items())), node)
+        same = first.setdefault((node.target, node.args, tuple(node.kwargs.items())), node)
         if same is not node:
             _take_results_of(same, node)
 
@@ -313,7 +313,8 @@ def _native_scale_is_floored_first() -> bool:
 
 @dataclass(frozen=True)
 class TokenQuant(Fp8Quant):
-    """Dynamic FP8 quantiser with one scale a row; `bounded` if an upper bound of the scales is given."""
+    """Dynamic FP8 quantiser with one scale a row; `bounded` if an upper bound of the scales is given. variant
+    "aiter": AITER's op, on ROCm."""
 
     variant: str
     bounded: bool
@@ -327,6 +328,8 @@ class TokenQuant(Fp8Quant):
         if self.variant == "native":
             has_maximum = "aten.amax" in ops or "aten.max" in ops  # the latter until 0.26
             return _converts_to_fp8(ops) and "aten.reciprocal" in ops and has_maximum
+        if self.variant == "aiter":
+            return any(node.args[1] == FP8.dtype for node in ops.get(compat.AITER_TOKEN_QUANT, []))
         nodes = ops.get("_C.dynamic_per_token_scaled_fp8_quant", [])
         return any(isinstance(node.kwargs.get("scale_ub"), fx.Node) == self.bounded for node in nodes)
 
@@ -336,9 +339,21 @@ class TokenQuant(Fp8Quant):
     def inputs(self, rows: int, width: int) -> list[torch.Tensor]:
         """The upper bound, if there is one, and what the custom op writes to."""
         bound = [empty(1, dtype=torch.float32)] if self.bounded else []
-        if self.variant == "native":
+        if self.variant != "custom_op":
             return bound
         return [*bound, empty(rows, width, dtype=FP8.dtype), empty(rows, 1, dtype=torch.float32)]
+
+    @property
+    def fp8(self) -> tuple[str, ...]:
+        return _fp8_argument(AITERS_FP8_NAME) if self.variant == "aiter" else super().fp8
+
+    @property
+    def inexactness(self) -> str:
+        return roundings.of(roundings.AITER_TOKEN_QUANT).reason if self.variant == "aiter" else super().inexactness
+
+    @property
+    def rounding(self) -> str:
+        return roundings.of(roundings.AITER_TOKEN_QUANT).name if self.variant == "aiter" else super().rounding
 
     @property
     def input_count(self) -> int:
@@ -358,6 +373,8 @@ class TokenQuant(Fp8Quant):
         scale_ub, buffers = self.bound_of(inputs), inputs[self.bounded :]
         if self.variant == "native":
             return _quant_fp8(static=False, group_shape=GroupShape.PER_TOKEN).forward_native(y, scale_ub=scale_ub)
+        if self.variant == "aiter":
+            return torch.ops.vllm.rocm_aiter_per_token_quant.default(y, FP8.dtype)
         _, codes, scales = functionalized(
             torch.ops._C.dynamic_per_token_scaled_fp8_quant.default,
             result=buffers[0],
@@ -372,6 +389,12 @@ def token_quants() -> list[TokenQuant]:
     variants = ["native"] + (["custom_op"] if has_op("dynamic_per_token_scaled_fp8_quant") else [])
     # Bounded first: an unbounded pattern's "no bound" is a wildcard until Inductor looks closer.
     return [TokenQuant(variant, bounded) for variant in variants for bounded in (True, False)]
+
+
+def aiter_token_quants() -> list[TokenQuant]:
+    """AITER's token quantiser, if it is on."""
+    has = compat.has_aiter_op(compat.AITER_TOKEN_QUANT.rpartition(".")[2])
+    return [TokenQuant("aiter", bounded=False)] if has else []
 
 
 @dataclass(frozen=True)

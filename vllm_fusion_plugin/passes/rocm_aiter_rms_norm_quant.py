@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RocmAiterRMSNormQuantFusionPass: an RMS norm and AITER's group quantiser after it become one op. Stands in for vLLM's pass
-of that name, which runs after it on what is left.
+"""RocmAiterRMSNormQuantFusionPass: an RMS norm and AITER's group or token quantiser after it become one op. Stands in for
+vLLM's pass of that name, which runs after it on what is left.
 
-Which op is the setting `rocm_kernels`: this package's, with the bytes of the two, or AITER's own for both.
+Which op is the setting `rocm_kernels`: this package's, with the bytes of the two, or AITER's own for both. A token quantiser
+after a norm of AITER's is left to vLLM's pass, which puts AITER's op there in any case.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .. import compat, report
 from . import gated_rms_norm_quant, mla_dual_rms_norm_quant, norms, quantisers
 from .base import FusionPass
 from .gated_rms_norm_quant import GatedRMSNormGroupQuant
-from .rms_norm_quant import RMSNormGroupQuant
+from .rms_norm_quant import RMSNormGroupQuant, RMSNormTokenQuant
 
 NORM_OP, ADD_NORM_OP = "rocm_aiter_rmsnorm_fp8_group_quant", "rocm_aiter_rmsnorm_with_add_fp8_group_quant"
 GATED_OP = "rocm_aiter_fused_rms_gated_fp8_group_quant"
@@ -84,6 +85,8 @@ class RocmAiterRMSNormQuantFusionPass(FusionPass):
                 kind = AiterRMSNormGroupQuant if of_aiter and _takes(norm, keep_norm) else RMSNormGroupQuant
                 for quant in quants:
                     self.register(kind(norm, keep_norm, quant, dtype, precision_casts))
+                for token_quant in quantisers.aiter_token_quants():
+                    self.register(RMSNormTokenQuant(norm, keep_norm, token_quant, dtype, precision_casts))
         of_aiter = self.settings.rocm_kernels == "aiter" and can_be_had("gated norms", GATED_OP)
         for pattern in self._gated(quants, of_aiter, dtype, precision_casts):
             self.register(pattern)

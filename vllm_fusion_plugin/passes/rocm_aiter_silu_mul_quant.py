@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RocmAiterSiluMulFp8GroupQuantFusionPass: SiLU·mul and AITER's group quantiser after it become one op. Stands in for vLLM's
-pass of that name, which runs after it on what is left.
+"""RocmAiterSiluMulFp8GroupQuantFusionPass: SiLU·mul and AITER's group or token quantiser after it become one op. Stands in
+for vLLM's pass of that name, which runs after it on what is left.
 
 Which op is the setting `rocm_kernels`: this package's, with the bytes of the two, or AITER's own for both.
 """
@@ -16,7 +16,7 @@ from .. import compat
 from . import quantisers
 from .base import FusionPass
 from .rocm_aiter_rms_norm_quant import can_be_had
-from .silu_mul_quant import SiluMulGroupQuant, silu_mul_variants
+from .silu_mul_quant import SiluMulGroupQuant, SiluMulTokenQuant, silu_mul_variants
 
 OP = "rocm_aiter_act_mul_and_fp8_group_quant"
 
@@ -36,7 +36,7 @@ class AiterSiluMulGroupQuant(SiluMulGroupQuant):
 
 
 class RocmAiterSiluMulFp8GroupQuantFusionPass(FusionPass):
-    """Fuses SiLU·mul, vLLM's custom op or decomposed to aten, with AITER's group quantiser. Takes a VllmConfig."""
+    """Fuses SiLU·mul, vLLM's custom op or decomposed to aten, with AITER's group or token quantiser. Takes a VllmConfig."""
 
     name: ClassVar[str] = "rocm_aiter_silu_mul_fp8_group_quant_fusion_pass"
 
@@ -48,4 +48,8 @@ class RocmAiterSiluMulFp8GroupQuantFusionPass(FusionPass):
             for variant in silu_mul_variants():
                 for quant in quantisers.aiter_group_quants():
                     self.register(kind(variant, quant, self.rows_dtype, self.precision_casts, keep_act))
+                for token_quant in quantisers.aiter_token_quants():  # AITER has no op for both
+                    self.register(
+                        SiluMulTokenQuant(variant, token_quant, self.rows_dtype, self.precision_casts, keep_act)
+                    )
         self.dump(config)

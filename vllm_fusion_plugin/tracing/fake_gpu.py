@@ -236,16 +236,25 @@ def _answer_for_triton(gpu: Gpu) -> None:
 def _keep_constant_folding_off_the_gpu() -> None:
     import torch
     from torch._inductor.fx_passes import joint_graph
+    from torch.overrides import TorchFunctionMode
     from torch.utils._python_dispatch import TorchDispatchMode
+
+    def on_cpu(kwargs: dict[str, Any] | None) -> dict[str, Any]:
+        return {k: "cpu" if isinstance(v, torch.device) else v for k, v in (kwargs or {}).items()}
 
     class OnCpu(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            kwargs = {k: "cpu" if isinstance(v, torch.device) else v for k, v in (kwargs or {}).items()}
-            return func(*args, **kwargs)
+            return func(*args, **on_cpu(kwargs))
+
+    class FromPythonOnCpu(TorchFunctionMode):
+        """For torch.full and the like, which start CUDA before they dispatch."""
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **on_cpu(kwargs))
 
     class Folder(joint_graph.UniformValueConstantFolder):
         def __init__(self, *args, **kwargs) -> None:
-            with OnCpu():
+            with OnCpu(), FromPythonOnCpu():
                 super().__init__(*args, **kwargs)
 
         def run(self, *args, **kwargs):
