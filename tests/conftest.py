@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +58,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def benchmarks_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Benchmarks are scripts, which import each other by name."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+
+
+@pytest.fixture
+def tritons_kernels() -> Iterator[None]:
+    """Triton's kernels run, also where the library of CUDA kernels is built: it needs no warm-up, and nothing repeats it."""
+    from vllm_fusion_plugin.kernels import cuda_library
+    from vllm_fusion_plugin.ops import registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cuda_library.ENV, "triton")
+        registry.bind_all()
+        yield
+    registry.bind_all()

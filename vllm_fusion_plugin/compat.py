@@ -49,7 +49,7 @@ OPAQUE_MLPS = {
     "vllm.fused_experts": _EXPERTS,
     # passes/experts_input_quant.py has put it there
     "vllm_fusion_plugin.moe_forward_shared": (
-        "shared experts quantise inside vLLM's opaque MoE op, where no graph pass reaches"
+        "shared experts quantise their input inside vLLM's opaque MoE op, where no graph pass reaches"
     ),
 }
 

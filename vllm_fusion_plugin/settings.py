@@ -77,7 +77,7 @@ class Settings(BaseModel):
     """MLPs with FP8 weights in blocks that run outside of compiled code, shared experts and those of models that vLLM does
     not compile, run SiLU·mul and the quantiser of the down projection as one kernel; same bytes."""
 
-    eager_rms_norm_quant: bool = True
+    eager_rms_norm_quant: bool = False
     """RMS norms of models that vLLM does not compile write the FP8 codes of the linear layers that read them, for weights in
     blocks. Left out by inexact="leave", too."""
 

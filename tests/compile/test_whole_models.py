@@ -218,7 +218,9 @@ def test_report_says_what_is_left(case, trace_model):
     trace = trace_model(case.model, plugin=True, env=dict(case.env))
     lines = [m for sub in trace["plugin"]["subgraphs"] for m in sub["missed"]]
     # One layer is dense; the others have their shared experts inside the MoE op.
-    experts = [m for m in lines if "shared experts quantise inside" in m["reason"] and "MoE op" in m["reason"]]
+    experts = [
+        m for m in lines if "shared experts quantise their input inside" in m["reason"] and "MoE op" in m["reason"]
+    ]
     assert len(experts) == 4 and not missed(trace, ACT)
     (outside,) = trace["plugin"]["outside"]
     # They are tried out when a model is loaded.

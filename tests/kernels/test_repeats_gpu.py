@@ -3,30 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from vllm_fusion_plugin.kernels import cuda_library
 from vllm_fusion_plugin.ops import registry, repeats
 
 from .checks import assert_same_bytes
 from .test_fuzz_arguments import right
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True, scope="module")
-def triton() -> Iterator[None]:
-    """The library of CUDA kernels, where it is built, is called without what repeats."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(cuda_library.ENV, "triton")
-        registry.bind_all()
-        yield
-    registry.bind_all()
-
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("tritons_kernels")]
 
 OPS = sorted(registry.CUDA_IMPLEMENTATIONS.keys() - registry.OF_OTHERS)
 

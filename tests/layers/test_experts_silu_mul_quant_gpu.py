@@ -141,6 +141,7 @@ def test_no_more_memory_than_vllm(shared):
         assert fused <= peak()
 
 
+@pytest.mark.usefixtures("tritons_kernels")
 def test_the_warm_up_has_every_kernel(shared, monkeypatch):
     """The profile run's call is repeated for every tile; then no number of tokens compiles anything."""
     from vllm_fusion_plugin.kernels.silu_mul_quant import _group_kernel

@@ -285,6 +285,7 @@ def test_compiled_code_is_left_alone(config):
 
 
 def test_by_its_settings():
-    assert plugin._why_norms_left(settings.Settings()) == ""
-    assert plugin._why_norms_left(settings.Settings(eager_rms_norm_quant=False)) == "off: eager_rms_norm_quant=false"
-    assert "inexact=leave" in plugin._why_norms_left(settings.Settings(inexact="leave"))
+    on = settings.Settings(eager_rms_norm_quant=True)
+    assert plugin._why_norms_left(on) == ""
+    assert plugin._why_norms_left(settings.Settings()) == "off: eager_rms_norm_quant=false"
+    assert "inexact=leave" in plugin._why_norms_left(on.model_copy(update={"inexact": "leave"}))
