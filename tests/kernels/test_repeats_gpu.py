@@ -15,7 +15,7 @@ from .test_fuzz_arguments import right
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("tritons_kernels")]
 
-OPS = sorted(registry.CUDA_IMPLEMENTATIONS.keys() - registry.OF_OTHERS)
+OPS = [op for op in sorted(registry.CUDA_IMPLEMENTATIONS) if registry.is_repeated(op)]
 
 
 def arguments(op: str, device: torch.device, seed: int) -> list[Any]:

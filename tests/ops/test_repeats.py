@@ -42,7 +42,7 @@ class Ops(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("op", sorted(registry.CUDA_IMPLEMENTATIONS.keys() - registry.OF_OTHERS))
+@pytest.mark.parametrize("op", [op for op in sorted(registry.CUDA_IMPLEMENTATIONS) if registry.is_repeated(op)])
 def test_an_op_that_is_repeated_only_allocates_and_launches(op: str) -> None:
     overload = getattr(torch.ops.vllm_fusion_plugin, op).default
     arguments = [right(a.name, op) for a in overload._schema.arguments]
@@ -73,6 +73,12 @@ def test_scales_that_are_zeroed_are_not_repeated() -> None:
         with watch.watching() as seen:
             GroupScales(128, "packed", True).empty(torch.empty(5, width), 5, width)
         assert seen.all == repeated
+
+
+def test_ops_of_others_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert registry.is_repeated("group_fp8_quant") and not registry.is_repeated("block_fp8_gemm")
+    monkeypatch.setitem(registry.CUDA_IMPLEMENTATIONS, "group_fp8_quant", pytest.raises)
+    assert not registry.is_repeated("group_fp8_quant")
 
 
 # ---- repeating -------------------------------------------------------------------------------------------------------

@@ -86,6 +86,13 @@ def _tensors(name: str) -> tuple[int, ...]:
     return tuple(i for i, argument in enumerate(arguments) if str(argument.type) in ("Tensor", "Optional[Tensor]"))
 
 
+def is_repeated(name: str) -> bool:
+    """Whether a call like an earlier one launches its kernels at once (repeats.py). Not of ops that other packages have
+    registered: nothing tells whether these do more than allocate and launch."""
+    own = CUDA_IMPLEMENTATIONS[name].__module__.partition(".")[0] == __name__.partition(".")[0]
+    return own and name not in OF_OTHERS
+
+
 def bind_all() -> frozenset[str]:
     """Let the kernels that are chosen now (cuda_library.py) run all ops; those that have one in CUDA, and it runs them."""
     for name in list(_bindings):
@@ -111,7 +118,7 @@ def _bind(name: str, library: cuda_library.Library | None) -> None:
     elif binding is not None:
         binding._destroy()
     launching = CUDA_IMPLEMENTATIONS[name]
-    if name not in OF_OTHERS:
+    if is_repeated(name):
         launching = repeats.repeating(launching, _tensors(name))
     run = calls.remembering(SIGNATURES[name], launching)
     if library is None:
