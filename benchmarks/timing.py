@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from vllm_fusion_plugin.kernels.block_gemm import gpu_name
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 REPLAYS = 9
 SMALL_SETS = 8  # of inputs, of those that L2 holds
@@ -22,7 +24,7 @@ SMALL_SETS = 8  # of inputs, of those that L2 holds
 def results_folder() -> pathlib.Path:
     """results/<gpu>/<vllm>, where a benchmark writes if nobody names a file: results/h200/0.32.0."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no-gpu"
-    return RESULTS / gpu.lower().removeprefix("nvidia ").split()[0] / (_version("vllm") or "no-vllm")
+    return RESULTS / gpu_name(gpu) / (_version("vllm") or "no-vllm")
 
 
 def graph_us(launch: Callable[..., Any], input_sets: Sequence[tuple[Any, ...]], launches: int | None = None) -> float:

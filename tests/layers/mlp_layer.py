@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from vllm.config import CompilationConfig, CompilationMode, DeviceConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
@@ -75,6 +76,16 @@ def make(name: str, hidden: int = HIDDEN, width: int = WIDTH, of: type | None = 
         scale.data.copy_((torch.rand(scale.shape, generator=generator) + 0.5) / 64)
         linear.quant_method.process_weights_after_loading(linear)
     return mlp
+
+
+def multiply_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPU, for which vLLM has no GEMM for FP8 weights in blocks, linear layers get the demo's."""
+    if is_cpu():
+        from vllm_fusion_plugin.demo import cpu
+
+        kernels: Any = importlib.import_module("vllm.model_executor.kernels.linear")
+        ours = [cpu.CPUReferenceFp8BlockScaledMM]
+        monkeypatch.setitem(kernels._POSSIBLE_FP8_BLOCK_KERNELS, cpu.PlatformEnum.CPU, ours)
 
 
 def rows(count: int, hidden: int = HIDDEN) -> torch.Tensor:

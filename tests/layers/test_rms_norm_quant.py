@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -22,7 +21,6 @@ from vllm_fusion_plugin.ops import calls
 from . import mlp_layer
 from .mlp_layer import HIDDEN, make, rows
 
-linear_kernels: Any = importlib.import_module("vllm.model_executor.kernels.linear")
 TRIED = [1, FLASHINFER_ROWS]
 
 
@@ -34,12 +32,7 @@ def groups():
 
 @pytest.fixture(autouse=True)
 def config(monkeypatch):
-    if mlp_layer.is_cpu():
-        from vllm_fusion_plugin.demo import cpu
-
-        monkeypatch.setitem(
-            linear_kernels._POSSIBLE_FP8_BLOCK_KERNELS, cpu.PlatformEnum.CPU, [cpu.CPUReferenceFp8BlockScaledMM]
-        )
+    mlp_layer.multiply_on_cpu(monkeypatch)
     if not compat.has_ir_op("fused_add_rms_norm"):
         pytest.skip("this vLLM's norms are left to it")
     monkeypatch.setattr(layer, "_problem", "")

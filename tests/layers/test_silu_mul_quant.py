@@ -25,8 +25,6 @@ from vllm_fusion_plugin.ops.quant import GroupScales, group_fp8_quant_reference
 from . import mlp_layer
 from .mlp_layer import CLASSES, HIDDEN, WIDTH, make, record, rows
 
-linear_kernels: Any = importlib.import_module("vllm.model_executor.kernels.linear")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def groups():
@@ -36,12 +34,7 @@ def groups():
 
 @pytest.fixture(autouse=True)
 def config(monkeypatch):
-    if mlp_layer.is_cpu():
-        from vllm_fusion_plugin.demo import cpu
-
-        monkeypatch.setitem(
-            linear_kernels._POSSIBLE_FP8_BLOCK_KERNELS, cpu.PlatformEnum.CPU, [cpu.CPUReferenceFp8BlockScaledMM]
-        )
+    mlp_layer.multiply_on_cpu(monkeypatch)
     monkeypatch.setattr(layer, "_problem", "")
     monkeypatch.setattr(report.RECORDER, "report", report.RankReport())
     with mlp_layer.engine() as made, torch.inference_mode():

@@ -77,12 +77,16 @@ def register(
         _bind(name, cuda_library.chosen())
         LIBRARY.impl(name, cpu, "CPU")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    return _overload(name)
+
+
+def _overload(name: str, namespace: str = NAMESPACE) -> torch._ops.OpOverload:
+    return getattr(getattr(torch.ops, namespace), name).default
 
 
 def _tensors(name: str) -> tuple[int, ...]:
     """Positions of the arguments that are tensors or None."""
-    arguments = getattr(getattr(torch.ops, NAMESPACE), name).default._schema.arguments
+    arguments = _overload(name)._schema.arguments
     return tuple(i for i, argument in enumerate(arguments) if str(argument.type) in ("Tensor", "Optional[Tensor]"))
 
 
@@ -103,7 +107,7 @@ def bind_all() -> frozenset[str]:
 def cuda_implementation(name: str) -> Callable[..., Any]:
     """What runs an op for CUDA tensors, by other ways than its name."""
     if _bindings[name][0] is not None:
-        return getattr(getattr(torch.ops, cuda_library.NAMESPACE), name).default
+        return _overload(name, cuda_library.NAMESPACE)
     return CUDA_IMPLEMENTATIONS[name]
 
 
@@ -127,7 +131,7 @@ def _bind(name: str, library: cuda_library.Library | None) -> None:
         _bindings[name] = (None, registration)
         return
     if not hasattr(getattr(torch.ops, cuda_library.FALLBACK), name):
-        schema = str(getattr(getattr(torch.ops, NAMESPACE), name).default._schema).partition("::")[2]
+        schema = str(_overload(name)._schema).partition("::")[2]
         _fallbacks.define(schema)
         _fallbacks.impl(name, _telling(run, library), "CUDA")
     _bindings[name] = (library, library.bind(NAMESPACE, name))
@@ -149,7 +153,7 @@ def _telling(run: Callable[..., Any], library: cuda_library.Library) -> Callable
 
 
 def _signature(name: str, per_row: tuple[str, ...], rows_by: str | None) -> calls.Signature:
-    arguments = getattr(getattr(torch.ops, NAMESPACE), name).default._schema.arguments
+    arguments = _overload(name)._schema.arguments
     at = {argument.name: position for position, argument in enumerate(arguments)}
     written = frozenset(at[a.name] for a in arguments if a.alias_info is not None and a.alias_info.is_write)
     return calls.Signature(name, frozenset(at[n] for n in per_row), written, at[rows_by] if rows_by else None)
