@@ -103,6 +103,5 @@ def test_strict_ends_the_start_of_an_engine_whose_fusions_are_not_at_work(child)
     for flag in ("fuse_act_quant", "fuse_norm_quant"):
         assert f"{flag} is on, and has fused nothing: this model is not quantised" in refused["unquantised"]
     op, said = "rms_norm_group_fp8_quant", refused["other bytes, from file"]
-    # in some runs layer 1 has numbers that are the same when halved
-    assert re.search(rf"rank 0: {op} writes other bytes than what it replaces: \d+ of \d+, in layers\.0(-1)?\n", said)
+    assert re.search(rf"rank 0: {op} writes other bytes than what it replaces: \d+ of \d+, in layers\.0-1\n", said)
     assert said.count("rank 0") == 1
